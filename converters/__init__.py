@@ -1,0 +1,1 @@
+"""Checkpoint files to PackedWeight and back. Never imports qengine and never executes anything from a file."""

@@ -1,0 +1,75 @@
+"""WeightSource: what a model asks a checkpoint for, whatever its format.
+
+A model lists its `Slot`s (exact tensor names and sizes). `check` compares them with the file's headers alone and
+reports every missing, leftover and mis-shaped tensor together; only then are weights read, one slot at a time.
+Invariant: `check` reads no tensor data (but small index vectors), and `read_*` succeed on every checked slot unless
+the data itself is bad. It does not place weights on a device and does not fuse or shard them.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+import torch
+
+from quant_kernels.packed_weight import DenseWeight, PackedWeight
+
+
+@dataclass(frozen=True, slots=True)
+class TensorSlot:
+    """A plain tensor a model needs: exact name (with its ``.weight``) and shape."""
+
+    name: str
+    shape: tuple[int, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class LinearSlot:
+    """A linear a model needs: module name (no suffix), K and N, and whether the architecture gives it a bias.
+
+    Quantized-ness is not the model's business: the source decides by the tensors it finds. A bias in the file that
+    the architecture does not have is dropped if all zero, else kept (files of AutoGPTQ carry both).
+    """
+
+    name: str
+    in_features: int
+    out_features: int
+    has_bias: bool = False
+
+
+Slot = TensorSlot | LinearSlot
+Weight = PackedWeight | DenseWeight
+
+
+class WeightSource(Protocol):
+    """An opened checkpoint.
+
+    Attributes:
+        path: the folder or file.
+        config: the keys of ``config.json`` as transformers names them (made from the metadata for GGUF).
+        quantization: "gptq", "awq", "gguf" or None for a plain checkpoint.
+        description: one human-readable line, e.g. "GPTQ 4-bit, group 128, symmetric, act-order".
+    """
+
+    path: str
+    config: Mapping[str, Any]
+    quantization: str | None
+    description: str
+
+    def has_linear(self, name: str) -> bool:
+        """Whether module `name` has weights of its own, dense or quantized (for ``lm_head``: else it is tied)."""
+        ...
+
+    def check(self, slots: Sequence[Slot]) -> None:
+        """Raise one CheckpointError listing every missing, leftover, mis-shaped or unsupported tensor."""
+        ...
+
+    def read_tensor(self, slot: TensorSlot) -> torch.Tensor:
+        """The tensor, on the CPU, in the file's float dtype (dequantized to float32 where the file packs it)."""
+        ...
+
+    def read_linear(self, slot: LinearSlot) -> Weight:
+        """The linear as a PackedWeight (4 and 8 bits), or a DenseWeight for everything else."""
+        ...

@@ -1,0 +1,260 @@
+"""What the user asked for (EngineConfig) and what a model is (ModelConfig), as frozen values.
+
+Option names and defaults are vLLM's where vLLM has the option. Invariant: a config that exists is valid in itself;
+what depends on the model or the machine is decided later and returned, never written back here.
+Imports neither torch nor triton, so the command line can use it at once.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+import math
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+from qengine.errors import ConfigError
+
+AUTO: Literal["auto"] = "auto"
+DTYPES = {"auto": "auto", "half": "float16", "float16": "float16", "bfloat16": "bfloat16", "float32": "float32"}
+DTYPES["float"] = "float32"
+KV_CACHE_DTYPES = ("auto", "float16", "bfloat16", "float32")
+QUANTIZATIONS = {"awq": "awq", "gptq": "gptq", "gguf": "gguf", "awq_marlin": "awq", "gptq_marlin": "gptq"}
+LOAD_FORMATS = ("auto", "dummy")
+DEVICES = ("auto", "cpu", "cuda")
+_COUNT_SUFFIXES = {"": 1, "k": 1000, "m": 1000**2, "g": 1000**3, "K": 1024, "M": 1024**2, "G": 1024**3}
+
+
+def parse_count(text: str | int, name: str = "value") -> int:
+    """A whole number with an optional suffix: k/m/g = powers of 1000, K/M/G = powers of 1024. "1.5k" is 1500.
+
+    Raises:
+        ConfigError: if it is no such number.
+    """
+    match = re.fullmatch(r"\s*([+-]?\d+(?:\.\d+)?)\s*([kmgKMG]?)\s*", str(text))
+    if match is None:
+        raise ConfigError(f"{name} is '{text}', expected a whole number such as 4096, 8k (8000) or 8K (8192)")
+    value = float(match[1]) * _COUNT_SUFFIXES[match[2]]
+    if value != int(value):
+        raise ConfigError(f"{name} is '{text}', which is not a whole number")
+    return int(value)
+
+
+def parse_memory(text: str | int | float, name: str = "value") -> int:
+    """A memory size in bytes: 24GB, 24GiB, 24G and a bare 24 all mean 24 * 2**30 (a 24 GB card has 24 GiB).
+
+    Smaller units are M/MB/MiB and K/KB/KiB; "B" is bytes; a bare number of 2**20 or more is bytes.
+
+    Raises:
+        ConfigError: if it is no such size or not above zero.
+    """
+    match = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*(?:([kmgt])(?:i?b)?|(b))?\s*", str(text), re.IGNORECASE)
+    if match is None:
+        raise ConfigError(f"{name} is '{text}', expected a memory size such as 24GiB, 512MiB or 24 (GiB)")
+    number = float(match[1])
+    if match[3] or (match[2] is None and number >= 2**20):
+        factor = 1
+    else:
+        factor = {"k": 2**10, "m": 2**20, "g": 2**30, "t": 2**40}[(match[2] or "g").lower()]
+    if number <= 0:
+        raise ConfigError(f"{name} is '{text}', expected more than zero")
+    return int(number * factor)
+
+
+def nearest(name: str, known: Sequence[str]) -> str:
+    """A hint such as "; did you mean 'dtype'?" or an empty string."""
+    close = difflib.get_close_matches(name, known, n=1, cutoff=0.6)
+    return f"; did you mean '{close[0]}'?" if close else ""
+
+
+def _one_of(name: str, value: object, allowed: Sequence[str]) -> None:
+    if value not in allowed:
+        raise ConfigError(f"{name} is '{value}', expected one of: {', '.join(allowed)}")
+
+
+def _positive(name: str, value: object) -> None:
+    if not isinstance(value, int) or isinstance(value, bool) or value < 1:
+        raise ConfigError(f"{name} is {value!r}, expected a whole number of at least 1")
+
+
+@dataclass(frozen=True, slots=True)
+class LoadConfig:
+    """Which model, and how it is read. `model` None is the bundled one."""
+
+    model: str | None = None
+    tokenizer: str | None = None
+    quantization: str | None = None
+    dtype: str = "auto"
+    load_format: str = "auto"
+    device: str = "auto"
+    chat_template: str | None = None
+    generation_config: str = "auto"
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        if self.quantization is not None:
+            _one_of("quantization", self.quantization, tuple(QUANTIZATIONS))
+            object.__setattr__(self, "quantization", QUANTIZATIONS[self.quantization])
+        _one_of("dtype", self.dtype, tuple(DTYPES))
+        object.__setattr__(self, "dtype", DTYPES[self.dtype])
+        _one_of("load_format", self.load_format, LOAD_FORMATS)
+        _one_of("device", self.device, DEVICES)
+        if not isinstance(self.seed, int) or not 0 <= self.seed < 2**63:
+            raise ConfigError(f"seed is {self.seed!r}, expected an integer from 0 to 2**63 - 1")
+
+
+@dataclass(frozen=True, slots=True)
+class CacheConfig:
+    """The KV cache. Sizes are bytes; `gpu_memory_limit` and `gpu_memory_utilization` concern GPUs only."""
+
+    block_size: int = 16
+    kv_cache_dtype: str = "auto"
+    enable_prefix_caching: bool = True
+    gpu_memory_utilization: float = 0.92
+    gpu_memory_limit: int | None = None
+    kv_cache_memory_bytes: int | None = None
+
+    def __post_init__(self) -> None:
+        _positive("block_size", self.block_size)
+        if self.block_size & (self.block_size - 1) or self.block_size > 256:
+            raise ConfigError(f"block_size is {self.block_size}, expected a power of two up to 256, such as 16")
+        if self.kv_cache_dtype in ("fp8", "fp8_e4m3", "fp8_e5m2", "int8"):
+            raise ConfigError(
+                f"kv_cache_dtype '{self.kv_cache_dtype}' is not available in this version; "
+                f"use one of: {', '.join(KV_CACHE_DTYPES)}"
+            )
+        _one_of("kv_cache_dtype", self.kv_cache_dtype, KV_CACHE_DTYPES)
+        share = self.gpu_memory_utilization
+        if not isinstance(share, int | float) or not math.isfinite(share) or not 0 < share <= 1:
+            raise ConfigError(f"gpu_memory_utilization is {share}, expected a fraction above 0 and at most 1")
+        for name in ("gpu_memory_limit", "kv_cache_memory_bytes"):
+            value = getattr(self, name)
+            if value is not None:
+                object.__setattr__(self, name, parse_memory(value, name))
+
+
+@dataclass(frozen=True, slots=True)
+class SchedulerConfig:
+    """Limits of one step and of one sequence. `max_model_len` None is the model's own, "auto" the largest that fits."""
+
+    max_model_len: int | str | None = None
+    max_num_batched_tokens: int | None = None
+    max_num_seqs: int = 256
+
+    def __post_init__(self) -> None:
+        for name in ("max_model_len", "max_num_batched_tokens", "max_num_seqs"):
+            value = getattr(self, name)
+            if value is None or (name == "max_model_len" and value == AUTO):
+                continue
+            count = parse_count(value, name) if isinstance(value, str) else value
+            _positive(name, count)
+            object.__setattr__(self, name, count)
+
+
+@dataclass(frozen=True, slots=True)
+class ParallelConfig:
+    """How many devices share the model."""
+
+    tensor_parallel_size: int = 1
+    pipeline_parallel_size: int = 1
+
+    def __post_init__(self) -> None:
+        for name in ("tensor_parallel_size", "pipeline_parallel_size"):
+            value = getattr(self, name)
+            _positive(name, value)
+            if value > 1:
+                raise ConfigError(f"{name} is {value}, but this version runs on one device; leave it at 1")
+
+
+@dataclass(frozen=True, slots=True)
+class EngineConfig:
+    """Everything an engine is started with."""
+
+    load: LoadConfig = field(default_factory=LoadConfig)
+    cache: CacheConfig = field(default_factory=CacheConfig)
+    scheduler: SchedulerConfig = field(default_factory=SchedulerConfig)
+    parallel: ParallelConfig = field(default_factory=ParallelConfig)
+    enforce_eager: bool = False
+
+    @staticmethod
+    def from_options(options: Mapping[str, Any]) -> EngineConfig:
+        """Build from flat option names, those of `LLM` and of the command line with underscores.
+
+        Raises:
+            ConfigError: for an unknown name (with the nearest valid one) or a bad value.
+        """
+        sections: dict[str, dict[str, Any]] = {"": {}}
+        for name, value in options.items():
+            home = _OPTION_HOMES.get(name)
+            if home is None:
+                raise ConfigError(f"unknown option '{name}'{nearest(name, list(_OPTION_HOMES))}")
+            sections.setdefault(home, {})[name] = value
+        return EngineConfig(
+            load=LoadConfig(**sections.get("load", {})),
+            cache=CacheConfig(**sections.get("cache", {})),
+            scheduler=SchedulerConfig(**sections.get("scheduler", {})),
+            parallel=ParallelConfig(**sections.get("parallel", {})),
+            **sections[""],
+        )
+
+
+def _option_homes() -> dict[str, str]:
+    homes = {"enforce_eager": ""}
+    parts: dict[str, Any] = {
+        "load": LoadConfig,
+        "cache": CacheConfig,
+        "scheduler": SchedulerConfig,
+        "parallel": ParallelConfig,
+    }
+    for section, part in parts.items():
+        homes.update({f.name: section for f in dataclasses.fields(part)})
+    return homes
+
+
+_OPTION_HOMES = _option_homes()
+
+
+@dataclass(frozen=True, slots=True)
+class RopeConfig:
+    """Rotary embedding. `factors` divide the inverse frequencies one by one (GGUF's form of llama3 scaling)."""
+
+    theta: float = 10000.0
+    kind: Literal["default", "linear", "llama3", "factors"] = "default"
+    factor: float = 1.0
+    low_freq_factor: float = 1.0
+    high_freq_factor: float = 4.0
+    original_max_position: int = 8192
+    factors: tuple[float, ...] = ()
+
+
+@dataclass(frozen=True, slots=True)
+class ModelConfig:
+    """An architecture's sizes and switches, checked, whatever file they came from."""
+
+    architecture: str
+    vocab_size: int
+    hidden_size: int
+    intermediate_size: int
+    num_layers: int
+    num_heads: int
+    num_kv_heads: int
+    head_dim: int
+    max_position: int
+    rms_norm_eps: float
+    rope: RopeConfig
+    tie_word_embeddings: bool
+    qkv_bias: bool = False
+    o_bias: bool = False
+    mlp_bias: bool = False
+    qk_norm: bool = False
+    # Window of each layer in tokens; None attends to everything.
+    windows: tuple[int | None, ...] = ()
+    torch_dtype: str | None = None
+    eos_token_ids: frozenset[int] = frozenset()
+
+    @property
+    def kv_values_per_token(self) -> int:
+        """Numbers that one token adds to the KV cache over all layers."""
+        return 2 * self.num_layers * self.num_kv_heads * self.head_dim

@@ -1,0 +1,517 @@
+"""Engine: requests in, text out, one step at a time.
+
+    pending = engine.make_request("id", "Hello", SamplingParams())   # any thread
+    engine.add(pending)                                              # the engine's thread, like everything below
+    while engine.has_unfinished:
+        for output in engine.step(): ...
+
+Invariant: every request that was added ends in exactly one finished output, or was aborted by its owner. One engine is
+driven by one thread; only `make_request` may be called from others. It knows nothing of HTTP and of how models load.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import itertools
+import logging
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+import torch
+
+from qengine.config import EngineConfig, ModelConfig
+from qengine.errors import ConfigError, EngineDeadError, LoadError, RequestError
+from qengine.request import (
+    CompletionOutput,
+    Logprob,
+    PositionLogprobs,
+    Request,
+    RequestOutput,
+    SamplingParams,
+    TokenLogprobs,
+)
+from qengine.runtime.executors import Executor, UniprocExecutor
+from qengine.runtime.kv_cache import KVCache
+from qengine.runtime.loader import OpenedModel, load_decoder, open_model
+from qengine.runtime.planner import MemoryPlan, available_memory, plan_memory
+from qengine.runtime.runner import ModelRunner
+from qengine.scheduling.block_pool import BlockPool
+from qengine.scheduling.scheduler import Scheduler, SchedulerLimits
+from qengine.tokenizer import IncrementalDetokenizer, Tokenizer, load_tokenizer, tokenizer_from_gguf
+
+logger = logging.getLogger(__name__)
+
+_DTYPES = {"float16": torch.float16, "bfloat16": torch.bfloat16, "float32": torch.float32}
+
+
+@dataclass(frozen=True, slots=True)
+class EngineInfo:
+    """What an engine is running. Sizes in bytes and tokens, times in seconds."""
+
+    model: str
+    architecture: str
+    quantization: str | None
+    description: str
+    dtype: str
+    device: str
+    max_model_len: int
+    vocab_size: int
+    block_size: int
+    num_blocks: int
+    max_num_seqs: int
+    max_num_batched_tokens: int
+    weight_bytes: int
+    kv_cache_bytes: int
+    default_sampling: Mapping[str, Any] = field(default_factory=dict)
+    start_seconds: Mapping[str, float] = field(default_factory=dict)
+
+
+@dataclass(slots=True)
+class _Choice:
+    """One of a request's n answers: its sequence, its text so far, its public log-probabilities."""
+
+    request: Request
+    detokenizer: IncrementalDetokenizer | None
+    num_fed: int = 0
+    logprobs: list[PositionLogprobs] | None = None
+    cumulative_logprob: float | None = None
+
+
+@dataclass(slots=True)
+class PendingRequest:
+    """A request that is tokenized and checked but not yet in the engine."""
+
+    request_id: str
+    prompt: str | None
+    prompt_token_ids: list[int]
+    params: SamplingParams
+    choices: list[_Choice]
+
+
+class Engine:
+    """A loaded model with its scheduler, KV cache and tokenizer. Make one with `Engine.start`."""
+
+    def __init__(
+        self,
+        info: EngineInfo,
+        tokenizer: Tokenizer,
+        scheduler: Scheduler,
+        executor: Executor,
+        *,
+        eos_token_ids: frozenset[int],
+        seed: int = 0,
+    ) -> None:
+        self.info = info
+        self.tokenizer = tokenizer
+        self.scheduler = scheduler
+        self._executor = executor
+        self._eos_token_ids = eos_token_ids
+        self._seed = seed
+        self._unseeded = itertools.count()
+        self._groups: dict[str, PendingRequest] = {}
+        self._owners: dict[str, tuple[PendingRequest, _Choice]] = {}
+        self._is_dead = False
+
+    @classmethod
+    def start(cls, config: EngineConfig, *, show_progress: bool = False) -> Engine:
+        """Load a model and make it ready.
+
+        Raises:
+            ConfigError: an option is wrong for this model or machine (found before weights are read).
+            LoadError: the model cannot be found or loaded.
+        """
+        return _start(config, show_progress=show_progress)
+
+    @property
+    def has_unfinished(self) -> bool:
+        return bool(self._groups)
+
+    @property
+    def num_running(self) -> int:
+        return self.scheduler.num_running
+
+    @property
+    def num_waiting(self) -> int:
+        return self.scheduler.num_waiting
+
+    @property
+    def num_free_blocks(self) -> int:
+        return self.scheduler.pool.num_free
+
+    def check_integrity(self) -> None:
+        """Assert that scheduler, pool and this engine agree; for tests."""
+        self.scheduler.check_integrity()
+        owned = {c.request.request_id for g in self._groups.values() for c in g.choices if not c.request.finished}
+        assert owned == {i for i, (_, c) in self._owners.items() if not c.request.finished}
+
+    # Taking requests
+
+    def make_request(
+        self,
+        request_id: str,
+        prompt: str | Sequence[int],
+        params: SamplingParams,
+        *,
+        cache_salt: str = "",
+        add_special_tokens: bool = True,
+    ) -> PendingRequest:
+        """Tokenize and check a prompt. Thread-safe; touches no engine state.
+
+        Args:
+            prompt: text, or token ids.
+            cache_salt: requests with different salts never share cached blocks.
+            add_special_tokens: let the tokenizer add its BOS (not for text that a chat template made).
+
+        Raises:
+            RequestError: naming the field, what was found and what was expected.
+        """
+        text = prompt if isinstance(prompt, str) else None
+        if isinstance(prompt, str):
+            token_ids = self.tokenizer.encode(prompt, add_special_tokens=add_special_tokens)
+        else:
+            token_ids = list(prompt)
+        self._check_prompt(token_ids)
+        self._check_token_params(params)
+        room = self.info.max_model_len - len(token_ids)
+        max_tokens = room if params.max_tokens is None else min(params.max_tokens, room)
+        base_seed = self._next_seed() if params.seed is None else params.seed
+        choices: list[_Choice] = []
+        for index in range(params.n):
+            request = Request(
+                request_id=request_id if params.n == 1 else f"{request_id}#{index}",
+                prompt_token_ids=token_ids,
+                params=params,
+                eos_token_ids=self._eos_token_ids,
+                max_tokens=max_tokens,
+                seed=(base_seed + index) % 2**63,
+                cache_salt=cache_salt,
+                follows=choices[0].request if choices else None,
+                arrival_time=time.monotonic(),
+            )
+            choices.append(self._make_choice(request))
+        return PendingRequest(request_id, text, token_ids, params, choices)
+
+    def _make_choice(self, request: Request) -> _Choice:
+        params = request.params
+        detokenizer = None
+        if params.detokenize:
+            detokenizer = IncrementalDetokenizer(
+                self.tokenizer,
+                prompt_token_ids=request.prompt_token_ids,
+                skip_special_tokens=params.skip_special_tokens,
+                stop=params.stop_strings,
+                include_stop_str=params.include_stop_str_in_output,
+            )
+        wants_logprobs = params.logprobs is not None
+        return _Choice(request, detokenizer, 0, [] if wants_logprobs else None, 0.0 if wants_logprobs else None)
+
+    def _check_prompt(self, token_ids: Sequence[int]) -> None:
+        if not token_ids:
+            raise RequestError("the prompt is empty; give at least one token", param="prompt")
+        vocab = self.info.vocab_size
+        for token_id in token_ids:
+            if not isinstance(token_id, int) or isinstance(token_id, bool) or not 0 <= token_id < vocab:
+                raise RequestError(
+                    f"the prompt has token id {token_id!r}, expected whole numbers from 0 to {vocab - 1}",
+                    param="prompt",
+                )
+        limit = self.info.max_model_len
+        if len(token_ids) >= limit:
+            raise RequestError(
+                f"the prompt has {len(token_ids)} tokens, but the context holds {limit} including at least one "
+                "generated token; shorten the prompt or raise --max-model-len",
+                param="prompt",
+                code="context_length_exceeded",
+            )
+
+    def _check_token_params(self, params: SamplingParams) -> None:
+        vocab = self.info.vocab_size
+        named = {
+            "logit_bias": list(params.logit_bias or ()),
+            "allowed_token_ids": list(params.allowed_token_ids or ()),
+            "stop_token_ids": list(params.stop_token_ids or ()),
+        }
+        for name, token_ids in named.items():
+            for token_id in token_ids:
+                if token_id >= vocab:
+                    raise RequestError(
+                        f"{name} names token id {token_id}, but the vocabulary ends at {vocab - 1}", param=name
+                    )
+        if params.stop_strings and not params.detokenize:
+            raise RequestError("stop strings need detokenize=True", param="stop")
+
+    def _next_seed(self) -> int:
+        """A seed for a request that gave none: a fixed sequence per engine seed."""
+        digest = hashlib.blake2b(f"{self._seed}:{next(self._unseeded)}".encode(), digest_size=8).digest()
+        return int.from_bytes(digest, "little") >> 1
+
+    # Running
+
+    def add(self, pending: PendingRequest) -> None:
+        """Queue a request.
+
+        Raises:
+            RequestError: if its id is in use or it can never fit the KV cache.
+            EngineDeadError: after an internal failure.
+        """
+        if self._is_dead:
+            raise EngineDeadError("the engine has stopped after an internal failure; restart it")
+        if pending.request_id in self._groups:
+            raise RequestError(f"request id '{pending.request_id}' is already in use", param="request_id")
+        added: list[Request] = []
+        try:
+            for choice in pending.choices:
+                self.scheduler.add(choice.request)
+                added.append(choice.request)
+        except RequestError:
+            for request in added:
+                self.scheduler.abort(request.request_id)
+            raise
+        self._groups[pending.request_id] = pending
+        for choice in pending.choices:
+            self._owners[choice.request.request_id] = (pending, choice)
+
+    def abort(self, request_id: str) -> None:
+        """Drop a request and free its blocks, at any moment. Unknown and finished ids are ignored."""
+        group = self._groups.pop(request_id, None)
+        if group is None:
+            return
+        for choice in group.choices:
+            self._owners.pop(choice.request.request_id, None)
+            self.scheduler.abort(choice.request.request_id)
+
+    def step(self) -> list[RequestOutput]:
+        """Run one step and return the requests that progressed, each with all it has so far.
+
+        Raises:
+            Exception: whatever the model raised; the engine is dead afterwards.
+        """
+        if self._is_dead:
+            raise EngineDeadError("the engine has stopped after an internal failure; restart it")
+        try:
+            batch = self.scheduler.schedule()
+            result = self._executor.step(batch)
+            progressed = self.scheduler.update(batch, result)
+        except BaseException:
+            self._is_dead = True
+            raise
+        touched: dict[str, PendingRequest] = {}
+        for request in progressed:
+            owner = self._owners.get(request.request_id)
+            if owner is not None:
+                group, choice = owner
+                self._advance(choice)
+                touched[group.request_id] = group
+        return [self._output(group) for group in touched.values()]
+
+    def shutdown(self) -> None:
+        """Release the model. Idempotent; requests in flight are dropped."""
+        for request_id in list(self._groups):
+            self.abort(request_id)
+        self._executor.shutdown()
+        self._is_dead = True
+
+    def _advance(self, choice: _Choice) -> None:
+        """Turn a sequence's new tokens into text, and stop it at a stop string."""
+        request = choice.request
+        new_ids = request.output_token_ids[choice.num_fed :]
+        if choice.logprobs is not None and choice.cumulative_logprob is not None:
+            for record in request.output_logprobs[choice.num_fed :]:
+                choice.logprobs.append(self._public_logprobs(record))
+                choice.cumulative_logprob += record.logprob
+        choice.num_fed += len(new_ids)
+        if choice.detokenizer is None:
+            return
+        if request.finish_reason == "stop" and not request.params.include_stop_str_in_output:
+            new_ids = new_ids[:-1]  # The token that ended it is not part of the text.
+        choice.detokenizer.feed(new_ids)
+        if choice.detokenizer.stop_reason is not None:
+            if not request.finished:
+                self.scheduler.finish(request.request_id, "stop", choice.detokenizer.stop_reason)
+            else:
+                request.finish_reason, request.stop_reason = "stop", choice.detokenizer.stop_reason
+        if request.finished:
+            choice.detokenizer.finish()
+
+    def _public_logprobs(self, record: TokenLogprobs) -> PositionLogprobs:
+        public = {
+            token_id: Logprob(logprob, rank, self.tokenizer.token_text(token_id))
+            for rank, (token_id, logprob) in enumerate(record.top, start=1)
+        }
+        if record.token_id not in public:
+            text = self.tokenizer.token_text(record.token_id)
+            public[record.token_id] = Logprob(record.logprob, record.rank, text)
+        return public
+
+    def _output(self, group: PendingRequest) -> RequestOutput:
+        """The group's output so far; forgets the group once every choice has ended."""
+        finished = all(c.request.finished for c in group.choices)
+        if finished:
+            self._groups.pop(group.request_id, None)
+            for choice in group.choices:
+                self._owners.pop(choice.request.request_id, None)
+        first = group.choices[0].request
+        prompt_logprobs: list[PositionLogprobs | None] | None = None
+        if group.params.prompt_logprobs is not None:
+            prompt_logprobs = [None, *(self._public_logprobs(r) for r in first.prompt_logprobs)]
+        return RequestOutput(
+            request_id=group.request_id,
+            prompt=group.prompt,
+            prompt_token_ids=group.prompt_token_ids,
+            outputs=[_completion(i, c) for i, c in enumerate(group.choices)],
+            prompt_logprobs=prompt_logprobs,
+            num_cached_tokens=first.num_cached_tokens,
+            finished=finished,
+            error=next((c.request.error for c in group.choices if c.request.error is not None), None),
+        )
+
+
+def _completion(index: int, choice: _Choice) -> CompletionOutput:
+    request = choice.request
+    return CompletionOutput(
+        index=index,
+        text=choice.detokenizer.text if choice.detokenizer is not None else "",
+        token_ids=list(request.output_token_ids),
+        cumulative_logprob=choice.cumulative_logprob,
+        logprobs=None if choice.logprobs is None else list(choice.logprobs),
+        finish_reason=request.finish_reason,
+        stop_reason=request.stop_reason,
+    )
+
+
+# Starting
+
+
+class _Stopwatch:
+    """Seconds per named phase of the start."""
+
+    def __init__(self) -> None:
+        self.seconds: dict[str, float] = {}
+        self._begin = self._last = time.perf_counter()
+
+    def lap(self, phase: str) -> None:
+        now = time.perf_counter()
+        self.seconds[phase] = now - self._last
+        self._last = now
+
+    def total(self) -> dict[str, float]:
+        return {**self.seconds, "total": time.perf_counter() - self._begin}
+
+
+def _start(config: EngineConfig, *, show_progress: bool) -> Engine:
+    watch = _Stopwatch()
+    device = choose_device(config.load.device)
+    opened = open_model(config.load)
+    dtype = choose_dtype(config.load.dtype, device)
+    kv_dtype = dtype if config.cache.kv_cache_dtype == "auto" else _DTYPES[config.cache.kv_cache_dtype]
+    plan = plan_memory(opened.config, config, kv_value_bytes=kv_dtype.itemsize, free_bytes=available_memory())
+    watch.lap("checks")
+    tokenizer = _load_tokenizer(config, opened)
+    watch.lap("tokenizer")
+    model = load_decoder(opened, dtype, device, plan.max_model_len, show_progress=show_progress)
+    watch.lap("weights")
+    cache = KVCache(opened.config, plan.num_blocks, plan.block_size, kv_dtype, device)
+    watch.lap("kv cache")
+    _log_kernels(model.linears())
+    weight_bytes = sum(linear.num_bytes for linear in model.linears()) + model.embedding.num_bytes
+    info = _info(config, opened, plan, dtype, device, weight_bytes)
+    eos_token_ids = opened.eos_token_ids | tokenizer.eos_token_ids
+    return Engine(
+        replace(info, start_seconds=watch.total()),
+        tokenizer,
+        _make_scheduler(config, plan, info),
+        UniprocExecutor(ModelRunner(model, cache)),
+        eos_token_ids=frozenset(i for i in eos_token_ids if i < opened.config.vocab_size),
+        seed=config.load.seed,
+    )
+
+
+def choose_device(name: str) -> torch.device:
+    """The device to run on. "auto" is the CPU in this version.
+
+    Raises:
+        ConfigError: for a device that this version cannot use.
+    """
+    if name == "cuda":
+        raise ConfigError("device 'cuda' is not available in this version, which runs on the CPU; use --device cpu")
+    if name == "auto" and torch.cuda.is_available():
+        logger.warning("a CUDA GPU is present, but this version runs on the CPU only")
+    return torch.device("cpu")
+
+
+def choose_dtype(name: str, device: torch.device) -> torch.dtype:
+    """The compute dtype. "auto" on a CPU is bfloat16 for every file: its 4-bit kernel knows nothing else."""
+    if name == "auto":
+        return torch.bfloat16
+    if name == "float16" and device.type == "cpu":
+        logger.warning("dtype float16 has no 4-bit kernel on the CPU: weights are expanded at load and run slowly")
+    return _DTYPES[name]
+
+
+def _load_tokenizer(config: EngineConfig, opened: OpenedModel) -> Tokenizer:
+    if config.load.tokenizer is not None:
+        tokenizer = load_tokenizer(config.load.tokenizer)
+    elif opened.gguf_metadata is not None:
+        tokenizer = tokenizer_from_gguf(opened.gguf_metadata)
+    else:
+        tokenizer = load_tokenizer(str(opened.location.path))
+    if tokenizer.vocab_size > opened.config.vocab_size:
+        raise LoadError(
+            f"the tokenizer has {tokenizer.vocab_size} tokens, but the model's embedding has only "
+            f"{opened.config.vocab_size}; give the model's own tokenizer with --tokenizer"
+        )
+    if config.load.chat_template is not None:
+        tokenizer = tokenizer.with_chat_template(config.load.chat_template)
+    return tokenizer
+
+
+def _make_scheduler(config: EngineConfig, plan: MemoryPlan, info: EngineInfo) -> Scheduler:
+    limits = SchedulerLimits(
+        max_num_seqs=info.max_num_seqs,
+        max_num_batched_tokens=plan.max_num_batched_tokens,
+        max_model_len=plan.max_model_len,
+    )
+    namespace = f"{info.model}/{info.dtype}/{config.cache.kv_cache_dtype}"
+    pool = BlockPool(plan.num_blocks, plan.block_size, namespace=namespace)
+    return Scheduler(limits, pool, enable_prefix_caching=config.cache.enable_prefix_caching)
+
+
+def _log_kernels(linears: Any) -> None:
+    """One line per distinct linear shape with the kernel chosen and why: nothing slow is used in silence."""
+    seen: dict[tuple[int, int, str, str], int] = {}
+    for linear in linears:
+        for part, (kernel, reason) in zip(linear.parts, linear.choices, strict=True):
+            key = (part.in_features, part.out_features, kernel, reason)
+            seen[key] = seen.get(key, 0) + 1
+    for (rows, columns, kernel, reason), count in seen.items():
+        logger.info("linear %5d -> %6d  x%-4d %s: %s", rows, columns, count, kernel, reason)
+
+
+def _info(
+    config: EngineConfig,
+    opened: OpenedModel,
+    plan: MemoryPlan,
+    dtype: torch.dtype,
+    device: torch.device,
+    weight_bytes: int,
+) -> EngineInfo:
+    model: ModelConfig = opened.config
+    return EngineInfo(
+        model=opened.location.name,
+        architecture=model.architecture,
+        quantization=opened.source.quantization,
+        description=opened.source.description,
+        dtype=str(dtype).removeprefix("torch."),
+        device=str(device),
+        max_model_len=plan.max_model_len,
+        vocab_size=model.vocab_size,
+        block_size=plan.block_size,
+        num_blocks=plan.num_blocks,
+        max_num_seqs=config.scheduler.max_num_seqs,
+        max_num_batched_tokens=plan.max_num_batched_tokens,
+        weight_bytes=weight_bytes,
+        kv_cache_bytes=plan.kv_cache_bytes,
+        default_sampling=opened.default_sampling,
+    )

@@ -1,0 +1,32 @@
+"""The one module that reads environment variables.
+
+Invariant: a variable that is set but empty counts as unset. It changes nothing in the environment.
+"""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+
+def api_key() -> str | None:
+    """QENGINE_API_KEY: the server's key, kept out of the process list."""
+    return os.environ.get("QENGINE_API_KEY") or None
+
+
+def log_level() -> str:
+    """QENGINE_LOG_LEVEL: debug, info (default), warning or error."""
+    return (os.environ.get("QENGINE_LOG_LEVEL") or "info").lower()
+
+
+def cache_dir() -> Path:
+    """QENGINE_CACHE_DIR, by default ``qengine`` in the user's cache folder."""
+    chosen = os.environ.get("QENGINE_CACHE_DIR")
+    if chosen:
+        return Path(chosen)
+    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "qengine"
+
+
+def hub_offline() -> bool:
+    """HF_HUB_OFFLINE, as everywhere: never ask the hub."""
+    return os.environ.get("HF_HUB_OFFLINE", "").lower() in ("1", "true", "yes", "on")

@@ -1,0 +1,37 @@
+"""The errors a user can meet. Each message says what was found, what was expected and what to do.
+
+Invariant: everything qengine raises on purpose derives from `QEngineError`; asserts are for our own bugs.
+This module does not format tracebacks or choose exit codes: cli and serving do.
+"""
+
+from __future__ import annotations
+
+
+class QEngineError(Exception):
+    """Base of every error that qengine raises on purpose."""
+
+
+class ConfigError(QEngineError, ValueError):
+    """An option is unknown, malformed, or contradicts another one or the model."""
+
+
+class LoadError(QEngineError):
+    """A model cannot be loaded: not found, broken, unsupported, or too large for the memory given."""
+
+
+class RequestError(QEngineError, ValueError):
+    """One request is refused; the engine and every other request are unaffected.
+
+    Attributes:
+        param: name of the offending field, or None.
+        code: machine-readable reason such as "context_length_exceeded", or None.
+    """
+
+    def __init__(self, message: str, *, param: str | None = None, code: str | None = None) -> None:
+        super().__init__(message)
+        self.param = param
+        self.code = code
+
+
+class EngineDeadError(QEngineError):
+    """The engine stopped after an internal failure and answers no more requests."""

@@ -1,0 +1,51 @@
+"""Linear layers over prepared weights: one matmul where the parts fuse, several where they do not.
+
+A merged linear (qkv, gate_up) concatenates its parts along the outputs. Invariant: the result equals running every
+part alone and concatenating. Layers never learn which file format a weight came from.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+
+from quant_kernels.linear.dispatch import PreparedLinear, choose, prepare
+from quant_kernels.packed_weight import DenseWeight, PackedWeight
+from quant_kernels.packing import can_concat, concat_biases, concat_outputs
+
+Weight = PackedWeight | DenseWeight
+
+
+def try_fuse(parts: Sequence[Weight]) -> Weight | None:
+    """The parts as one weight [sum of outputs], or None where they differ in kind, bits, groups or row order."""
+    dense = [p for p in parts if isinstance(p, DenseWeight)]
+    packed = [p for p in parts if isinstance(p, PackedWeight)]
+    if len(dense) == len(parts):
+        bias = concat_biases([p.bias for p in dense], [p.out_features for p in dense])
+        return DenseWeight(torch.cat([p.weight for p in dense]), bias)
+    if len(packed) == len(parts) and can_concat(packed)[0]:
+        return concat_outputs(packed)
+    return None
+
+
+class Linear:
+    """y = x W + b for one weight or several side by side; x [M, K] to [M, N]."""
+
+    def __init__(self, name: str, parts: Sequence[Weight], dtype: torch.dtype, device: torch.device) -> None:
+        fused = try_fuse(parts)
+        weights = list(parts) if fused is None else [fused]
+        self.name = name
+        self.choices = [choose(w, dtype, device) for w in weights]
+        self.parts: list[PreparedLinear] = [prepare(w, dtype, device) for w in weights]
+        self.in_features = self.parts[0].in_features
+        self.out_features = sum(p.out_features for p in self.parts)
+
+    @property
+    def num_bytes(self) -> int:
+        return sum(p.num_bytes for p in self.parts)
+
+    def __call__(self, x: torch.Tensor) -> torch.Tensor:
+        if len(self.parts) == 1:
+            return self.parts[0](x)
+        return torch.cat([part(x) for part in self.parts], dim=-1)

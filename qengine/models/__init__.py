@@ -1,0 +1,1 @@
+"""Architectures as declarations over one decoder."""

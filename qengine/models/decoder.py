@@ -1,0 +1,210 @@
+"""The one decoder: pre-norm attention and gated MLP, shared by every architecture of the registry.
+
+`slots` says which tensors a ModelConfig needs, by exact name; `build` puts the decoder together from whatever reads
+them. Invariant: `forward` is a pure function of its arguments and the KV cache; rows are tokens, in any mix of
+sequences. It does not read files, allocate the cache or sample.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+
+import torch
+
+from qengine.config import ModelConfig
+from qengine.layers.attention import Attention, LayerCache, StepInputs
+from qengine.layers.embedding import Embedding
+from qengine.layers.linear import Linear, Weight
+from qengine.layers.mlp import GatedMLP
+from qengine.layers.norm import RMSNorm
+from qengine.layers.rope import RotaryEmbedding
+
+EMBEDDING = "model.embed_tokens"
+FINAL_NORM = "model.norm.weight"
+HEAD = "lm_head"
+
+
+@dataclass(frozen=True, slots=True)
+class LinearShape:
+    """One linear of the architecture, under its checkpoint name."""
+
+    name: str
+    in_features: int
+    out_features: int
+    has_bias: bool = False
+
+
+@dataclass(frozen=True, slots=True)
+class TensorShape:
+    """One plain tensor of the architecture, under its checkpoint name."""
+
+    name: str
+    shape: tuple[int, ...]
+
+
+def attention_linears(config: ModelConfig, layer: int) -> list[LinearShape]:
+    """q, k, v and o of one layer."""
+    prefix = f"model.layers.{layer}.self_attn."
+    hidden, q_size = config.hidden_size, config.num_heads * config.head_dim
+    kv_size = config.num_kv_heads * config.head_dim
+    return [
+        LinearShape(prefix + "q_proj", hidden, q_size, config.qkv_bias),
+        LinearShape(prefix + "k_proj", hidden, kv_size, config.qkv_bias),
+        LinearShape(prefix + "v_proj", hidden, kv_size, config.qkv_bias),
+        LinearShape(prefix + "o_proj", q_size, hidden, config.o_bias),
+    ]
+
+
+def mlp_linears(config: ModelConfig, layer: int) -> list[LinearShape]:
+    """gate, up and down of one layer."""
+    prefix = f"model.layers.{layer}.mlp."
+    hidden, inner = config.hidden_size, config.intermediate_size
+    return [
+        LinearShape(prefix + "gate_proj", hidden, inner, config.mlp_bias),
+        LinearShape(prefix + "up_proj", hidden, inner, config.mlp_bias),
+        LinearShape(prefix + "down_proj", inner, hidden, config.mlp_bias),
+    ]
+
+
+def layer_norms(config: ModelConfig, layer: int) -> list[TensorShape]:
+    """The norm weights of one layer: input, post-attention, and q, k where the architecture has them."""
+    prefix = f"model.layers.{layer}."
+    norms = [
+        TensorShape(prefix + "input_layernorm.weight", (config.hidden_size,)),
+        TensorShape(prefix + "post_attention_layernorm.weight", (config.hidden_size,)),
+    ]
+    if config.qk_norm:
+        norms.append(TensorShape(prefix + "self_attn.q_norm.weight", (config.head_dim,)))
+        norms.append(TensorShape(prefix + "self_attn.k_norm.weight", (config.head_dim,)))
+    return norms
+
+
+def head_linear(config: ModelConfig, *, tied: bool) -> LinearShape:
+    """The output projection; the embedding's own weights when tied."""
+    return LinearShape(EMBEDDING if tied else HEAD, config.hidden_size, config.vocab_size)
+
+
+def slots(config: ModelConfig, *, tied: bool) -> Iterator[LinearShape | TensorShape]:
+    """Everything the model needs, each name once."""
+    yield TensorShape(EMBEDDING + ".weight", (config.vocab_size, config.hidden_size))
+    for layer in range(config.num_layers):
+        yield from layer_norms(config, layer)
+        yield from attention_linears(config, layer)
+        yield from mlp_linears(config, layer)
+    yield TensorShape(FINAL_NORM, (config.hidden_size,))
+    if not tied:
+        yield head_linear(config, tied=False)
+
+
+class DecoderLayer:
+    """One transformer block; changes the residual stream in place."""
+
+    def __init__(self, input_norm: RMSNorm, attention: Attention, post_norm: RMSNorm, mlp: GatedMLP) -> None:
+        self.input_norm = input_norm
+        self.attention = attention
+        self.post_norm = post_norm
+        self.mlp = mlp
+
+    def __call__(
+        self, x: torch.Tensor, residual: torch.Tensor, cache: LayerCache, inputs: StepInputs
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """x: the previous block's output, not yet in the residual [rows, hidden]."""
+        normed, residual = self.input_norm.add(x, residual)
+        attended = self.attention(normed, cache, inputs)
+        normed, residual = self.post_norm.add(attended, residual)
+        return self.mlp(normed), residual
+
+
+class Decoder:
+    """A causal language model: token ids and positions in, hidden states and logits out."""
+
+    def __init__(
+        self,
+        config: ModelConfig,
+        embedding: Embedding,
+        layers: Sequence[DecoderLayer],
+        norm: RMSNorm,
+        head: Linear,
+        rope: RotaryEmbedding,
+    ) -> None:
+        self.config = config
+        self.embedding = embedding
+        self.layers = layers
+        self.norm = norm
+        self.head = head
+        self.rope = rope
+
+    def forward(self, token_ids: torch.Tensor, cache: Sequence[LayerCache], inputs: StepInputs) -> torch.Tensor:
+        """int64 token ids [rows] to normalized hidden states [rows, hidden]; writes the cache."""
+        residual = self.embedding(token_ids)
+        x = torch.zeros_like(residual)
+        for layer, layer_cache in zip(self.layers, cache, strict=True):
+            x, residual = layer(x, residual, layer_cache, inputs)
+        normed, _ = self.norm.add(x, residual)
+        return normed
+
+    def logits(self, hidden: torch.Tensor) -> torch.Tensor:
+        """Hidden states [rows, hidden] to float32 logits [rows, vocab]."""
+        return self.head(hidden).float()
+
+    def linears(self) -> Iterator[Linear]:
+        """Every linear, in order of execution."""
+        for layer in self.layers:
+            yield from (layer.attention.qkv, layer.attention.output, layer.mlp.gate_up, layer.mlp.down)
+        yield self.head
+
+
+@dataclass(frozen=True, slots=True)
+class Materials:
+    """How `build` gets what it needs: readers by shape, and where the results live."""
+
+    read_tensor: Callable[[TensorShape], torch.Tensor]
+    read_linear: Callable[[LinearShape], Weight]
+    dtype: torch.dtype
+    device: torch.device
+
+
+def build(config: ModelConfig, materials: Materials, *, tied: bool, max_position: int) -> Decoder:
+    """Assemble the decoder, reading one layer after the other; qkv and gate_up are fused where they can be.
+
+    Args:
+        tied: the head uses the embedding's weights.
+        max_position: positions that rope tables are made for.
+    """
+    dtype, device = materials.dtype, materials.device
+    table = materials.read_tensor(TensorShape(EMBEDDING + ".weight", (config.vocab_size, config.hidden_size)))
+    embedding = Embedding(table.to(device=device, dtype=dtype))
+    layers = [_build_layer(config, materials, layer) for layer in range(config.num_layers)]
+    norm = _norm(config, materials, TensorShape(FINAL_NORM, (config.hidden_size,)))
+    head = Linear(HEAD, [materials.read_linear(head_linear(config, tied=tied))], dtype, device)
+    rope = RotaryEmbedding(config.rope, config.head_dim, max_position, dtype, device)
+    return Decoder(config, embedding, layers, norm, head, rope)
+
+
+def _norm(config: ModelConfig, materials: Materials, shape: TensorShape) -> RMSNorm:
+    weight = materials.read_tensor(shape).to(device=materials.device, dtype=materials.dtype)
+    return RMSNorm(weight, config.rms_norm_eps)
+
+
+def _build_layer(config: ModelConfig, materials: Materials, layer: int) -> DecoderLayer:
+    norms = [_norm(config, materials, shape) for shape in layer_norms(config, layer)]
+    q, k, v, o = (materials.read_linear(shape) for shape in attention_linears(config, layer))
+    gate, up, down = (materials.read_linear(shape) for shape in mlp_linears(config, layer))
+    prefix = f"model.layers.{layer}."
+
+    def linear(name: str, *parts: Weight) -> Linear:
+        return Linear(prefix + name, parts, materials.dtype, materials.device)
+
+    attention = Attention(
+        linear("self_attn.qkv_proj", q, k, v),
+        linear("self_attn.o_proj", o),
+        num_heads=config.num_heads,
+        num_kv_heads=config.num_kv_heads,
+        head_dim=config.head_dim,
+        window=config.windows[layer],
+        query_norm=norms[2] if config.qk_norm else None,
+        key_norm=norms[3] if config.qk_norm else None,
+    )
+    mlp = GatedMLP(linear("mlp.gate_up_proj", gate, up), linear("mlp.down_proj", down))
+    return DecoderLayer(norms[0], attention, norms[1], mlp)

@@ -1,0 +1,1 @@
+"""Tensor-parallel group and collectives. A single rank needs no process group."""

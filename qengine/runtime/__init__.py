@@ -1,0 +1,1 @@
+"""From a checkpoint to a running model: loader, planner, KV tensors, sampler, runner, executor."""

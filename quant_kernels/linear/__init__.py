@@ -1,0 +1,1 @@
+"""Prepared linears: a PackedWeight laid out for one device, ready to run. `dispatch` is the only way in."""

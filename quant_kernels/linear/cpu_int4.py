@@ -1,0 +1,103 @@
+"""4-bit and 8-bit linears on the CPU, on torch's own int4 matmul in bfloat16.
+
+torch's kernel computes ``W[k, n] = (Q[k, n] - 8) * scale[g, n] + zero[g, n]`` with a float zero, groups of 32, 64, 128
+or 256, and N a multiple of 16. Every record maps onto that: integer zeros become ``zero = (8 - Z) * scale``, float mins
+``zero = min + 8 * scale``, larger groups repeat their rows, N is padded with zero columns.
+An 8-bit code is two 4-bit planes side by side along K, fed with x twice::
+
+    Q = 16 * hi + lo          K:  | hi plane, scale 16 s | lo plane, scale s |
+
+Invariant: the only rounding is that of scales and zeros to bfloat16 and of the kernel itself. Only bfloat16 is fast in
+torch's kernel, so no other dtype is accepted here; activation order is one gather of x.
+"""
+
+from __future__ import annotations
+
+import torch
+
+from quant_kernels.packed_weight import PackedWeight
+from quant_kernels.packing import expand_zeros, unpack_codes
+
+#: Group sizes torch's kernel knows, largest first: fewer groups mean fewer scales to read.
+KERNEL_GROUPS = (256, 128, 64, 32)
+_COLUMN_MULTIPLE = 16
+
+
+def kernel_group(weight: PackedWeight) -> int | None:
+    """The largest kernel group that divides both the record's group and K, or None."""
+    for group in KERNEL_GROUPS:
+        if weight.group_size % group == 0 and weight.in_features % group == 0:
+            return group
+    return None
+
+
+def can_run(weight: PackedWeight, dtype: torch.dtype) -> tuple[bool, str]:
+    """Whether this kernel can run the record, and why not."""
+    if dtype != torch.bfloat16:
+        return False, f"torch's int4 kernel is fast in bfloat16 only, not {str(dtype).removeprefix('torch.')}"
+    if weight.codebook is not None:
+        return False, "non-uniform codes have no CPU kernel"
+    if kernel_group(weight) is None:
+        return False, f"group size {weight.group_size} with {weight.in_features} inputs does not split into 32s"
+    return True, ""
+
+
+class CpuInt4Linear:
+    """A PackedWeight in torch's int4 layout. Weights [N', P * K / 2] bytes for P planes, N' = N rounded up to 16."""
+
+    kernel = "cpu_int4"
+
+    def __init__(self, weight: PackedWeight) -> None:
+        group = kernel_group(weight)
+        assert group is not None, "ask can_run first"
+        self.in_features = weight.in_features
+        self.out_features = weight.out_features
+        self.group_size = group
+        self.num_planes = weight.bits // 4
+        padding = -weight.out_features % _COLUMN_MULTIPLE
+        codes, scales, zeros = _planes(weight, group)
+        codes = torch.nn.functional.pad(codes, (0, padding))
+        table = torch.stack([scales, zeros], dim=-1).bfloat16()
+        self._is_padded = padding > 0
+        self.codes = torch.ops.aten._convert_weight_to_int4pack_for_cpu(codes.t().contiguous().int(), 1)
+        self.scales_and_zeros = torch.nn.functional.pad(table, (0, 0, 0, padding)).contiguous()
+        self.perm = None if weight.perm is None else weight.perm.long()
+        self.bias = None if weight.bias is None else weight.bias.bfloat16()
+
+    @property
+    def num_bytes(self) -> int:
+        parts = (self.codes, self.scales_and_zeros, self.perm, self.bias)
+        return sum(t.numel() * t.element_size() for t in parts if t is not None)
+
+    def __call__(self, x: torch.Tensor) -> torch.Tensor:
+        """x [M, K] bfloat16 to [M, N] bfloat16."""
+        if self.perm is not None:
+            x = x.index_select(1, self.perm)
+        if self.num_planes > 1:
+            x = x.repeat(1, self.num_planes)
+        y: torch.Tensor = torch.ops.aten._weight_int4pack_mm_for_cpu(
+            x, self.codes, self.group_size, self.scales_and_zeros
+        )
+        if self._is_padded:
+            y = y[:, : self.out_features]
+        return y if self.bias is None else y + self.bias
+
+
+def _planes(weight: PackedWeight, group: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """uint8 codes [P * K, N] and float32 scales and zeros [P * K / group, N] in the kernel's formula."""
+    codes = unpack_codes(weight.codes, weight.bits)
+    scales = weight.scales.float()
+    if weight.mins is not None:
+        base = weight.mins.float()
+    else:
+        base = -expand_zeros(weight).float() * scales
+    repeats = weight.group_size // group
+    rows = weight.in_features // group
+    scales = scales.repeat_interleave(repeats, dim=0)[:rows]
+    base = base.repeat_interleave(repeats, dim=0)[:rows]
+    if weight.bits == 4:
+        return codes, scales, base + 8 * scales
+    # base + s * (16 hi + lo) = 16 s (hi - 8) + s (lo - 8) + (base + 136 s); the constant goes with the low plane.
+    codes = torch.cat([codes >> 4, codes & 15], dim=0)
+    zeros = torch.cat([torch.zeros_like(base), base + 136 * scales], dim=0)
+    return codes, torch.cat([16 * scales, scales], dim=0), zeros

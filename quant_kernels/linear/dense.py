@@ -1,0 +1,34 @@
+"""Dense linear: what is not quantized, and what has no 4-bit kernel for its shape and dtype.
+
+Invariant: in float32 this is the specification (`quant_kernels.reference`) itself. It expands quantized weights once,
+at load, so it costs the memory of an unquantized layer: `dispatch` says so wherever it chooses it.
+"""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+
+from quant_kernels.packed_weight import DenseWeight, PackedWeight
+from quant_kernels.reference import to_dense
+
+
+class DenseLinear:
+    """y = x W^T + b with W [N, K] in the compute dtype."""
+
+    kernel = "dense"
+
+    def __init__(self, weight: PackedWeight | DenseWeight, dtype: torch.dtype, device: torch.device) -> None:
+        dense = to_dense(weight, dtype)
+        self.weight = dense.weight.to(device)
+        self.bias = None if dense.bias is None else dense.bias.to(device)
+        self.in_features = dense.in_features
+        self.out_features = dense.out_features
+
+    @property
+    def num_bytes(self) -> int:
+        return sum(t.numel() * t.element_size() for t in (self.weight, self.bias) if t is not None)
+
+    def __call__(self, x: torch.Tensor) -> torch.Tensor:
+        """x [M, K] to [M, N]."""
+        return F.linear(x, self.weight, self.bias)

@@ -1,0 +1,102 @@
+"""Bit packing of PackedWeight codes, and the operations on whole records that need no arithmetic.
+
+Concatenating records along N (fusing) and slicing them (sharding) is all that tensor parallelism and fused qkv or
+gate_up need. Invariant: nothing here rounds; unpack(pack(x)) == x. It reads no files and prepares no device layout.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+
+from quant_kernels.packed_weight import CODES_PER_WORD, PackedWeight
+
+
+def unpack_codes(codes: torch.Tensor, bits: int) -> torch.Tensor:
+    """int32 words [K * bits / 32, N] to uint8 codes [K, N]. Word r holds rows r*32/bits and up, LSB first."""
+    per_word = CODES_PER_WORD[bits]
+    shifts = torch.arange(per_word, dtype=torch.int32, device=codes.device) * bits
+    spread = (codes.unsqueeze(1) >> shifts.view(1, -1, 1)) & (2**bits - 1)
+    return spread.to(torch.uint8).reshape(codes.shape[0] * per_word, codes.shape[1])
+
+
+def pack_codes(values: torch.Tensor, bits: int) -> torch.Tensor:
+    """Codes [K, N] (any integer dtype, below 2**bits) to int32 words [K * bits / 32, N], LSB first along K."""
+    per_word = CODES_PER_WORD[bits]
+    rows, columns = values.shape
+    spread = values.reshape(rows // per_word, per_word, columns).to(torch.int64)
+    words = torch.zeros(rows // per_word, columns, dtype=torch.int64, device=values.device)
+    for item in range(per_word):
+        words |= spread[:, item] << (bits * item)
+    # Two's complement: the top bit of the 32-bit container is data, not a sign.
+    return torch.where(words >= 2**31, words - 2**32, words).to(torch.int32)
+
+
+def expand_zeros(weight: PackedWeight) -> torch.Tensor:
+    """The integer zero points as uint8 [G, N], whether stored as one constant or as a table."""
+    if weight.zeros is not None:
+        return weight.zeros
+    assert weight.zero_const is not None, "only records with integer zero points have zeros"
+    shape = (weight.num_groups, weight.out_features)
+    return torch.full(shape, weight.zero_const, dtype=torch.uint8, device=weight.scales.device)
+
+
+def can_concat(parts: Sequence[PackedWeight]) -> tuple[bool, str]:
+    """Whether records can be fused along N, and why not."""
+    first = parts[0]
+    for part in parts[1:]:
+        if (part.bits, part.in_features) != (first.bits, first.in_features):
+            return False, f"bits or input sizes differ ({first.bits}/{part.bits} bits)"
+        if part.group_size != first.group_size:
+            return False, f"group sizes differ ({first.group_size} and {part.group_size})"
+        if (part.perm is None) != (first.perm is None):
+            return False, "only some parts have an activation order"
+        if part.perm is not None and first.perm is not None and not torch.equal(part.perm, first.perm):
+            return False, "the parts have different activation orders"
+        if (part.mins is None, part.codebook is None) != (first.mins is None, first.codebook is None):
+            return False, "the parts store their zero points differently"
+        if part.scales.dtype != first.scales.dtype:
+            return False, f"scale dtypes differ ({first.scales.dtype} and {part.scales.dtype})"
+        if part.codebook is not None and first.codebook is not None and not torch.equal(part.codebook, first.codebook):
+            return False, "the parts have different codebooks"
+    return True, ""
+
+
+def concat_outputs(parts: Sequence[PackedWeight]) -> PackedWeight:
+    """Fuse records along N into one. Exact; the parts must satisfy `can_concat`."""
+    fusable, reason = can_concat(parts)
+    if not fusable:
+        raise ValueError(f"cannot fuse: {reason}")
+    first = parts[0]
+    same_const = all(p.zero_const is not None and p.zero_const == first.zero_const for p in parts)
+    integer_zeros = first.mins is None and first.codebook is None
+    return PackedWeight(
+        bits=first.bits,
+        codes=torch.cat([p.codes for p in parts], dim=1),
+        scales=torch.cat([p.scales for p in parts], dim=1),
+        group_size=first.group_size,
+        in_features=first.in_features,
+        out_features=sum(p.out_features for p in parts),
+        zero_const=first.zero_const if same_const else None,
+        zeros=torch.cat([expand_zeros(p) for p in parts], dim=1) if integer_zeros and not same_const else None,
+        mins=_concat_optional([p.mins for p in parts]),
+        codebook=first.codebook,
+        perm=first.perm,
+        bias=concat_biases([p.bias for p in parts], [p.out_features for p in parts]),
+        origin=first.origin,
+    )
+
+
+def concat_biases(biases: Sequence[torch.Tensor | None], sizes: Sequence[int]) -> torch.Tensor | None:
+    """Biases side by side; parts without one get zeros; None if no part has one."""
+    known = [b for b in biases if b is not None]
+    if not known:
+        return None
+    filled = [b if b is not None else known[0].new_zeros(n) for b, n in zip(biases, sizes, strict=True)]
+    return torch.cat(filled)
+
+
+def _concat_optional(tensors: Sequence[torch.Tensor | None]) -> torch.Tensor | None:
+    present = [t for t in tensors if t is not None]
+    return torch.cat(present, dim=1) if present else None

@@ -1,0 +1,47 @@
+"""Random PackedWeights of every kind, for tests."""
+
+from __future__ import annotations
+
+import torch
+
+from quant_kernels.packed_weight import PackedWeight
+from quant_kernels.packing import pack_codes
+
+KINDS = ("const", "zeros", "mins")
+
+
+def random_record(
+    in_features: int,
+    out_features: int,
+    group_size: int,
+    *,
+    kind: str = "zeros",
+    bits: int = 4,
+    act_order: bool = False,
+    bias: bool = False,
+    seed: int = 0,
+    scale_dtype: torch.dtype = torch.float16,
+) -> PackedWeight:
+    """A record with codes over the whole range and scales of about 1 / sqrt(K)."""
+    rng = torch.Generator().manual_seed(seed)
+    groups = -(-in_features // group_size)
+    codes = torch.randint(0, 2**bits, (in_features, out_features), generator=rng)
+    spread = in_features**-0.5 / 2 ** (bits - 1)
+    scales = ((torch.rand(groups, out_features, generator=rng) + 0.5) * spread).to(scale_dtype)
+    zeros = torch.randint(1, 2**bits, (groups, out_features), generator=rng).to(torch.uint8)
+    mins = (-8 * scales.float() + torch.randn(groups, out_features, generator=rng) * spread).to(scale_dtype)
+    codebook = torch.randn(2**bits, generator=rng)
+    return PackedWeight(
+        bits=bits,
+        codes=pack_codes(codes, bits),
+        scales=scales,
+        group_size=group_size,
+        in_features=in_features,
+        out_features=out_features,
+        zero_const=2 ** (bits - 1) if kind == "const" else None,
+        zeros=zeros if kind == "zeros" else None,
+        mins=mins if kind == "mins" else None,
+        codebook=codebook if kind == "codebook" else None,
+        perm=torch.randperm(in_features, generator=rng).int() if act_order else None,
+        bias=torch.randn(out_features, generator=rng) if bias else None,
+    )

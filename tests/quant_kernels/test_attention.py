@@ -1,0 +1,66 @@
+"""Paged attention against its specification: batches, chunks, windows, scattered and consecutive blocks."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from quant_kernels.attention import reference
+from quant_kernels.attention.paged import make_segments, paged_attention
+
+BLOCK = 4
+
+
+def caches(num_blocks: int, kv_heads: int, head_dim: int) -> tuple[torch.Tensor, torch.Tensor]:
+    rng = torch.Generator().manual_seed(7)
+    shape = (num_blocks, BLOCK, kv_heads, head_dim)
+    return torch.randn(shape, generator=rng), torch.randn(shape, generator=rng)
+
+
+CASES = {
+    "one token, consecutive blocks": [(9, 1, [3, 4, 5])],
+    "one token, scattered blocks": [(9, 1, [7, 2, 5])],
+    "whole prompt": [(0, 11, [1, 2, 3])],
+    "chunk in the middle": [(6, 7, [9, 1, 0, 4])],
+    "batch of single tokens": [(0, 1, [2]), (7, 1, [5, 3]), (12, 1, [8, 1, 9, 0])],
+    "mixed": [(5, 3, [4, 6]), (3, 1, [0]), (0, 6, [7, 2]), (10, 1, [9, 8, 5])],
+}
+
+
+@pytest.mark.parametrize("name", CASES)
+@pytest.mark.parametrize("window", [None, 1, 3, 8, 100])
+@pytest.mark.parametrize(("heads", "kv_heads"), [(4, 4), (6, 2), (3, 1)])
+def test_matches_the_specification(name: str, window: int | None, heads: int, kv_heads: int) -> None:
+    entries = CASES[name]
+    keys, values = caches(10, kv_heads, 8)
+    rows = sum(count for _, count, _ in entries)
+    query = torch.randn(rows, heads, 8, generator=torch.Generator().manual_seed(1))
+    segments, order = make_segments(entries, BLOCK)
+    got = paged_attention(query, keys, values, segments, 0.3, window)
+    row = 0
+    for i in order:
+        start, count, block_ids = entries[i]
+        part = query[row : row + count]
+        expected = reference.paged_attention(part, keys, values, block_ids, start, 0.3, window)
+        assert torch.allclose(got[row : row + count], expected.flatten(1), rtol=1e-5, atol=1e-5)
+        row += count
+    assert row == rows == len(got)
+
+
+def test_consecutive_blocks_are_read_in_place() -> None:
+    in_place, _ = make_segments([(9, 1, [3, 4, 5])], BLOCK)
+    gathered, _ = make_segments([(9, 1, [3, 5, 4])], BLOCK)
+    assert in_place[0].block_table is None
+    assert gathered[0].block_table is not None
+
+
+def test_unused_slots_do_not_leak() -> None:
+    keys, values = caches(6, 2, 8)
+    query = torch.randn(2, 4, 8, generator=torch.Generator().manual_seed(1))
+    entries = [(5, 1, [1, 2]), (2, 1, [4])]
+    segments, _ = make_segments(entries, BLOCK)
+    before = paged_attention(query, keys, values, segments, 0.3)
+    keys[2, 2:], values[2, 2:], keys[4, 3:], values[4, 3:] = 1e4, 1e4, 1e4, 1e4
+    keys[0], values[0] = 1e4, 1e4
+    segments, _ = make_segments(entries, BLOCK)
+    assert torch.equal(before, paged_attention(query, keys, values, segments, 0.3))
