@@ -17,6 +17,7 @@ import logging
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -463,8 +464,18 @@ def _load_tokenizer(config: EngineConfig, opened: OpenedModel) -> Tokenizer:
             f"{opened.config.vocab_size}; give the model's own tokenizer with --tokenizer"
         )
     if config.load.chat_template is not None:
-        tokenizer = tokenizer.with_chat_template(config.load.chat_template)
+        tokenizer = tokenizer.with_chat_template(_read_template(config.load.chat_template))
     return tokenizer
+
+
+def _read_template(choice: str) -> str:
+    """The text of a template file, or `choice` itself where it is a template and not a path."""
+    if "{{" in choice or "{%" in choice:
+        return choice
+    try:
+        return Path(choice).expanduser().read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise ConfigError(f"chat_template '{choice}' is not a readable file: {error}") from error
 
 
 def _make_scheduler(config: EngineConfig, plan: MemoryPlan, info: EngineInfo) -> Scheduler:

@@ -1,0 +1,94 @@
+"""DummySource: random weights of the right shapes, for trying sizes and speeds without a checkpoint.
+
+Needs a folder with a ``config.json`` and nothing else. Quantized as the config says, or as `quantization` asks (4 bits,
+group 128). Invariant: the same seed gives the same weights, and logits stay finite. Its text is noise by nature.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from converters.source import LinearSlot, Slot, TensorSlot, Weight
+from qengine.errors import LoadError
+from quant_kernels.packed_weight import DenseWeight, PackedWeight
+
+_EMBEDDING = "model.embed_tokens"
+
+
+class DummySource:
+    """A WeightSource that makes everything up. Unquantized parts are bfloat16."""
+
+    def __init__(
+        self, path: str, config: Mapping[str, Any], quantization: str | None, group_size: int, seed: int
+    ) -> None:
+        self.path = path
+        self.config = config
+        self.quantization = quantization
+        self._group_size = group_size
+        self._random = torch.Generator().manual_seed(seed)
+        kind = f"{quantization.upper()} 4-bit, group {group_size}" if quantization else "unquantized bfloat16"
+        self.description = f"dummy weights, {kind}"
+
+    @staticmethod
+    def open(path: Path, quantization: str | None, seed: int) -> DummySource:
+        """Read the folder's config.json.
+
+        Raises:
+            LoadError: if there is none, or it is no JSON object.
+        """
+        file = path / "config.json"
+        try:
+            config = json.loads(file.read_text(encoding="utf-8"))
+        except (OSError, ValueError) as error:
+            raise LoadError(f"load_format dummy needs a folder with a config.json; {file}: {error}") from error
+        if not isinstance(config, dict):
+            raise LoadError(f"{file} holds {type(config).__name__}, expected an object")
+        declared = config.get("quantization_config")
+        declared = declared if isinstance(declared, dict) else {}
+        method = quantization or declared.get("quant_method")
+        group_size = declared.get("group_size", 128)
+        if method not in (None, "awq", "gptq") or not isinstance(group_size, int):
+            raise LoadError(f"load_format dummy makes awq, gptq or unquantized weights, not '{method}'")
+        return DummySource(str(path), config, method, group_size, seed)
+
+    def has_linear(self, name: str) -> bool:
+        """A head of its own exists unless the config ties it."""
+        return not (name == "lm_head" and self.config.get("tie_word_embeddings", False))
+
+    def check(self, slots: Sequence[Slot]) -> None:
+        """Every slot exists by construction; a quantized one must divide into groups and words."""
+        for slot in slots:
+            if isinstance(slot, LinearSlot) and self._is_quantized(slot.name):
+                group = self._group(slot.in_features)
+                if slot.in_features % group or slot.in_features % 8:
+                    raise LoadError(f"{slot.name}: {slot.in_features} inputs do not divide into groups of {group}")
+
+    def read_tensor(self, slot: TensorSlot) -> torch.Tensor:
+        """Norm weights of one, embeddings of unit variance."""
+        if len(slot.shape) == 1:
+            return torch.ones(slot.shape, dtype=torch.bfloat16)
+        return torch.randn(slot.shape, generator=self._random, dtype=torch.bfloat16)
+
+    def read_linear(self, slot: LinearSlot) -> Weight:
+        """Weights with a standard deviation of 1 / sqrt(K)."""
+        rows, columns = slot.in_features, slot.out_features
+        bias = torch.zeros(columns, dtype=torch.bfloat16) if slot.has_bias else None
+        if not self._is_quantized(slot.name):
+            weight = torch.randn(columns, rows, generator=self._random, dtype=torch.bfloat16)
+            return DenseWeight(weight.mul_(rows**-0.5), bias)
+        group = self._group(rows)
+        codes = torch.randint(-(2**31), 2**31 - 1, (rows // 8, columns), generator=self._random, dtype=torch.int32)
+        # Uniform codes around 8 have a standard deviation of 4.6.
+        scales = torch.full((rows // group, columns), rows**-0.5 / 4.6, dtype=torch.float16)
+        return PackedWeight(4, codes, scales, group, rows, columns, zero_const=8, bias=bias)
+
+    def _is_quantized(self, name: str) -> bool:
+        return self.quantization is not None and name not in ("lm_head", _EMBEDDING)
+
+    def _group(self, in_features: int) -> int:
+        return in_features if self._group_size == -1 else self._group_size
