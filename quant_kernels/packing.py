@@ -17,7 +17,7 @@ def unpack_codes(codes: torch.Tensor, bits: int) -> torch.Tensor:
     """int32 words [K * bits / 32, N] to uint8 codes [K, N]. Word r holds rows r*32/bits and up, LSB first."""
     per_word = CODES_PER_WORD[bits]
     shifts = torch.arange(per_word, dtype=torch.int32, device=codes.device) * bits
-    spread = (codes.unsqueeze(1) >> shifts.view(1, -1, 1)) & (2**bits - 1)
+    spread: torch.Tensor = (codes.unsqueeze(1) >> shifts.view(1, -1, 1)) & (2**bits - 1)
     return spread.to(torch.uint8).reshape(codes.shape[0] * per_word, codes.shape[1])
 
 

@@ -114,7 +114,7 @@ def test_a_full_pool_repeats_little_and_starves_nobody(
     draw: Callable[[random.Random, float], int], prompt_len: float, output_len: float
 ) -> None:
     traffic = Traffic(draw, prompt_len, output_len, load=1.3)
-    traffic.run(2500)
+    traffic.run(1800)
     stats, jobs = traffic.scheduler.stats, list(traffic.jobs.values())
 
     assert len(traffic.usage) > 1000

@@ -417,6 +417,18 @@ def test_the_last_admitted_is_preempted_keeps_its_tokens_and_comes_back_first() 
     assert len(young.output_token_ids) == 9
 
 
+def test_those_preempted_before_are_spared() -> None:
+    scheduler = make_scheduler(num_blocks=9, block_size=4)
+    requests = [make_request(name, range(8), max_tokens=16) for name in "xyz"]
+    for request in requests:
+        scheduler.add(request)
+    step(scheduler)
+    scheduler._preempt(scheduler._live["z"])
+    while scheduler.stats.num_preemptions == 1:
+        step(scheduler)
+    assert [request.num_preemptions for request in requests] == [0, 1, 1]
+
+
 def test_preempted_twice_a_request_is_protected() -> None:
     scheduler = make_scheduler(num_blocks=12, block_size=1, max_num_seqs=4)
     requests = [make_request(f"r{index}", [1, 2], max_tokens=10) for index in range(12)]

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
+
 import pytest
 
 from qengine.request import Request
+from qengine.scheduling.admission import AdmissionPolicy
 from qengine.scheduling.batch import Batch
 from qengine.scheduling.block_pool import BlockPool
 from qengine.scheduling.scheduler import Scheduler, SchedulerLimits
@@ -16,10 +19,12 @@ MAX_MODEL_LEN = 128
 class Bench:
     """A scheduler with the checking runner; remembers every request it was given."""
 
-    def __init__(self, *, caching: bool = True, num_blocks: int = 64, max_num_batched_tokens: int = 64) -> None:
-        self.pool = BlockPool(num_blocks, 4)
+    def __init__(
+        self, *, caching: bool = True, max_num_batched_tokens: int = 64, policy: AdmissionPolicy | None = None
+    ) -> None:
+        self.pool = BlockPool(64, 4)
         limits = SchedulerLimits(8, max_num_batched_tokens, MAX_MODEL_LEN)
-        self.scheduler = Scheduler(limits, self.pool, enable_prefix_caching=caching)
+        self.scheduler = Scheduler(limits, self.pool, enable_prefix_caching=caching, policy=policy)
         self.runner = FakeRunner(self.pool)
         self.requests: dict[str, Request] = {}
 
@@ -142,6 +147,23 @@ def test_siblings_wait_for_the_prompt_and_share_its_blocks(caching: bool) -> Non
     bench.drain()
     # A stranger with the same prompt finds it only if the cache is on.
     assert bench.run(make_request("c", range(30), max_tokens=1)).num_cached_tokens == (28 if caching else 0)
+
+
+def test_shared_blocks_are_not_counted_on_to_become_free() -> None:
+    seen: list[list[int]] = []
+
+    class Recorder(AdmissionPolicy):
+        def fits(self, num_used: int, sequences: Iterable[tuple[int, int]]) -> bool:
+            seen.append([num_freed for _, num_freed in sequences])
+            return True
+
+    bench = Bench(policy=Recorder(64, 4))
+    leader = bench.add(make_request("a", range(30), max_tokens=5))
+    for index in (1, 2):
+        bench.add(make_request(f"a{index}", range(30), max_tokens=5, seed=index, follows=leader))
+    bench.drain()
+    # Eight blocks each, seven of them shared; at first the leader has no reason to think so.
+    assert seen == [[8, 1], [1, 1, 1]]
 
 
 def test_a_follower_added_late_still_shares_without_prefix_caching() -> None:

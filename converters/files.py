@@ -1,0 +1,138 @@
+"""Bounded reading of files that may be broken, hostile, or changing.
+
+Invariant: nothing is allocated before its size has been compared with the file's own, and every failure of the
+operating system or of a decoder becomes a CheckpointError that names the file. Files are read, not mapped: one that
+shrinks meanwhile is an error message and not a signal that ends the process.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import stat
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from converters.errors import CheckpointError
+
+#: config.json and its companions are a few KB; an index of 100,000 tensors is about 10 MB.
+MAX_JSON_BYTES = 16 * 2**20
+#: Linux returns at most 2 GiB less a page from one read.
+_MAX_READ_BYTES = 2**30
+_MAX_SHOWN_CHARS = 120
+
+
+def shown(text: object) -> str:
+    """Text of a file as an error message can carry it: one short printable line."""
+    line = str(text)
+    if len(line) > _MAX_SHOWN_CHARS:
+        line = line[:_MAX_SHOWN_CHARS] + "..."
+    return line if line.isprintable() else repr(line)
+
+
+@dataclass(frozen=True, slots=True)
+class DataFile:
+    """A regular file as it was when first looked at; a later read of a changed one is refused."""
+
+    path: Path
+    num_bytes: int
+    modified_ns: int
+
+    @staticmethod
+    def at(path: Path) -> DataFile:
+        """Look at the file.
+
+        Raises:
+            CheckpointError: if it does not exist, cannot be reached, or is a folder, pipe or device.
+        """
+        try:
+            status = path.stat()
+        except (OSError, ValueError) as error:
+            raise CheckpointError(f"cannot open {shown(path)}: {_reason(error)}") from error
+        if not stat.S_ISREG(status.st_mode):
+            raise CheckpointError(f"{shown(path)} is not a regular file")
+        return DataFile(path, status.st_size, status.st_mtime_ns)
+
+    def read(self, offset: int, num_bytes: int) -> torch.Tensor:
+        """uint8 [num_bytes] from `offset` on. The caller has checked that the file holds them."""
+        assert 0 <= offset <= offset + num_bytes <= self.num_bytes, "ranges are checked when the header is read"
+        data = torch.empty(num_bytes, dtype=torch.uint8)
+        self._read_into(offset, memoryview(data.numpy()))
+        return data
+
+    def read_bytes(self, offset: int, num_bytes: int) -> bytes:
+        """The same as bytes."""
+        return self.read(offset, num_bytes).numpy().tobytes()
+
+    def _read_into(self, offset: int, target: memoryview) -> None:
+        try:
+            with open(self.path, "rb", buffering=0) as file:
+                status = os.fstat(file.fileno())
+                if (status.st_size, status.st_mtime_ns) != (self.num_bytes, self.modified_ns):
+                    raise CheckpointError(f"{self.path} changed while it was being loaded; load the model again")
+                file.seek(offset)
+                done = 0
+                while done < len(target):
+                    got = file.readinto(target[done : done + _MAX_READ_BYTES])
+                    if not got:
+                        raise CheckpointError(f"{self.path} ended {len(target) - done} bytes too early")
+                    done += got
+        except OSError as error:
+            raise CheckpointError(f"cannot read {self.path}: {_reason(error)}") from error
+
+
+def parse_json_object(data: bytes, what: str, *, unique_keys: bool = False) -> dict[str, Any]:
+    """UTF-8 JSON text that must be an object.
+
+    Raises:
+        CheckpointError: naming `what`, if it is not, is nested too deeply, or (on demand) has a key twice.
+    """
+    hook = _refuse_repeated_keys if unique_keys else None
+    try:
+        value = json.loads(data.decode("utf-8"), object_pairs_hook=hook)
+    except (ValueError, RecursionError) as error:
+        raise CheckpointError(f"{what} is not valid JSON: {shown(error) or type(error).__name__}") from error
+    if not isinstance(value, dict):
+        raise CheckpointError(f"{what} holds a JSON {type(value).__name__}, expected an object")
+    return value
+
+
+def read_json_object(path: Path, *, max_bytes: int = MAX_JSON_BYTES, unique_keys: bool = False) -> dict[str, Any]:
+    """A JSON file that must hold an object and be no larger than `max_bytes`.
+
+    Raises:
+        CheckpointError: if it is missing, too large, or no JSON object.
+    """
+    file = DataFile.at(path)
+    if file.num_bytes > max_bytes:
+        raise CheckpointError(f"{path} has {file.num_bytes} bytes, at most {max_bytes} are expected")
+    return parse_json_object(file.read_bytes(0, file.num_bytes), str(path), unique_keys=unique_keys)
+
+
+def list_folder(folder: Path) -> list[str]:
+    """Names in the folder, sorted.
+
+    Raises:
+        CheckpointError: if it cannot be read.
+    """
+    try:
+        return sorted(os.listdir(folder))
+    except OSError as error:
+        raise CheckpointError(f"cannot read {folder}: {_reason(error)}") from error
+
+
+def _refuse_repeated_keys(pairs: Sequence[tuple[str, Any]]) -> dict[str, Any]:
+    result = dict(pairs)
+    if len(result) != len(pairs):
+        seen: set[str] = set()
+        repeated = next(key for key, _ in pairs if key in seen or seen.add(key))  # type: ignore[func-returns-value]
+        raise ValueError(f"the key '{shown(repeated)}' occurs twice")
+    return result
+
+
+def _reason(error: Exception) -> str:
+    return (error.strerror if isinstance(error, OSError) else None) or shown(error)

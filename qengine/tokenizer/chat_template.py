@@ -1,0 +1,394 @@
+"""A model's chat template: messages -> the text of a prompt.
+
+The environment is the one transformers gives templates (trim_blocks, lstrip_blocks, loop controls, tojson,
+raise_exception, strftime_now, {% generation %}), so a template renders here as it does there.
+Invariant: templates come from strangers and run in Jinja's sandbox, on plain copies of the messages, with a bounded
+result; whatever goes wrong in one is a RequestError. It does not accept templates from clients.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from datetime import datetime
+from functools import cached_property
+from typing import Any
+
+from jinja2 import Template, TemplateError, TemplateSyntaxError, meta, nodes
+from jinja2.exceptions import SecurityError
+from jinja2.ext import Extension, loopcontrols
+from jinja2.parser import Parser
+from jinja2.sandbox import ImmutableSandboxedEnvironment
+from jinja2.utils import Namespace
+
+from qengine.errors import RequestError
+from qengine.tokenizer.library import shorten
+
+DEFAULT_MAX_CHARS = 2**24
+MAX_OPTION_CHARS = 4096
+#: Longest string or list that `*`, and largest bit length that `**`, may make inside a template.
+MAX_PRODUCT = 2**20
+#: Names that a template is given by us, or that mean something to other engines: never a client's to set.
+RESERVED_OPTIONS = frozenset(
+    (
+        *("messages", "tools", "documents", "add_generation_prompt", "continue_final_message", "conversation"),
+        *("chat_template", "tokenize", "tokenizer", "return_tensors", "return_dict", "max_chars"),
+    )
+)
+#: Written after the last message's text to find it in the result; the trailing space shows whether a template trims.
+_END_MARK = "\ue000end of the final message\ue000 "
+#: Names under which clients and templates pass a message's reasoning; the first is what most templates read.
+_REASONING_NAMES = ("reasoning_content", "thinking", "reasoning")
+
+
+class ChatTemplate:
+    """One template, compiled at first use.
+
+    Attributes:
+        text: the Jinja source.
+    """
+
+    def __init__(self, text: str, *, now: Callable[[], datetime] = datetime.now) -> None:
+        self.text = text
+        self._now = now
+
+    def compile(self) -> None:
+        """Compile now. Raises RequestError if the text is not a valid template."""
+        _ = self._compiled
+
+    @cached_property
+    def option_names(self) -> frozenset[str]:
+        """The template's own variables: what it reads and nobody but a client gives."""
+        tree = self._syntax_tree
+        # A variable that the template sets itself is an option only if it is set in case nobody gave it.
+        own = {name for name, _ in _assignments(tree)} - _names_with_default(tree)
+        return frozenset(meta.find_undeclared_variables(tree)) - RESERVED_OPTIONS - own
+
+    @cached_property
+    def accepts_content_parts(self) -> bool:
+        """Whether the template loops over a message's content, so that it wants parts and not only a string."""
+        return _loops_over_content(self._syntax_tree)
+
+    def render(
+        self,
+        messages: Sequence[Mapping[str, Any]],
+        *,
+        add_generation_prompt: bool,
+        tools: Sequence[Mapping[str, Any]] | None,
+        continue_final_message: bool,
+        special_tokens: Mapping[str, str],
+        options: Mapping[str, Any],
+        max_chars: int,
+    ) -> str:
+        """See `Tokenizer.render_chat`."""
+        self._check_options(options, special_tokens)
+        chat = [self._plain_message(message, index) for index, message in enumerate(_plain(messages, "messages"))]
+        if not chat:
+            raise RequestError("messages is empty, expected at least one message", param="messages")
+        if continue_final_message:
+            if add_generation_prompt:
+                raise RequestError(
+                    "continue_final_message and add_generation_prompt are both true, expected at most one",
+                    param="continue_final_message",
+                )
+            _mark_end(chat[-1])
+        variables = {
+            **special_tokens,
+            **options,
+            "messages": chat,
+            "tools": _plain(tools, "tools") if tools is not None else None,
+            "documents": None,
+            "add_generation_prompt": add_generation_prompt,
+        }
+        text = self._run(variables, max_chars)
+        return _cut_at_mark(text) if continue_final_message else text
+
+    @cached_property
+    def _environment(self) -> _Environment:
+        return _Environment(self._now)
+
+    @cached_property
+    def _syntax_tree(self) -> nodes.Template:
+        try:
+            return self._environment.parse(self.text)
+        except (TemplateSyntaxError, RecursionError) as error:
+            raise _invalid(error) from error
+
+    @cached_property
+    def _compiled(self) -> Template:
+        try:
+            return self._environment.from_string(self.text)
+        except (TemplateError, RecursionError, SyntaxError) as error:
+            raise _invalid(error) from error
+
+    def _run(self, variables: Mapping[str, Any], max_chars: int) -> str:
+        pieces, num_chars = [], 0
+        try:
+            for piece in self._compiled.generate(variables):
+                pieces.append(piece)
+                num_chars += len(piece)
+                if num_chars > max_chars:
+                    raise _TooLongError
+        except RequestError:
+            raise
+        except _TooLongError:
+            raise RequestError(
+                f"the conversation makes a prompt of more than {max_chars} characters, expected fewer",
+                param="messages",
+                code="context_length_exceeded",
+            ) from None
+        except _RaisedByTemplate as error:
+            raise RequestError(
+                f"the chat template refuses these messages: {shorten(str(error))}", param="messages"
+            ) from error
+        except SecurityError as error:
+            raise RequestError(
+                f"the chat template does what is not allowed: {shorten(str(error))}; use --chat-template FILE with one "
+                "that you trust",
+                param="messages",
+            ) from error
+        except Exception as error:  # a template is a program: it can fail in every way that Python can
+            raise RequestError(
+                f"the chat template cannot render these messages: {type(error).__name__}: {shorten(str(error))}; check "
+                "the roles and fields of the messages against what the model expects",
+                param="messages",
+            ) from error
+        return "".join(pieces)
+
+    def _check_options(self, options: Mapping[str, Any], special_tokens: Mapping[str, str]) -> None:
+        for name, value in options.items():
+            param = "chat_template_kwargs"
+            if name in RESERVED_OPTIONS or name in special_tokens:
+                raise RequestError(f"the chat template option '{name}' is set by the server", param=param)
+            if name not in self.option_names:
+                known = ", ".join(sorted(self.option_names - special_tokens.keys())) or "none"
+                raise RequestError(f"unknown chat template option '{name}'; this model's has: {known}", param=param)
+            if not _is_small_scalar(value):
+                raise RequestError(
+                    f"the chat template option '{name}' is {shorten(repr(value)[:MAX_OPTION_CHARS])}, expected a "
+                    f"string of at most {MAX_OPTION_CHARS} characters, a finite number, true, false or null",
+                    param=param,
+                )
+
+    def _plain_message(self, message: Any, index: int) -> dict[str, Any]:
+        """The message without null fields, its content in the form the template expects."""
+        where = f"messages[{index}]"
+        if not isinstance(message, dict) or not isinstance(message.get("role"), str):
+            raise RequestError(f"{where} is no object with a 'role'", param="messages")
+        present = {key: value for key, value in message.items() if value is not None}
+        content = present.get("content")
+        if isinstance(content, list):
+            texts = [_part_text(part, f"{where}.content[{position}]") for position, part in enumerate(content)]
+            if not self.accepts_content_parts:
+                present["content"] = "\n".join(texts)
+        elif content is not None and not isinstance(content, str):
+            raise RequestError(
+                f"{where}.content is a {type(content).__name__}, expected a string or a list of parts", param="messages"
+            )
+        reasoning = next((present[name] for name in _REASONING_NAMES if name in present), None)
+        return present if reasoning is None else {"thinking": reasoning, **present, "reasoning_content": reasoning}
+
+
+def _plain(value: Any, param: str) -> Any:
+    """A copy made of plain JSON types alone: a template can neither change the caller's objects nor call into them."""
+    try:
+        plain = json.loads(json.dumps(value))
+    except (TypeError, ValueError, RecursionError) as error:
+        raise RequestError(f"{param} is not JSON data: {shorten(str(error))}", param=param) from error
+    if not isinstance(plain, list):
+        raise RequestError(f"{param} is {shorten(repr(value))}, expected a list of objects", param=param)
+    return plain
+
+
+def _part_text(part: Any, where: str) -> str:
+    if not isinstance(part, dict) or part.get("type") != "text" or not isinstance(part.get("text"), str):
+        kind = part.get("type") if isinstance(part, dict) else part
+        raise RequestError(
+            f"{where} has the type {shorten(repr(kind))}, expected {{'type': 'text', 'text': ...}}: this model reads "
+            "text only",
+            param="messages",
+        )
+    text: str = part["text"]
+    return text
+
+
+def _is_small_scalar(value: Any) -> bool:
+    if isinstance(value, str):
+        return len(value) <= MAX_OPTION_CHARS
+    if isinstance(value, float):
+        return math.isfinite(value)
+    if isinstance(value, int):
+        return value.bit_length() <= 64
+    return value is None
+
+
+def _invalid(error: BaseException) -> RequestError:
+    line = f" (line {error.lineno})" if isinstance(error, TemplateSyntaxError) else ""
+    return RequestError(
+        f"the chat template is not valid Jinja{line}: {shorten(str(error))}; start with --chat-template FILE",
+        param="messages",
+    )
+
+
+# continue_final_message
+
+
+def _mark_end(message: dict[str, Any]) -> None:
+    """Write the mark after the text of `message`."""
+    content = message.get("content")
+    if isinstance(content, str) and _END_MARK not in content:
+        message["content"] = content + _END_MARK
+    elif isinstance(content, list) and content:
+        content[-1]["text"] += _END_MARK
+    else:
+        raise RequestError(
+            "continue_final_message is true but the last message has no text to continue", param="messages"
+        )
+
+
+def _cut_at_mark(text: str) -> str:
+    mark = _END_MARK.rstrip()
+    position = text.rfind(mark)
+    if position < 0:
+        raise RequestError(
+            "continue_final_message is true but this chat template does not show the last message's text",
+            param="messages",
+        )
+    before = text[:position]
+    # A template that trimmed the mark's space trims every message's end: so must the cut.
+    return before if text.startswith(_END_MARK, position) else before.rstrip()
+
+
+# The environment
+
+
+class _RaisedByTemplate(TemplateError):  # noqa: N818  (an error of the template's making, not a kind of ours)
+    """`raise_exception` was called."""
+
+
+class _TooLongError(Exception):
+    """The result passed its bound."""
+
+
+class _GenerationTag(Extension):
+    """{% generation %} ... {% endgeneration %}: marks what an assistant wrote, for training; only its body matters."""
+
+    tags = {"generation"}  # noqa: RUF012  (as Jinja declares it)
+
+    def parse(self, parser: Parser) -> nodes.Node:
+        line = next(parser.stream).lineno
+        body = parser.parse_statements(("name:endgeneration",), drop_needle=True)
+        return nodes.Scope(body, lineno=line)
+
+
+class _SafeNamespace(Namespace):
+    """A namespace without underscore names: a stored `__class__` would deceive the sandbox's own checks."""
+
+    def __init__(*args: Any, **kwargs: Any) -> None:
+        # As in Jinja, so that a template may store a name "self".
+        self, *rest = args
+        attributes = dict(*rest, **kwargs)
+        for name in attributes:
+            _check_stored_name(name)
+        Namespace.__init__(self, attributes)
+
+    def __setitem__(self, name: str, value: Any) -> None:
+        _check_stored_name(name)
+        super().__setitem__(name, value)
+
+
+def _check_stored_name(name: object) -> None:
+    if not isinstance(name, str) or name.startswith("_"):
+        raise SecurityError(f"a namespace cannot hold the name {name!r}")
+
+
+class _Environment(ImmutableSandboxedEnvironment):
+    """The sandbox, with transformers' names and a bound on what one multiplication can make."""
+
+    intercepted_binops = frozenset(("*", "**"))
+
+    def __init__(self, now: Callable[[], datetime]) -> None:
+        super().__init__(trim_blocks=True, lstrip_blocks=True, extensions=[_GenerationTag, loopcontrols])
+        del self.globals["lipsum"]
+        self.globals["namespace"] = _SafeNamespace
+        self.globals["raise_exception"] = _raise_exception
+        self.globals["strftime_now"] = lambda form: now().strftime(form)
+        self.filters["tojson"] = _tojson
+
+    def call_binop(self, context: Any, operator: str, left: Any, right: Any) -> Any:
+        if operator == "*":
+            repeated, times = (right, left) if isinstance(left, int) else (left, right)
+            is_bounded = not isinstance(repeated, str | list | tuple) or len(repeated) * times <= MAX_PRODUCT
+        else:
+            is_integral = isinstance(left, int) and isinstance(right, int)
+            is_bounded = not is_integral or left.bit_length() * right <= MAX_PRODUCT
+        if not is_bounded:
+            raise SecurityError(f"the result of '{operator}' is larger than {MAX_PRODUCT}")
+        return super().call_binop(context, operator, left, right)
+
+
+def _raise_exception(message: object) -> None:
+    raise _RaisedByTemplate(str(message))
+
+
+def _tojson(
+    value: Any,
+    ensure_ascii: bool = False,
+    indent: int | str | None = None,
+    separators: tuple[str, str] | None = None,
+    sort_keys: bool = False,
+) -> str:
+    """JSON as a model was trained on it: unlike Jinja's filter, nothing is escaped for HTML."""
+    return json.dumps(value, ensure_ascii=ensure_ascii, indent=indent, separators=separators, sort_keys=sort_keys)
+
+
+# What a template reads
+
+
+def _loops_over_content(tree: nodes.Template) -> bool:
+    """Whether a {% for %} runs over a message's content: itself, a variable set to it, or a macro's argument."""
+    names = _names_of_content(tree)
+    return any(_is_content(loop.iter, names) for loop in tree.find_all(nodes.For))
+
+
+def _names_of_content(tree: nodes.Template) -> set[str]:
+    names: set[str] = set()
+    while True:
+        found = {name for name, value in _bindings(tree) if _is_content(value, names)}
+        if found <= names:
+            return names
+        names |= found
+
+
+def _bindings(tree: nodes.Template) -> Iterator[tuple[str, nodes.Node]]:
+    """(name, value) of every {% set name = value %} and every macro argument given by position."""
+    macros = {macro.name: macro for macro in tree.find_all(nodes.Macro)}
+    yield from _assignments(tree)
+    for call in tree.find_all(nodes.Call):
+        macro = macros.get(call.node.name) if isinstance(call.node, nodes.Name) else None
+        if macro is not None:
+            yield from zip((argument.name for argument in macro.args), call.args, strict=False)
+
+
+def _assignments(tree: nodes.Template) -> Iterator[tuple[str, nodes.Node]]:
+    for assignment in tree.find_all(nodes.Assign):
+        if isinstance(assignment.target, nodes.Name):
+            yield assignment.target.name, assignment.node
+
+
+def _names_with_default(tree: nodes.Template) -> set[str]:
+    """Names that the template asks about: `is defined`, `is undefined`, `| default(...)`."""
+    asked = [node.node for node in tree.find_all(nodes.Test) if node.name in ("defined", "undefined")]
+    asked += [node.node for node in tree.find_all(nodes.Filter) if node.name in ("default", "d") and node.node]
+    return {node.name for node in asked if isinstance(node, nodes.Name)}
+
+
+def _is_content(node: nodes.Node, names: set[str]) -> bool:
+    if isinstance(node, nodes.Filter):
+        return node.node is not None and _is_content(node.node, names)
+    if isinstance(node, nodes.Getattr):
+        return node.attr == "content"
+    if isinstance(node, nodes.Getitem):
+        return isinstance(node.arg, nodes.Const) and node.arg.value == "content"
+    return isinstance(node, nodes.Name) and node.name in names
