@@ -14,9 +14,14 @@ def api_key() -> str | None:
     return os.environ.get("QENGINE_API_KEY") or None
 
 
-def log_level() -> str:
-    """QENGINE_LOG_LEVEL: debug, info (default), warning or error."""
-    return (os.environ.get("QENGINE_LOG_LEVEL") or "info").lower()
+def log_level(default: str = "info") -> str:
+    """QENGINE_LOG_LEVEL: debug, info, warning or error."""
+    return (os.environ.get("QENGINE_LOG_LEVEL") or default).lower()
+
+
+def no_color() -> bool:
+    """NO_COLOR, as everywhere: set means plain text."""
+    return bool(os.environ.get("NO_COLOR"))
 
 
 def cache_dir() -> Path:

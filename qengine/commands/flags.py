@@ -1,0 +1,289 @@
+"""Every flag of every command, as data: name, meaning, default, and how its text becomes a value.
+
+The help, the parser and the config file are all made from these tables. Invariant: a default shown here is the one
+that EngineConfig or ServerOptions uses (a test compares them); nothing here sets it. Nothing heavy is imported.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Literal
+
+from qengine.config import AUTO, parse_count, parse_memory
+from qengine.errors import ConfigError
+
+#: (text, flag name) -> value; raises ConfigError.
+Parse = Callable[[str, str], object]
+Kind = Literal["value", "switch", "on/off", "list", "repeat"]
+
+
+def text(value: str, flag: str) -> str:
+    if not value.strip():
+        raise ConfigError(f"{flag} is empty; give a value or leave the flag out")
+    return value
+
+
+def any_text(value: str, flag: str) -> str:
+    """Text that may be empty: what it means is checked where it is used."""
+    return value
+
+
+def count(value: str, flag: str) -> int:
+    return parse_count(value, flag)
+
+
+def memory(value: str, flag: str) -> int:
+    return parse_memory(value, flag)
+
+
+def number(value: str, flag: str) -> float:
+    try:
+        return float(value)
+    except ValueError:
+        raise ConfigError(f"{flag} is '{value}', expected a number such as 0.9") from None
+
+
+def length(value: str, flag: str) -> int | str:
+    return AUTO if value == AUTO else parse_count(value, flag)
+
+
+def port(value: str, flag: str) -> int:
+    if not value.strip().isdecimal() or not int(value) <= 65535:
+        raise ConfigError(f"{flag} is '{value}', expected a whole number from 0 (any free port) to 65535")
+    return int(value)
+
+
+@dataclass(frozen=True, slots=True)
+class Flag:
+    """One flag. `kind` "on/off" also has a --no- form; "list" takes several values; it and "repeat" may be repeated.
+
+    `refused` says why this version has no such feature: the flag is known, not shown, and an error when given.
+    """
+
+    name: str
+    help: str = ""
+    metavar: str = ""
+    parse: Parse = text
+    default: str = ""
+    short: str = ""
+    kind: Kind = "value"
+    refused: str = ""
+
+    @property
+    def dest(self) -> str:
+        """The option's name in Python: "--max-model-len" is "max_model_len"."""
+        return self.name[2:].replace("-", "_")
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        """All the ways to write it."""
+        negated = (f"--no-{self.name[2:]}",) if self.kind == "on/off" else ()
+        return (self.name, *negated, *((self.short,) if self.short else ()))
+
+
+@dataclass(frozen=True, slots=True)
+class Group:
+    """Flags under one heading of the help."""
+
+    title: str
+    flags: tuple[Flag, ...]
+
+
+def _switch(name: str, help: str) -> Flag:
+    return Flag(name, help, kind="switch")
+
+
+MODEL_FLAGS = Group(
+    "Model",
+    (
+        Flag("--tokenizer", "folder with another tokenizer", "PATH"),
+        Flag("--quantization", "awq, gptq or gguf; must agree with the file", "METHOD", default="read", short="-q"),
+        Flag("--dtype", "compute in auto, half, float16, bfloat16 or float32", "DTYPE", default="auto"),
+        Flag("--load-format", "auto, or dummy: random weights of the right shapes", "FORMAT", default="auto"),
+        Flag("--chat-template", "Jinja file to use instead of the model's own template", "FILE"),
+        Flag(
+            "--generation-config",
+            "where sampling defaults come from: auto (the model), none, or a folder",
+            "WHERE",
+            default="auto",
+        ),
+        Flag("--seed", "for requests that give none", "N", count, default="0"),
+        _switch("--trust-remote-code", "accepted, without effect: code from a checkpoint is never run"),
+    ),
+)
+
+MEMORY_FLAGS = Group(
+    "Memory and context",
+    (
+        Flag(
+            "--max-model-len",
+            "prompt and output in tokens; 8k = 8000, 8K = 8192, auto = the largest that fits",
+            "LEN",
+            length,
+            default="the model's",
+        ),
+        Flag("--kv-cache-memory-bytes", "size of the KV cache, such as 4GiB or 512MiB", "SIZE", memory),
+        Flag("--kv-cache-dtype", "auto (the compute dtype), float16, bfloat16 or float32", "DTYPE", default="auto"),
+        Flag("--block-size", "tokens per KV block", "N", count, default="16"),
+        Flag(
+            "--enable-prefix-caching",
+            "reuse the KV of prompts that begin alike",
+            kind="on/off",
+            default="on",
+        ),
+        Flag("--gpu-memory-utilization", "share of a GPU's memory to use", "SHARE", number, default="0.92"),
+        Flag("--gpu-memory-limit", "the same as a size, such as 22GiB; overrides the share", "SIZE", memory),
+    ),
+)
+
+BATCH_FLAGS = Group(
+    "Batching",
+    (
+        Flag("--max-num-seqs", "sequences in one step", "N", count, default="256"),
+        Flag(
+            "--max-num-batched-tokens",
+            "tokens in one step; longer prompts are computed in parts",
+            "N",
+            count,
+            default="256 on a CPU",
+        ),
+    ),
+)
+
+DEVICE_FLAGS = Group(
+    "Devices",
+    (
+        Flag("--device", "auto or cpu", "DEVICE", default="auto"),
+        Flag("--tensor-parallel-size", "devices that share each layer", "N", count, default="1", short="-tp"),
+        Flag("--pipeline-parallel-size", "devices that share the layers", "N", count, default="1", short="-pp"),
+        _switch("--enforce-eager", "no CUDA graphs"),
+    ),
+)
+
+ENGINE_GROUPS = (MODEL_FLAGS, MEMORY_FLAGS, BATCH_FLAGS, DEVICE_FLAGS)
+
+ADDRESS_FLAGS = Group(
+    "Address and access",
+    (
+        Flag("--host", "address to listen on; all but this machine's own need an API key", "HOST", default="127.0.0.1"),
+        Flag("--port", "0 picks a free one and prints it", "PORT", port, default="8000"),
+        Flag("--uds", "listen on a unix socket instead of host and port", "PATH"),
+        Flag(
+            "--api-key",
+            "key that clients must send; several allowed, 4 characters at least",
+            "KEY",
+            any_text,
+            kind="list",
+        ),
+        Flag("--api-key-file", "file with one key per line", "FILE"),
+        _switch("--allow-no-auth", "listen beyond this machine without a key"),
+        Flag("--ssl-keyfile", "private key for HTTPS", "FILE"),
+        Flag("--ssl-certfile", "certificate for HTTPS", "FILE"),
+    ),
+)
+
+SERVER_FLAGS = Group(
+    "API",
+    (
+        Flag("--served-model-name", "name or names of the model in the API", "NAME", default="the path", kind="list"),
+        Flag("--max-logprobs", "most log-probabilities per token that a request may ask for", "N", count, default="20"),
+        Flag("--max-queue", "requests that may wait; more get status 429", "N", count, default="128"),
+        Flag(
+            "--drain-timeout", "seconds that running requests get to finish at SIGTERM", "SECONDS", number, default="30"
+        ),
+        Flag("--metrics-prefix", refused="this version exports no metrics"),
+    ),
+)
+
+SAMPLING_FLAGS = Group(
+    "Sampling",
+    (
+        Flag("--temperature", "0 always takes the likeliest token", "T", number, default="the model's, or 1"),
+        Flag("--top-p", "keep the likeliest tokens up to this probability", "P", number, default="the model's, or 1"),
+        Flag("--top-k", "keep the K likeliest tokens; 0 keeps all", "K", count, default="the model's, or 0"),
+        Flag("--stop", "text that ends the answer; several allowed by repeating it", "TEXT", any_text, kind="repeat"),
+    ),
+)
+
+PROMPT_FLAGS = Group(
+    "Prompt and output",
+    (
+        Flag(
+            "--prompt",
+            "text to continue, - reads it from standard input; repeat it for several",
+            "TEXT",
+            any_text,
+            kind="repeat",
+        ),
+        _switch("--chat", "send the prompt as a user's message, through the model's chat template"),
+        Flag("--max-tokens", "most tokens to generate", "N", count, default="256"),
+        _switch("--json", "one JSON object per prompt and line instead of text"),
+    ),
+)
+
+CHAT_FLAGS = Group(
+    "Conversation",
+    (
+        Flag("--system", "system message that the conversation starts with", "TEXT"),
+        Flag("--max-tokens", "most tokens in one answer", "N", count, default="what the context holds"),
+    ),
+)
+
+GENERAL_FLAGS = Group(
+    "General",
+    (
+        Flag("--config", "YAML or JSON file with flag names as keys; the command line wins", "FILE"),
+        _switch("--debug", "show tracebacks and debug messages"),
+        Flag("--help", "show this text", kind="switch", short="-h"),
+    ),
+)
+
+_BUNDLED = "left out: the bundled SmolLM2-135M-Instruct"
+MODEL_HELP = f"a folder, a .gguf file, or a hub id such as organization/name; {_BUNDLED}"
+
+
+@dataclass(frozen=True, slots=True)
+class CommandHelp:
+    """What a command takes and says of itself."""
+
+    summary: str
+    groups: tuple[Group, ...]
+    examples: tuple[tuple[str, str], ...]
+
+    @property
+    def flags(self) -> dict[str, Flag]:
+        """By option name; --help is not an option."""
+        return {f.dest: f for g in self.groups for f in g.flags if f.dest != "help"}
+
+
+COMMANDS: dict[str, CommandHelp] = {
+    "serve": CommandHelp(
+        "Serve a model over HTTP, with OpenAI's API and a chat page.",
+        (ADDRESS_FLAGS, SERVER_FLAGS, *ENGINE_GROUPS, GENERAL_FLAGS),
+        (
+            ("qengine serve", "the bundled model, on http://127.0.0.1:8000"),
+            ("qengine serve ./Qwen2.5-7B-Instruct-AWQ --max-model-len 16K", "a local 4-bit checkpoint"),
+            ("qengine serve model.gguf --port 0 --served-model-name llama", "any free port, a short name"),
+            ("qengine serve MODEL --host 0.0.0.0 --api-key-file keys.txt", "for the whole network, with keys"),
+        ),
+    ),
+    "generate": CommandHelp(
+        "Continue one prompt, as it comes, or several at once.",
+        (PROMPT_FLAGS, SAMPLING_FLAGS, *ENGINE_GROUPS, GENERAL_FLAGS),
+        (
+            ('qengine generate --prompt "The capital of France is"', "the bundled model"),
+            ('qengine generate MODEL --chat --prompt "Why is the sky blue?"', "through the chat template"),
+            ("qengine generate MODEL --prompt - --temperature 0 < text.txt", "from standard input"),
+            ('qengine generate --prompt "One" --prompt "Two" --json', "two prompts in one batch"),
+        ),
+    ),
+    "chat": CommandHelp(
+        "Talk to a model in the terminal. /exit or Ctrl-D ends, Ctrl-C stops an answer, /new starts over.",
+        (CHAT_FLAGS, SAMPLING_FLAGS, *ENGINE_GROUPS, GENERAL_FLAGS),
+        (
+            ("qengine chat", "the bundled model"),
+            ('qengine chat MODEL --system "Answer in one sentence."', "with a system message"),
+        ),
+    ),
+}

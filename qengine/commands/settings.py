@@ -1,0 +1,204 @@
+"""What each command was asked to do, checked as far as it can be before anything heavy is loaded.
+
+Invariant: settings that exist hold valid values; what depends on the model is left to the engine. A key's characters
+never appear in a message.
+"""
+
+from __future__ import annotations
+
+import logging
+import stat
+import sys
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from qengine import environment
+from qengine.commands.flags import ADDRESS_FLAGS, ENGINE_GROUPS, SAMPLING_FLAGS, SERVER_FLAGS, Group
+from qengine.commands.parsing import Invocation
+from qengine.config import EngineConfig
+from qengine.errors import ConfigError
+from qengine.request import SamplingParams
+
+logger = logging.getLogger(__name__)
+
+MIN_KEY_LEN = 4
+#: A key file larger than this is a mistake, such as a model's name in the wrong place.
+_MAX_KEY_FILE_BYTES = 1 << 20
+
+
+@dataclass(frozen=True, slots=True)
+class ServeSettings:
+    """`server` holds ServerOptions by name, only those that were given."""
+
+    engine: EngineConfig
+    server: Mapping[str, Any]
+
+
+@dataclass(frozen=True, slots=True)
+class GenerateSettings:
+    """`sampling` holds SamplingParams by name, only those that were given: the model's defaults fill the rest."""
+
+    engine: EngineConfig
+    prompts: tuple[str, ...]
+    sampling: Mapping[str, Any]
+    use_chat_template: bool
+    as_json: bool
+
+
+@dataclass(frozen=True, slots=True)
+class ChatSettings:
+    """`sampling` as in GenerateSettings."""
+
+    engine: EngineConfig
+    sampling: Mapping[str, Any]
+    system: str | None = None
+
+
+def serve_settings(given: Invocation) -> ServeSettings:
+    """Raises ConfigError."""
+    engine = _engine_config(given.options)
+    options = _pick(given.options, (ADDRESS_FLAGS, SERVER_FLAGS))
+    if "uds" in options and not given.on_command_line.isdisjoint({"host", "port"}):
+        raise ConfigError("--uds takes the place of --host and --port; give one or the other")
+    _check_tls(options)
+    if "api_key" in given.on_command_line:
+        logger.warning(
+            "--api-key is visible to this machine's users in the process list; "
+            "QENGINE_API_KEY or --api-key-file keeps it out"
+        )
+    keys = _api_keys(options.pop("api_key", ()), options.pop("api_key_file", None))
+    names = options.pop("served_model_name", ())
+    return ServeSettings(engine, {**options, "api_keys": keys, "served_model_names": names})
+
+
+def generate_settings(given: Invocation) -> GenerateSettings:
+    """Reads standard input for `--prompt -`. Raises ConfigError or RequestError."""
+    engine = _engine_config(given.options)
+    sampling = _sampling({"max_tokens": 256}, given.options)
+    prompts = given.options.get("prompt", ())
+    if not prompts:
+        raise ConfigError("nothing to continue; give --prompt TEXT, or --prompt - to read it from standard input")
+    if prompts.count("-") > 1:
+        raise ConfigError("--prompt - was given twice, but standard input can be read once")
+    texts = tuple(_read_standard_input() if prompt == "-" else _check_text(prompt, "--prompt") for prompt in prompts)
+    return GenerateSettings(
+        engine, texts, sampling, bool(given.options.get("chat", False)), bool(given.options.get("json", False))
+    )
+
+
+def chat_settings(given: Invocation) -> ChatSettings:
+    """Raises ConfigError or RequestError."""
+    system = given.options.get("system")
+    return ChatSettings(
+        _engine_config(given.options),
+        _sampling({"max_tokens": None}, given.options),
+        None if system is None else _check_text(system, "--system"),
+    )
+
+
+def _pick(options: Mapping[str, Any], groups: Iterable[Group]) -> dict[str, Any]:
+    names = {flag.dest for group in groups for flag in group.flags}
+    return {name: value for name, value in options.items() if name in names}
+
+
+def _engine_config(options: Mapping[str, Any]) -> EngineConfig:
+    picked = _pick(options, ENGINE_GROUPS)
+    if picked.pop("trust_remote_code", False):
+        logger.warning("--trust-remote-code has no effect: qengine never runs code from a checkpoint")
+    if "model" in options:
+        picked["model"] = options["model"]
+    return EngineConfig.from_options(picked)
+
+
+def _sampling(defaults: Mapping[str, Any], options: Mapping[str, Any]) -> dict[str, Any]:
+    sampling = {**defaults, **_pick(options, (SAMPLING_FLAGS,))}
+    if "max_tokens" in options:
+        sampling["max_tokens"] = options["max_tokens"]
+    if "seed" in options:
+        sampling["seed"] = options["seed"]
+    SamplingParams(**sampling)
+    return sampling
+
+
+def _check_text(text: str, flag: str) -> str:
+    """Refuse bytes that were not UTF-8: the shell hands them over as lone surrogates."""
+    try:
+        text.encode("utf-8")
+    except UnicodeEncodeError:
+        raise ConfigError(f"{flag} is not valid UTF-8 text") from None
+    return text
+
+
+def _read_standard_input() -> str:
+    if sys.stdin is None:
+        raise ConfigError("--prompt - needs standard input, but it is closed")
+    try:
+        text = sys.stdin.buffer.read().decode("utf-8")
+    except UnicodeDecodeError as error:
+        raise ConfigError(f"--prompt -: standard input is not UTF-8 text (byte {error.start})") from None
+    if not text.strip():
+        raise ConfigError("--prompt -: standard input is empty")
+    return text
+
+
+# Keys and certificates
+
+
+def _check_tls(options: Mapping[str, Any]) -> None:
+    for name, other in (("ssl_keyfile", "ssl_certfile"), ("ssl_certfile", "ssl_keyfile")):
+        file = options.get(name)
+        if file is None:
+            continue
+        flag = "--" + name.replace("_", "-")
+        if options.get(other) is None:
+            raise ConfigError(f"{flag} needs --{other.replace('_', '-')} too")
+        if not Path(file).expanduser().is_file():
+            raise ConfigError(f"{flag}: no file at '{file}'")
+
+
+def _api_keys(given: tuple[str, ...], file: str | None) -> tuple[str, ...]:
+    """All keys from the flags, the file and the environment, each checked."""
+    keys = [_check_key(key, "--api-key") for key in given]
+    if file is not None:
+        keys += _keys_in_file(file)
+    from_environment = environment.api_key()
+    if from_environment is not None:
+        keys.append(_check_key(from_environment, "QENGINE_API_KEY"))
+    return tuple(dict.fromkeys(keys))
+
+
+def _check_key(key: str, source: str) -> str:
+    if len(key) < MIN_KEY_LEN:
+        length = "empty" if not key else f"{len(key)} characters long"
+        raise ConfigError(f"{source}: a key is {length}, expected at least {MIN_KEY_LEN} characters")
+    if not (key.isascii() and key.isprintable()) or " " in key:
+        raise ConfigError(f"{source}: a key has characters other than printable ASCII without spaces")
+    return key
+
+
+def _keys_in_file(file: str) -> list[str]:
+    path = Path(file).expanduser()
+    try:
+        status = path.stat()
+        if not stat.S_ISREG(status.st_mode) and not stat.S_ISFIFO(status.st_mode):
+            raise ConfigError(f"--api-key-file: '{file}' is not a file")
+        if status.st_size > _MAX_KEY_FILE_BYTES:
+            raise ConfigError(f"--api-key-file: '{file}' has {status.st_size} bytes, expected one key per line")
+        content = path.read_text(encoding="utf-8")
+    except OSError as error:
+        raise ConfigError(f"--api-key-file {file}: {error.strerror}") from error
+    except UnicodeDecodeError:
+        raise ConfigError(f"--api-key-file: '{file}' is not text") from None
+    if stat.S_ISREG(status.st_mode) and status.st_mode & (stat.S_IRWXG | stat.S_IRWXO):
+        logger.warning(
+            "--api-key-file: other users may read '%s' (mode %04o); run: chmod 600 '%s'",
+            file,
+            stat.S_IMODE(status.st_mode),
+            file,
+        )
+    keys = [_check_key(line.strip(), f"--api-key-file {file}") for line in content.splitlines() if line.strip()]
+    if not keys:
+        raise ConfigError(f"--api-key-file: '{file}' holds no key; write one per line")
+    return keys

@@ -1,0 +1,40 @@
+"""Where log messages go: plain lines on standard error, so that standard output carries answers only.
+
+Invariant: our own loggers speak at the chosen level, everybody else's from warnings up. Nothing is set up at import.
+"""
+
+from __future__ import annotations
+
+import logging
+import sys
+
+from qengine.config import nearest
+from qengine.errors import ConfigError
+
+_LEVELS = {"debug": logging.DEBUG, "info": logging.INFO, "warning": logging.WARNING, "error": logging.ERROR}
+_OWN_PACKAGES = ("qengine", "converters", "quant_kernels")
+
+
+class _Handler(logging.StreamHandler):  # type: ignore[type-arg]
+    """Our handler, told apart from others so that a second set-up replaces the first."""
+
+
+def set_up_logging(level: str) -> None:
+    """Send log messages to standard error from `level` up. May be called again to change the level.
+
+    Raises:
+        ConfigError: if there is no such level.
+    """
+    if level not in _LEVELS:
+        raise ConfigError(
+            f"QENGINE_LOG_LEVEL is '{level}', expected one of: {', '.join(_LEVELS)}{nearest(level, list(_LEVELS))}"
+        )
+    handler = _Handler(sys.stderr)
+    handler.setFormatter(logging.Formatter("%(asctime)s %(levelname)-7s %(message)s", datefmt="%H:%M:%S"))
+    root = logging.getLogger()
+    for old in [h for h in root.handlers if isinstance(h, _Handler)]:
+        root.removeHandler(old)
+    root.addHandler(handler)
+    root.setLevel(max(_LEVELS[level], logging.WARNING))
+    for package in _OWN_PACKAGES:
+        logging.getLogger(package).setLevel(_LEVELS[level])

@@ -1,0 +1,309 @@
+"""AsyncEngine: one thread steps an Engine for any number of coroutines.
+
+    async for output in engine.generate("Hello", params, "id"): ...   # leaving the loop early aborts the request
+
+Invariants: only the engine thread touches the Engine after construction (`make_request` excepted, which is thread-safe
+and runs in a small pool); every request that was submitted ends in a finished output, an exception, or its caller left;
+what a slow reader has not taken is replaced by the newer cumulative output, so nothing grows without bound.
+An exception out of a step is the end: every request in flight and every later one gets EngineDeadError.
+It knows nothing of HTTP.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import threading
+from collections.abc import AsyncGenerator, Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import aclosing, suppress
+from dataclasses import dataclass, field
+from typing import TypeVar
+
+from qengine.engine import Engine, EngineInfo, PendingRequest
+from qengine.errors import EngineDeadError, QEngineError, RequestError
+from qengine.request import RequestOutput, SamplingParams
+from qengine.serving.admission import Admission
+from qengine.tokenizer import Tokenizer
+
+logger = logging.getLogger(__name__)
+
+NUM_TOKENIZER_THREADS = 2
+_STOPPING = "the server is shutting down"
+_T = TypeVar("_T")
+
+
+@dataclass(frozen=True, slots=True)
+class _Add:
+    pending: tuple[PendingRequest, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class _Abort:
+    request_ids: tuple[str, ...]
+
+
+@dataclass(slots=True)
+class _Mailbox:
+    """What one caller has not taken yet. Touched in the event loop only."""
+
+    latest: dict[str, RequestOutput] = field(default_factory=dict)
+    error: QEngineError | None = None
+    filled: asyncio.Event = field(default_factory=asyncio.Event)
+
+    def fail(self, error: QEngineError) -> None:
+        self.error = error
+        self.filled.set()
+
+    async def take(self) -> list[RequestOutput]:
+        """All outputs that arrived since the last call, waiting for at least one.
+
+        Raises:
+            RequestError: the engine refused a request. EngineDeadError: the engine stopped.
+        """
+        while not self.latest:
+            if self.error is not None:
+                raise self.error
+            self.filled.clear()
+            await self.filled.wait()
+        outputs, self.latest = list(self.latest.values()), {}
+        return outputs
+
+
+class AsyncEngine:
+    """Owns `engine` and the thread that drives it.
+
+    Args:
+        engine: a started engine; nobody else may use it from now on.
+        max_queue: sequences that may wait beyond the engine's `max_num_seqs`.
+        on_death: called once, in the engine thread, when a step raised.
+
+    Attributes:
+        admission: counts what is in flight; whoever calls `run` holds a reservation.
+    """
+
+    def __init__(self, engine: Engine, *, max_queue: int = 128, on_death: Callable[[], None] | None = None) -> None:
+        self._engine = engine
+        self._on_death = on_death
+        self.admission = Admission(engine.info.max_num_seqs + max_queue)
+        self._pool = ThreadPoolExecutor(NUM_TOKENIZER_THREADS, thread_name_prefix="qengine-tokenizer")
+        # Guarded by _wakeup: the inbox, the stop flag, and the outbox on its way to the event loop.
+        self._wakeup = threading.Condition()
+        self._inbox: list[_Add | _Abort] = []
+        self._outbox: dict[str, RequestOutput | QEngineError] = {}
+        self._death: str | None = None  # Why the engine stopped; each caller gets an exception of its own.
+        self._should_stop = False
+        self._delivery_is_due = False
+        # Touched in the event loop only.
+        self._loop: asyncio.AbstractEventLoop | None = None
+        self._mailboxes: dict[str, _Mailbox] = {}
+        self._thread = threading.Thread(target=self._run, name="qengine-engine", daemon=True)
+        self._thread.start()
+
+    @property
+    def info(self) -> EngineInfo:
+        return self._engine.info
+
+    @property
+    def tokenizer(self) -> Tokenizer:
+        return self._engine.tokenizer
+
+    @property
+    def is_dead(self) -> bool:
+        return self._death is not None
+
+    # For callers in the event loop
+
+    async def offload(self, work: Callable[[], _T]) -> _T:
+        """Run `work` (tokenization, templates) in the pool, so that the event loop goes on."""
+        return await asyncio.get_running_loop().run_in_executor(self._pool, work)
+
+    def make_request(
+        self,
+        request_id: str,
+        prompt: str | Sequence[int],
+        params: SamplingParams,
+        *,
+        cache_salt: str = "",
+        add_special_tokens: bool = True,
+    ) -> PendingRequest:
+        """`Engine.make_request`: tokenize and check. Thread-safe, may be slow: call it through `offload`."""
+        return self._engine.make_request(
+            request_id, prompt, params, cache_salt=cache_salt, add_special_tokens=add_special_tokens
+        )
+
+    async def generate(
+        self,
+        prompt: str | Sequence[int],
+        params: SamplingParams,
+        request_id: str,
+        *,
+        cache_salt: str = "",
+        add_special_tokens: bool = True,
+    ) -> AsyncGenerator[RequestOutput, None]:
+        """Answer one prompt; each output has all the text so far, the last one is finished.
+
+        Closing or cancelling the iterator aborts the request and frees its blocks.
+
+        Raises:
+            RequestError, QueueFullError, NotAcceptingError: it was refused. EngineDeadError: the engine stopped.
+        """
+
+        def prepare() -> PendingRequest:
+            return self.make_request(
+                request_id, prompt, params, cache_salt=cache_salt, add_special_tokens=add_special_tokens
+            )
+
+        with self.admission.reserve(params.n):
+            pending = await self.offload(prepare)
+            async with aclosing(self.run([pending])) as outputs:
+                async for output in outputs:
+                    yield output
+
+    async def run(self, pending: Sequence[PendingRequest]) -> AsyncGenerator[RequestOutput, None]:
+        """Answer several prepared requests together; outputs of all come as they progress.
+
+        All are taken or none: if the engine refuses one, the others are dropped. The caller holds a reservation.
+        """
+        self._check_alive()
+        loop = self._bind_loop()
+        mailbox = _Mailbox()
+        unfinished = {request.request_id for request in pending}
+        if len(unfinished) != len(pending) or not unfinished.isdisjoint(self._mailboxes):
+            raise RequestError("a request id is already in use; give each request its own", param="request_id")
+        self._mailboxes.update(dict.fromkeys(unfinished, mailbox))
+        self._send(_Add(tuple(pending)))
+        if self.is_dead:
+            # It died between the check and the registration; nobody else will tell this mailbox.
+            loop.call_soon(self._deliver)
+        try:
+            while unfinished:
+                for output in await mailbox.take():
+                    if output.finished:
+                        self._forget(unfinished, output.request_id)
+                    yield output
+        finally:
+            if unfinished:
+                self._send(_Abort(tuple(unfinished)))
+            for request_id in list(unfinished):
+                self._forget(unfinished, request_id)
+
+    def _check_alive(self) -> None:
+        if self._death is not None:
+            raise EngineDeadError(self._death)
+
+    def _forget(self, unfinished: set[str], request_id: str) -> None:
+        unfinished.discard(request_id)
+        self._mailboxes.pop(request_id, None)
+
+    def _bind_loop(self) -> asyncio.AbstractEventLoop:
+        loop = asyncio.get_running_loop()
+        if self._loop is None:
+            self._loop = loop
+        assert self._loop is loop, "one AsyncEngine serves one event loop"
+        return loop
+
+    def _send(self, command: _Add | _Abort) -> None:
+        with self._wakeup:
+            self._inbox.append(command)
+            self._wakeup.notify()
+
+    # In the event loop, on behalf of the engine thread
+
+    def _deliver(self) -> None:
+        """Hand what the engine thread left in the outbox to the mailboxes."""
+        with self._wakeup:
+            outbox, self._outbox = self._outbox, {}
+            self._delivery_is_due = False
+            death = self._death
+        for request_id, item in outbox.items():
+            mailbox = self._mailboxes.get(request_id)
+            if mailbox is None:
+                continue
+            if isinstance(item, RequestOutput):
+                mailbox.latest[request_id] = item
+                mailbox.filled.set()
+            else:
+                mailbox.fail(item)
+        if death is not None:
+            for mailbox in self._mailboxes.values():
+                mailbox.fail(EngineDeadError(death))
+
+    # In the engine thread
+
+    def _run(self) -> None:
+        try:
+            while self._take_commands():
+                if self._engine.has_unfinished:
+                    self._post({output.request_id: output for output in self._engine.step()})
+        except BaseException as error:  # Whatever it was, every waiting client must hear of it.
+            logger.critical("the engine stopped after an internal failure", exc_info=error)
+            self._die("the engine has stopped after an internal failure; restart the server")
+            if self._on_death is not None:
+                self._on_death()
+        else:
+            self._die(_STOPPING)
+
+    def _take_commands(self) -> bool:
+        """Apply what callers sent, waiting for it if there is nothing else to do. False when it is time to stop."""
+        with self._wakeup:
+            while not (self._inbox or self._should_stop or self._engine.has_unfinished):
+                self._wakeup.wait()
+            if self._should_stop:
+                return False
+            commands, self._inbox = self._inbox, []
+        for command in commands:
+            if isinstance(command, _Add):
+                self._add(command.pending)
+            else:
+                self._drop(command.request_ids)
+        return True
+
+    def _add(self, pending: Sequence[PendingRequest]) -> None:
+        for request in pending:
+            try:
+                self._engine.add(request)
+            except RequestError as error:
+                self._drop([other.request_id for other in pending if other is not request])
+                self._post({request.request_id: error})
+                return
+
+    def _drop(self, request_ids: Sequence[str]) -> None:
+        for request_id in request_ids:
+            self._engine.abort(request_id)
+
+    def _post(self, items: dict[str, RequestOutput | QEngineError]) -> None:
+        with self._wakeup:
+            self._outbox.update(items)
+            self._schedule_delivery()
+
+    def _die(self, reason: str) -> None:
+        with self._wakeup:
+            self._death = reason
+            self._schedule_delivery()
+
+    def _schedule_delivery(self) -> None:
+        """Ask the event loop to collect the outbox, once for however many steps until it does."""
+        if self._delivery_is_due or self._loop is None:
+            return
+        self._delivery_is_due = True
+        with suppress(RuntimeError):  # The loop is closed: nobody waits any more.
+            self._loop.call_soon_threadsafe(self._deliver)
+
+    # For the owner
+
+    def shutdown(self, timeout: float | None = None) -> None:
+        """Stop after the current step, fail what is in flight, release the engine. Idempotent; blocks, so no coroutine.
+
+        Args:
+            timeout: seconds to wait for the current step; then the thread and its engine are left to themselves.
+        """
+        with self._wakeup:
+            self._should_stop = True
+            self._wakeup.notify()
+        self._thread.join(timeout)
+        self._pool.shutdown(wait=False, cancel_futures=True)
+        if self._thread.is_alive():
+            self._die(_STOPPING)
+        else:
+            self._engine.shutdown()

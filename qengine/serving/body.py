@@ -1,0 +1,175 @@
+"""Reading a request's body: the way from untrusted bytes to a checked JSON object.
+
+Invariant: what comes out is a dict whose depth, keys, numbers and strings are within `limits`: no NaN or infinity, no
+NUL, no lone surrogate, no integer of a thousand digits. It knows nothing of the fields' meaning; protocol does.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import math
+import re
+from collections.abc import Iterable, Iterator
+from typing import Any
+
+from starlette.requests import ClientDisconnect, Request
+
+from qengine.serving.errors import ApiError, invalid, shorten
+from qengine.serving.limits import LIMITS
+
+# Larger bodies are parsed in a thread: a few milliseconds of parsing must not stall every stream.
+_INLINE_BYTES = 64 * 1024
+# Digits or exponents long enough to be checked; inside a string they cost time only.
+_LONG_NUMBER = re.compile(rb"[0-9]{%d}|[0-9][eE]\+?[0-9]{3}" % (LIMITS.json_int_digits + 1))
+_Container = dict[str, Any] | list[Any]
+
+
+class ClientGoneError(Exception):
+    """The client closed the connection; nobody reads an answer."""
+
+
+async def read_json_object(request: Request) -> dict[str, Any]:
+    """The body as a JSON object.
+
+    Raises:
+        ApiError: 400, 408, 413 or 415, saying what was found and what was expected.
+        ClientGoneError: the client left while sending.
+    """
+    _check_headers(request)
+    try:
+        body = await asyncio.wait_for(_read(request), LIMITS.body_seconds)
+    except asyncio.TimeoutError as error:
+        message = f"the body did not arrive within {LIMITS.body_seconds:g} seconds"
+        raise ApiError(408, message, headers={"Connection": "close"}) from error
+    except ClientDisconnect as error:
+        raise ClientGoneError from error
+    if len(body) <= _INLINE_BYTES:
+        return parse_json_object(body)
+    return await asyncio.to_thread(parse_json_object, body)
+
+
+def _check_headers(request: Request) -> None:
+    content_type = request.headers.get("content-type", "")
+    if content_type.split(";")[0].strip().lower() != "application/json":
+        found = shorten(content_type) if content_type else "missing"
+        raise ApiError(415, f"Content-Type is {found}, expected application/json")
+    encoding = request.headers.get("content-encoding", "identity")
+    if encoding.strip().lower() != "identity":
+        raise ApiError(415, f"Content-Encoding is {shorten(encoding)}, expected a plain body")
+
+
+async def _read(request: Request) -> bytes:
+    """The bytes, counted as they come: Content-Length is only believed when it is too large."""
+    declared = request.headers.get("content-length", "0")
+    if declared.isdecimal() and int(declared[:20]) > LIMITS.body_bytes:
+        raise _too_large()
+    chunks: list[bytes] = []
+    num_bytes = 0
+    async for chunk in request.stream():
+        num_bytes += len(chunk)
+        if num_bytes > LIMITS.body_bytes:
+            raise _too_large()
+        chunks.append(chunk)
+    return b"".join(chunks)
+
+
+def _too_large() -> ApiError:
+    message = f"the body is larger than {LIMITS.body_bytes} bytes; send a shorter prompt"
+    return ApiError(413, message, headers={"Connection": "close"})
+
+
+def parse_json_object(body: bytes) -> dict[str, Any]:
+    """Parse and check the bytes of a body.
+
+    Raises:
+        ApiError: 400.
+    """
+    if body.count(b",") > LIMITS.json_items:  # Those in strings count too: a bound on work, not on meaning.
+        raise invalid(f"the body has more than {LIMITS.json_items} items (commas); send less")
+    # Calling back for every number makes parsing ten times slower, so only where a number could be out of bounds.
+    hooks: dict[str, Any] = {"parse_constant": _refuse_constant}
+    if _LONG_NUMBER.search(body):
+        hooks.update(parse_int=_bounded_int, parse_float=_finite_float)
+    try:
+        value = json.loads(body.decode("utf-8"), **hooks)
+    except UnicodeDecodeError as error:
+        raise invalid(f"the body is not UTF-8: byte {error.start} is wrong") from error
+    except json.JSONDecodeError as error:
+        raise invalid(f"the body is not valid JSON: {error.msg} at character {error.pos}") from error
+    except RecursionError as error:
+        raise _too_deep() from error
+    if not isinstance(value, dict):
+        raise invalid(f"the body is a JSON {_json_kind(value)}, expected an object")
+    _check_nesting(value)
+    if b"\\u" in body:  # Only an escape can make a character that raw UTF-8 JSON cannot hold.
+        _check_strings(value)
+    return value
+
+
+def _refuse_constant(name: str) -> float:
+    raise invalid(f"the body holds {name}, which is not JSON; send a finite number")
+
+
+def _bounded_int(digits: str) -> int:
+    if len(digits) > LIMITS.json_int_digits:
+        raise invalid(f"the body holds an integer of {len(digits)} digits, expected at most {LIMITS.json_int_digits}")
+    return int(digits)
+
+
+def _finite_float(text: str) -> float:
+    value = float(text)
+    if not math.isfinite(value):
+        raise invalid(f"the body holds the number {text[:40]}, which is too large")
+    return value
+
+
+def _too_deep() -> ApiError:
+    return invalid(f"the body is nested more than {LIMITS.json_depth} levels deep")
+
+
+def _json_kind(value: object) -> str:
+    kinds = {list: "array", str: "string", bool: "boolean", type(None): "null"}
+    return kinds.get(type(value), "number")
+
+
+def _values(container: _Container) -> Iterable[Any]:
+    return container.values() if isinstance(container, dict) else container
+
+
+def _levels(root: dict[str, Any]) -> Iterator[list[_Container]]:
+    """The objects and arrays, level by level from the root, without recursion."""
+    level: list[_Container] = [root]
+    while level:
+        yield level
+        level = [value for container in level for value in _values(container) if type(value) in (list, dict)]
+
+
+def _check_nesting(root: dict[str, Any]) -> None:
+    num_keys = 0
+    for depth, level in enumerate(_levels(root), start=1):
+        if depth > LIMITS.json_depth:
+            raise _too_deep()
+        num_keys += sum(len(container) for container in level if isinstance(container, dict))
+        if num_keys > LIMITS.json_keys:
+            raise invalid(f"the body has more than {LIMITS.json_keys} keys")
+
+
+def _check_strings(root: dict[str, Any]) -> None:
+    for level in _levels(root):
+        for container in level:
+            if isinstance(container, dict):
+                for key in container:
+                    _check_text(key)
+            for value in _values(container):
+                if isinstance(value, str):
+                    _check_text(value)
+
+
+def _check_text(text: str) -> None:
+    if "\0" in text:
+        raise invalid("the body holds a NUL character (\\u0000); remove it")
+    try:
+        text.encode("utf-8")
+    except UnicodeEncodeError as error:
+        raise invalid("the body holds half of a surrogate pair, which is no character; send whole ones") from error

@@ -1,0 +1,189 @@
+"""POST /v1/completions: continue one prompt or several, as text or token ids.
+
+Invariant: choices are numbered prompt by prompt (choice c of prompt p is p * n + c); streamed pieces, joined, equal the
+answer without streaming.
+"""
+
+from __future__ import annotations
+
+from collections.abc import AsyncGenerator
+from contextlib import aclosing
+from dataclasses import dataclass, field
+from typing import Any
+
+from fastapi import APIRouter, Request
+from starlette.responses import Response
+
+from qengine.request import CompletionOutput, PositionLogprobs, RequestOutput
+from qengine.serving.async_engine import AsyncEngine
+from qengine.serving.body import read_json_object
+from qengine.serving.errors import json_response
+from qengine.serving.generation import (
+    Job,
+    Progress,
+    answer,
+    cache_salt,
+    check_num_logprobs,
+    check_prompt_chars,
+    final_outputs,
+    new_id,
+    sampling_params,
+    usage,
+)
+from qengine.serving.logprobs import LegacyLogprobs
+from qengine.serving.protocol import CompletionRequest, parse_request
+from qengine.serving.service import Service, service_of
+from qengine.serving.streaming import Chunks, event_stream, while_connected
+
+router = APIRouter()
+
+DEFAULT_MAX_TOKENS = 16
+
+
+@router.post("/v1/completions")
+async def create_completion(http: Request) -> Response:
+    """Continue prompts."""
+    service = service_of(http)
+    service.ready_engine()
+    request = parse_request(CompletionRequest, await read_json_object(http))
+    service.check_model(request.model)
+    # Again: reading the body may have taken long enough for the server's state to change.
+    call = _CompletionCall(service, service.ready_engine(), request, cache_salt(http, request))
+    if request.stream:
+        return await event_stream(http, call.chunks())
+    return json_response(await while_connected(http, call.whole()))
+
+
+@dataclass(frozen=True, slots=True)
+class _Piece:
+    """New text of a choice with its log-probabilities, and its end if it has come."""
+
+    text: str
+    logprobs: dict[str, Any] | None
+    finish_reason: str | None
+    stop_reason: int | str | None
+
+    @property
+    def is_shown(self) -> bool:
+        return bool(self.text or (self.logprobs is not None and self.logprobs["tokens"]))
+
+
+@dataclass(slots=True)
+class _ChoiceState:
+    """What has been sent of one choice."""
+
+    legacy: LegacyLogprobs | None
+    progress: Progress = field(default_factory=Progress)
+    is_begun: bool = False
+
+
+class _CompletionCall:
+    """One call and the shape of its answer."""
+
+    def __init__(self, service: Service, engine: AsyncEngine, request: CompletionRequest, salt: str) -> None:
+        check_num_logprobs(request.logprobs, "logprobs", service.max_logprobs)
+        for prompt in request.prompts:
+            if isinstance(prompt, str):
+                check_prompt_chars(len(prompt), engine.info.max_model_len, "prompt")
+        self._engine = engine
+        self._request = request
+        self._model = service.model_names[0]
+        self._job = Job(
+            prompts=lambda: request.prompts,
+            num_prompts=len(request.prompts),
+            prompt_param="prompt",
+            params=sampling_params(
+                request,
+                engine.info.default_sampling,
+                max_tokens=request.max_tokens or max(DEFAULT_MAX_TOKENS, request.min_tokens or 0),
+                logprobs=request.logprobs,
+                prompt_logprobs=request.logprobs if request.echo else None,
+            ),
+            token_limit=request.max_tokens,
+            add_special_tokens=request.add_special_tokens is not False,
+            cache_salt=salt,
+            id=new_id("cmpl"),
+        )
+
+    async def whole(self) -> dict[str, Any]:
+        """The answer in one piece."""
+        outputs = await final_outputs(self._engine, self._job)
+        choices = [
+            self._choice(prompt_index, choice.index, self._take(self._new_state(output), output, choice))
+            for prompt_index, output in enumerate(outputs)
+            for choice in output.outputs
+        ]
+        return {**self._head(), "choices": choices, "usage": usage(outputs)}
+
+    async def chunks(self) -> AsyncGenerator[Chunks, None]:
+        """The answer as it comes, the prompts' pieces mixed, and the token counts if wanted."""
+        states: dict[int, list[_ChoiceState]] = {}
+        latest: dict[int, RequestOutput] = {}
+        async with aclosing(answer(self._engine, self._job)) as outputs:
+            async for prompt_index, output in outputs:
+                if prompt_index not in states:
+                    states[prompt_index] = [self._new_state(output) for _ in output.outputs]
+                latest[prompt_index] = output
+                chunks: list[dict[str, Any]] = []
+                for choice in output.outputs:
+                    piece = self._take(states[prompt_index][choice.index], output, choice)
+                    chunks += self._piece_chunks(prompt_index, choice.index, piece)
+                if chunks:
+                    yield chunks
+        if self._request.include_usage:
+            yield [{**self._head(), "choices": [], "usage": usage(list(latest.values()))}]
+
+    def _new_state(self, output: RequestOutput) -> _ChoiceState:
+        if self._request.logprobs is None:
+            return _ChoiceState(None)
+        continued = [] if self._request.echo else output.prompt_token_ids
+        skips = self._job.params.skip_special_tokens
+        return _ChoiceState(LegacyLogprobs(self._engine.tokenizer, continued, skip_special_tokens=skips))
+
+    def _take(self, state: _ChoiceState, output: RequestOutput, choice: CompletionOutput) -> _Piece:
+        """What is new in `choice`, with the prompt before it the first time if it is echoed."""
+        delta = state.progress.advance(choice)
+        text, token_ids = delta.text, delta.token_ids
+        positions: list[PositionLogprobs | None] = list(delta.logprobs or ())
+        if self._request.echo and not state.is_begun:
+            text = self._prompt_text(output) + text
+            if state.legacy is not None:
+                token_ids = [*output.prompt_token_ids, *token_ids]
+                positions = [*(output.prompt_logprobs or ()), *positions]
+        state.is_begun = True
+        logprobs = None if state.legacy is None else state.legacy.take(token_ids, positions)
+        return _Piece(text, logprobs, delta.finish_reason, delta.stop_reason)
+
+    def _prompt_text(self, output: RequestOutput) -> str:
+        if output.prompt is not None:
+            return output.prompt
+        skips = self._job.params.skip_special_tokens
+        return self._engine.tokenizer.decode(output.prompt_token_ids, skip_special_tokens=skips)
+
+    def _piece_chunks(self, prompt_index: int, index: int, piece: _Piece) -> list[dict[str, Any]]:
+        """New text, then the end: together in one chunk they confuse clients."""
+        chunks = []
+        if piece.is_shown:
+            chunks.append(
+                self._chunk(self._choice(prompt_index, index, _Piece(piece.text, piece.logprobs, None, None)))
+            )
+        if piece.finish_reason is not None:
+            end = _Piece("", None, piece.finish_reason, piece.stop_reason)
+            chunks.append(self._chunk(self._choice(prompt_index, index, end)))
+        return chunks
+
+    def _chunk(self, choice: dict[str, Any]) -> dict[str, Any]:
+        chunk = {**self._head(), "choices": [choice]}
+        return {**chunk, "usage": None} if self._request.include_usage else chunk
+
+    def _choice(self, prompt_index: int, index: int, piece: _Piece) -> dict[str, Any]:
+        return {
+            "index": prompt_index * self._job.params.n + index,
+            "text": piece.text,
+            "logprobs": piece.logprobs,
+            "finish_reason": piece.finish_reason,
+            "stop_reason": piece.stop_reason,
+        }
+
+    def _head(self) -> dict[str, Any]:
+        return {"id": self._job.id, "object": "text_completion", "created": self._job.created, "model": self._model}

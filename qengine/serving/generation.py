@@ -1,0 +1,198 @@
+"""From a checked request to the engine's outputs; what chat and completions have in common.
+
+Invariant: a Job holds its place in the queue from before its prompts are tokenized until its outputs end or its caller
+leaves, and nothing of it is left in the engine afterwards. It knows nothing of the shape of answers.
+"""
+
+from __future__ import annotations
+
+import time
+import uuid
+from collections.abc import AsyncGenerator, Callable, Mapping, Sequence
+from contextlib import aclosing
+from dataclasses import dataclass, field
+from typing import Any
+
+from starlette.requests import Request
+
+from qengine.engine import PendingRequest
+from qengine.errors import RequestError
+from qengine.request import CompletionOutput, PositionLogprobs, RequestOutput, SamplingParams
+from qengine.serving.async_engine import AsyncEngine
+from qengine.serving.errors import ApiError, invalid
+from qengine.serving.limits import LIMITS
+from qengine.serving.protocol import GenerationRequest, Prompt
+
+_SAMPLING_FIELDS = (
+    *("temperature", "top_p", "top_k", "min_p", "repetition_penalty", "presence_penalty", "frequency_penalty"),
+    *("n", "seed", "min_tokens", "stop", "stop_token_ids", "include_stop_str_in_output", "ignore_eos"),
+    *("skip_special_tokens", "logit_bias", "allowed_token_ids"),
+)
+
+
+def sampling_params(request: GenerationRequest, defaults: Mapping[str, Any], **more: Any) -> SamplingParams:
+    """The model's defaults, then what the request gives, then `more`.
+
+    Raises:
+        RequestError: a combination that is not possible.
+    """
+    given = {name: getattr(request, name) for name in _SAMPLING_FIELDS if getattr(request, name) is not None}
+    return SamplingParams(**{**defaults, **given, **more})
+
+
+def check_num_logprobs(found: int | None, param: str, limit: int) -> None:
+    """Raise ApiError (400) for more log-probabilities per token than --max-logprobs."""
+    if found is not None and found > limit:
+        raise invalid(f"{param} is {found}, expected at most {limit} (--max-logprobs)", param=param)
+
+
+def cache_salt(http: Request, request: GenerationRequest) -> str:
+    """What separates this request's prefix cache from others': its API key's salt and the one it brings."""
+    parts = [getattr(http.state, "cache_salt", ""), request.cache_salt or ""]
+    return "/".join(parts) if any(parts) else ""
+
+
+@dataclass(frozen=True, slots=True)
+class Job:
+    """One call: its prompts and how to continue them.
+
+    Attributes:
+        prompts: makes the prompts; may be slow (templates), so it runs off the event loop.
+        prompt_param: the field that holds the prompts, for errors.
+        token_limit: tokens that the client asked for explicitly; more than the context holds is an error.
+    """
+
+    prompts: Callable[[], Sequence[Prompt]]
+    num_prompts: int
+    prompt_param: str
+    params: SamplingParams
+    token_limit: int | None
+    add_special_tokens: bool
+    cache_salt: str
+    id: str
+    created: int = field(default_factory=lambda: int(time.time()))
+
+
+def new_id(prefix: str) -> str:
+    """A fresh id such as "chatcmpl-0123...": answers carry it."""
+    return f"{prefix}-{uuid.uuid4().hex}"
+
+
+def check_prompt_chars(num_chars: int, max_model_len: int, param: str) -> None:
+    """Refuse text that is too long for any tokenizer to make it fit, before a tokenizer spends time on it."""
+    limit = max_model_len * LIMITS.prompt_chars_per_token
+    if num_chars > limit:
+        raise invalid(
+            f"the prompt has {num_chars} characters, but the context of {max_model_len} tokens takes at most {limit}; "
+            "shorten it",
+            param=param,
+            code="string_above_max_length",
+        )
+
+
+def _prepare(engine: AsyncEngine, job: Job) -> list[PendingRequest]:
+    """Tokenize and check every prompt. Runs in a thread."""
+    pending: list[PendingRequest] = []
+    for index, prompt in enumerate(job.prompts()):
+        if isinstance(prompt, str):
+            check_prompt_chars(len(prompt), engine.info.max_model_len, job.prompt_param)
+        try:
+            request = engine.make_request(
+                f"{job.id}-{index}",
+                prompt,
+                job.params,
+                cache_salt=job.cache_salt,
+                add_special_tokens=job.add_special_tokens,
+            )
+        except RequestError as error:
+            param = job.prompt_param if error.param == "prompt" else error.param
+            raise RequestError(str(error), param=param, code=error.code) from error
+        _check_token_limit(len(request.prompt_token_ids), job, engine.info.max_model_len)
+        pending.append(request)
+    return pending
+
+
+def _check_token_limit(prompt_len: int, job: Job, max_model_len: int) -> None:
+    if job.token_limit is not None and prompt_len + job.token_limit > max_model_len:
+        raise invalid(
+            f"the context holds {max_model_len} tokens, but the request needs {prompt_len + job.token_limit}: "
+            f"{prompt_len} of the prompt and max_tokens {job.token_limit}; shorten the prompt or lower max_tokens",
+            param=job.prompt_param,
+            code="context_length_exceeded",
+        )
+
+
+async def answer(engine: AsyncEngine, job: Job) -> AsyncGenerator[tuple[int, RequestOutput], None]:
+    """The outputs as they come: (index of the prompt, cumulative output). Closing it aborts the job.
+
+    Raises:
+        RequestError, ApiError, QueueFullError, NotAcceptingError: refused. EngineDeadError: the engine stopped.
+    """
+    with engine.admission.reserve(job.num_prompts * job.params.n):
+        pending = await engine.offload(lambda: _prepare(engine, job))
+        indices = {request.request_id: index for index, request in enumerate(pending)}
+        async with aclosing(engine.run(pending)) as outputs:
+            async for output in outputs:
+                if output.error is not None:
+                    raise ApiError(500, f"the request failed: {output.error}", code="generation_failed")
+                yield indices[output.request_id], output
+
+
+async def final_outputs(engine: AsyncEngine, job: Job) -> list[RequestOutput]:
+    """The whole answers, in the order of the prompts. Raises as `answer`."""
+    latest: dict[int, RequestOutput] = {}
+    async with aclosing(answer(engine, job)) as outputs:
+        async for index, output in outputs:
+            latest[index] = output
+    return [latest[index] for index in sorted(latest)]
+
+
+def usage(outputs: Sequence[RequestOutput]) -> dict[str, Any]:
+    """OpenAI's token counts. A prompt counts once, however many choices continue it."""
+    num_prompt_tokens = sum(len(output.prompt_token_ids) for output in outputs)
+    num_output_tokens = sum(len(choice.token_ids) for output in outputs for choice in output.outputs)
+    return {
+        "prompt_tokens": num_prompt_tokens,
+        "completion_tokens": num_output_tokens,
+        "total_tokens": num_prompt_tokens + num_output_tokens,
+        "prompt_tokens_details": {"cached_tokens": sum(output.num_cached_tokens for output in outputs)},
+    }
+
+
+@dataclass(frozen=True, slots=True)
+class Delta:
+    """What a choice gained since the last look. `finish_reason` is set once, at its end."""
+
+    text: str
+    token_ids: list[int]
+    logprobs: list[PositionLogprobs] | None
+    finish_reason: str | None
+    stop_reason: int | str | None
+
+    @property
+    def is_shown(self) -> bool:
+        """Whether there is something to send beside the end."""
+        return bool(self.text or (self.logprobs is not None and self.token_ids))
+
+
+@dataclass(slots=True)
+class Progress:
+    """How much of a choice has been sent."""
+
+    num_chars: int = 0
+    num_tokens: int = 0
+    is_finished: bool = False
+
+    def advance(self, choice: CompletionOutput) -> Delta:
+        """What is new in the cumulative `choice`. After its end nothing ever is."""
+        ends_now = choice.finished and not self.is_finished
+        delta = Delta(
+            text=choice.text[self.num_chars :],
+            token_ids=choice.token_ids[self.num_tokens :],
+            logprobs=None if choice.logprobs is None else choice.logprobs[self.num_tokens :],
+            finish_reason=choice.finish_reason if ends_now else None,
+            stop_reason=choice.stop_reason if ends_now else None,
+        )
+        self.num_chars, self.num_tokens = len(choice.text), len(choice.token_ids)
+        self.is_finished = choice.finished
+        return delta

@@ -1,0 +1,49 @@
+"""Every bound on what a client may send, in one table that validators, documentation and tests read.
+
+Invariant: every number that a client controls is bounded on both sides before it reaches the engine. Bounds that depend
+on the model or on an option (context length, vocabulary, --max-logprobs, the queue) are checked where those are known.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True, slots=True)
+class Limits:
+    """Sizes in bytes, characters or items as the name says; times in seconds."""
+
+    head_bytes: int = 64 * 1024
+    num_headers: int = 100
+    head_seconds: float = 10.0
+    body_bytes: int = 8 * 1024 * 1024
+    body_seconds: float = 30.0
+    json_depth: int = 64
+    json_keys: int = 10_000
+    json_items: int = 500_000
+    json_int_digits: int = 40
+    model_name_chars: int = 1024
+    prompt_chars_per_token: int = 16
+    num_prompts: int = 256
+    num_messages: int = 2048
+    num_choices: int = 8
+    num_stop_strings: int = 8
+    stop_chars: int = 256
+    num_token_ids: int = 1024
+    num_logit_bias: int = 1024
+    logit_bias_magnitude: float = 100.0
+    max_tokens: int = 2**31 - 1
+    token_id: int = 2**31 - 1
+    top_k: int = 1_000_000
+    temperature: float = 2.0
+    penalty: float = 2.0
+    repetition_penalty: float = 100.0
+    seed: int = 2**63 - 1
+    template_kwargs_bytes: int = 4096
+    cache_salt_chars: int = 128
+    shown_chars: int = 200
+    stalled_stream_seconds: float = 60.0
+    retry_after_seconds: int = 1
+
+
+LIMITS = Limits()

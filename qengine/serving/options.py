@@ -1,0 +1,69 @@
+"""What the server is started with, checked.
+
+Invariant: options that exist are valid in themselves and safe: a server that other machines can reach has keys, or its
+owner said in so many words that it needs none. Imports nothing heavy.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+from qengine.errors import ConfigError
+from qengine.serving.auth import check_exposure, check_keys
+
+_MAX_PORT = 65535
+
+
+@dataclass(frozen=True, slots=True)
+class ServerOptions:
+    """Where and how to serve.
+
+    Attributes:
+        host, port: the address; port 0 picks a free one.
+        uds: path of a unix socket, instead of host and port; only its owner can connect.
+        api_keys: clients must send one of them; none means anyone who can connect.
+        allow_no_auth: serve beyond this machine without keys.
+        served_model_names: what clients call the model; the first is echoed. Empty: the model as given.
+        max_logprobs: log-probabilities per token that a request may ask for.
+        max_queue: sequences that may wait beyond those that run.
+        ssl_keyfile, ssl_certfile: serve HTTPS.
+        drain_timeout: seconds that requests in flight get when the server is told to stop.
+
+    Raises:
+        ConfigError: naming the option, what was found and what was expected.
+    """
+
+    host: str = "127.0.0.1"
+    port: int = 8000
+    uds: str | None = None
+    api_keys: tuple[str, ...] = ()
+    allow_no_auth: bool = False
+    served_model_names: tuple[str, ...] = ()
+    max_logprobs: int = 20
+    max_queue: int = 128
+    ssl_keyfile: str | None = None
+    ssl_certfile: str | None = None
+    drain_timeout: float = 30.0
+
+    def __post_init__(self) -> None:
+        for name in ("api_keys", "served_model_names"):
+            object.__setattr__(self, name, tuple(getattr(self, name)))
+        _check_int("port", self.port, _MAX_PORT)
+        _check_int("max_logprobs", self.max_logprobs)
+        _check_int("max_queue", self.max_queue)
+        if not math.isfinite(self.drain_timeout) or self.drain_timeout < 0:
+            raise ConfigError(f"drain_timeout is {self.drain_timeout}, expected seconds of at least 0")
+        if (self.ssl_keyfile is None) != (self.ssl_certfile is None):
+            raise ConfigError("--ssl-keyfile and --ssl-certfile go together; give both or neither")
+        if not all(self.served_model_names):
+            raise ConfigError("a served model name is empty; give it at least one character")
+        check_keys(self.api_keys)
+        if self.uds is None:
+            check_exposure(self.host, self.api_keys, self.allow_no_auth)
+
+
+def _check_int(name: str, value: object, high: int | None = None) -> None:
+    if not isinstance(value, int) or isinstance(value, bool) or value < 0 or (high is not None and value > high):
+        upper = "" if high is None else f" and at most {high}"
+        raise ConfigError(f"{name} is {value!r}, expected a whole number of at least 0{upper}")

@@ -1,0 +1,262 @@
+"""What clients send: OpenAI's request fields and vLLM's extra ones, with strict types and bounds.
+
+Invariant: a request that was made is within `limits`; "10" is no number and true is no integer. A field that would
+change the answer but is not supported is refused (`unsupported` knows them); any other unknown field is ignored.
+This module does not know the model: context length, vocabulary and --max-logprobs are checked by the routes.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+from functools import cached_property
+from typing import Annotated, Any, Literal, TypeVar
+
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError
+
+from qengine.serving.errors import ApiError, invalid, shorten
+from qengine.serving.limits import LIMITS
+from qengine.serving.unsupported import refuse_unsupported
+
+Role = Literal["system", "developer", "user", "assistant", "tool"]
+TokenId = Annotated[int, Field(ge=0, le=LIMITS.token_id)]
+
+
+def _stop_list(value: Any) -> Any:
+    return [value] if isinstance(value, str) else value
+
+
+def _bias_map(value: Any) -> Any:
+    """JSON keys are strings: {"50256": -100} means token 50256."""
+    if not isinstance(value, dict):
+        return value
+    if len(value) > LIMITS.num_logit_bias:
+        raise ValueError(f"has {len(value)} entries, expected at most {LIMITS.num_logit_bias}")
+    for key in value:
+        if not (key.isascii() and key.isdigit() and len(key) <= len(str(LIMITS.token_id))):
+            raise ValueError(f"has the key {shorten(key)}, expected token ids")
+    return {int(key): bias for key, bias in value.items()}
+
+
+StopStrings = Annotated[
+    list[Annotated[str, Field(min_length=1, max_length=LIMITS.stop_chars)]],
+    Field(max_length=LIMITS.num_stop_strings),
+    BeforeValidator(_stop_list),
+]
+TokenIds = Annotated[list[TokenId], Field(max_length=LIMITS.num_token_ids)]
+Penalty = Annotated[float, Field(ge=-LIMITS.penalty, le=LIMITS.penalty)]
+Bias = Annotated[float, Field(ge=-LIMITS.logit_bias_magnitude, le=LIMITS.logit_bias_magnitude)]
+LogitBias = Annotated[dict[TokenId, Bias], BeforeValidator(_bias_map)]
+
+
+class _Strict(BaseModel):
+    model_config = ConfigDict(strict=True, extra="ignore", allow_inf_nan=False)
+
+
+class StreamOptions(_Strict):
+    """`include_usage` adds a last chunk that counts tokens."""
+
+    include_usage: bool | None = None
+
+
+class GenerationRequest(_Strict):
+    """The fields that chat and completions share. None is "not given" everywhere."""
+
+    model: Annotated[str, Field(min_length=1, max_length=LIMITS.model_name_chars)]
+    temperature: Annotated[float, Field(ge=0, le=LIMITS.temperature)] | None = None
+    top_p: Annotated[float, Field(gt=0, le=1)] | None = None
+    top_k: Annotated[int, Field(ge=-1, le=LIMITS.top_k)] | None = None
+    min_p: Annotated[float, Field(ge=0, le=1)] | None = None
+    repetition_penalty: Annotated[float, Field(gt=0, le=LIMITS.repetition_penalty)] | None = None
+    presence_penalty: Penalty | None = None
+    frequency_penalty: Penalty | None = None
+    n: Annotated[int, Field(ge=1, le=LIMITS.num_choices)] | None = None
+    seed: Annotated[int, Field(ge=0, le=LIMITS.seed)] | None = None
+    max_tokens: Annotated[int, Field(ge=1, le=LIMITS.max_tokens)] | None = None
+    min_tokens: Annotated[int, Field(ge=0, le=LIMITS.max_tokens)] | None = None
+    stop: StopStrings | None = None
+    stop_token_ids: TokenIds | None = None
+    include_stop_str_in_output: bool | None = None
+    ignore_eos: bool | None = None
+    skip_special_tokens: bool | None = None
+    logit_bias: LogitBias | None = None
+    allowed_token_ids: Annotated[TokenIds, Field(min_length=1)] | None = None
+    stream: bool | None = None
+    stream_options: StreamOptions | None = None
+    cache_salt: (
+        Annotated[str, Field(min_length=1, max_length=LIMITS.cache_salt_chars, pattern=r"\A[A-Za-z0-9+=_-]+\z")] | None
+    ) = None
+    add_special_tokens: bool | None = None
+
+    @property
+    def include_usage(self) -> bool:
+        return bool(self.stream_options and self.stream_options.include_usage)
+
+    def check_together(self) -> None:
+        """What fields mean to each other. Raises ApiError."""
+        if self.stream_options is not None and not self.stream:
+            raise invalid("stream_options is given but stream is not true", param="stream_options")
+
+
+class TextPart(_Strict):
+    """A piece of a message's text; other kinds of parts are refused."""
+
+    type: Literal["text"]
+    text: str
+
+
+class ChatMessage(_Strict):
+    """One message. Tool calls of earlier turns go to the template as they are."""
+
+    role: Role
+    content: str | list[TextPart] | None = None
+    name: str | None = None
+    tool_calls: list[dict[str, Any]] | None = None
+    tool_call_id: str | None = None
+    reasoning_content: str | None = None
+
+    def check_content(self, where: str) -> None:
+        """Only an assistant that called tools may have said nothing."""
+        if self.content is None and not (self.role == "assistant" and self.tool_calls):
+            raise invalid(f"{where}.content is missing, expected text", param=f"{where}.content")
+
+    @property
+    def num_chars(self) -> int:
+        if isinstance(self.content, list):
+            return sum(len(part.text) for part in self.content)
+        return len(self.content or "")
+
+
+class ChatCompletionRequest(GenerationRequest):
+    """POST /v1/chat/completions."""
+
+    messages: Annotated[list[ChatMessage], Field(min_length=1, max_length=LIMITS.num_messages)]
+    max_completion_tokens: Annotated[int, Field(ge=1, le=LIMITS.max_tokens)] | None = None
+    logprobs: bool | None = None
+    top_logprobs: Annotated[int, Field(ge=0)] | None = None
+    add_generation_prompt: bool | None = None
+    continue_final_message: bool | None = None
+    chat_template_kwargs: dict[str, Any] | None = None
+
+    @property
+    def token_limit(self) -> int | None:
+        """`max_completion_tokens`, or its older name `max_tokens`."""
+        return self.max_tokens if self.max_completion_tokens is None else self.max_completion_tokens
+
+    def check_together(self) -> None:
+        super().check_together()
+        for index, message in enumerate(self.messages):
+            message.check_content(f"messages[{index}]")
+        if self.top_logprobs is not None and not self.logprobs:
+            raise invalid("top_logprobs is given but logprobs is not true", param="top_logprobs")
+        if self.continue_final_message and self.add_generation_prompt:
+            raise invalid(
+                "continue_final_message and add_generation_prompt are both true, expected at most one",
+                param="continue_final_message",
+            )
+        if None not in (self.max_tokens, self.max_completion_tokens) and self.max_tokens != self.max_completion_tokens:
+            raise invalid(
+                f"max_tokens is {self.max_tokens} but max_completion_tokens is {self.max_completion_tokens}; "
+                "give one of them",
+                param="max_completion_tokens",
+            )
+
+
+Prompt = str | list[int]
+
+
+class CompletionRequest(GenerationRequest):
+    """POST /v1/completions. `prompt` is a string, token ids, or a list of either; `prompts` is always a list."""
+
+    prompt: Any
+    echo: bool | None = None
+    logprobs: Annotated[int, Field(ge=0)] | None = None
+    best_of: int | None = None
+
+    @cached_property
+    def prompts(self) -> list[Prompt]:
+        """The prompts, checked.
+
+        Raises:
+            ApiError: `prompt` is of no such form, empty, or has too many items.
+        """
+        value = self.prompt
+        if isinstance(value, str):
+            value = [value]
+        if not isinstance(value, list):
+            raise invalid(f"prompt is {shorten(value)}, expected text, token ids, or a list of these", param="prompt")
+        if value and all(_is_token_id(item) for item in value):
+            value = [value]
+        if not 0 < len(value) <= LIMITS.num_prompts:
+            raise invalid(f"prompt has {len(value)} items, expected from 1 to {LIMITS.num_prompts}", param="prompt")
+        return [_check_prompt(item, index) for index, item in enumerate(value)]
+
+    def check_together(self) -> None:
+        super().check_together()
+        num_choices = self.n or 1
+        if self.best_of not in (None, 1, num_choices):
+            raise invalid(f"best_of is {self.best_of}, expected 1 or n ({num_choices})", param="best_of")
+        _ = self.prompts
+
+
+def _is_token_id(value: object) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool) and 0 <= value <= LIMITS.token_id
+
+
+def _check_prompt(value: Any, index: int) -> Prompt:
+    if isinstance(value, str) and value:
+        return value
+    if isinstance(value, list) and value and all(_is_token_id(item) for item in value):
+        return list(value)
+    raise invalid(
+        f"prompt[{index}] is {shorten(value)}, expected text or token ids, and not empty",
+        param="prompt",
+    )
+
+
+_Request = TypeVar("_Request", bound=GenerationRequest)
+
+
+def parse_request(kind: type[_Request], body: Mapping[str, Any]) -> _Request:
+    """`body` as a request of `kind`.
+
+    Raises:
+        ApiError: 400, naming the first field that is wrong, what was found and what was expected.
+    """
+    refuse_unsupported(body)
+    try:
+        request = kind.model_validate(body)
+    except ValidationError as error:
+        raise _first_problem(error) from error
+    request.check_together()
+    return request
+
+
+def _first_problem(error: ValidationError) -> ApiError:
+    # Of a union, the branch that got furthest says most.
+    detail = max(error.errors(include_url=False, include_context=False), key=lambda found: len(found["loc"]))
+    param = _param_name(detail["loc"])
+    if detail["type"] == "missing":
+        return invalid(f"{param} is missing", param=param)
+    if detail["type"] == "value_error":
+        return invalid(f"{param} {detail['msg'].removeprefix('Value error, ')}", param=param)
+    if detail["type"] == "model_type":
+        return invalid(f"{param} is {shorten(detail['input'])}, expected an object", param=param)
+    expected = _SUBJECT.sub("it should", detail["msg"]).split(" after validation")[0]
+    return invalid(f"{param} is {shorten(detail['input'])}, but {expected}", param=param)
+
+
+_SUBJECT = re.compile(r"^[A-Z]\w+ should")
+# Names that pydantic adds to a location for the branch of a union or a key of a mapping.
+_BRANCHES = ("str", "[key]")
+
+
+def _param_name(location: tuple[int | str, ...]) -> str:
+    """ "messages[0].content" of ("messages", 0, "content", "list[TextPart]")."""
+    name = ""
+    for part in location:
+        if isinstance(part, int):
+            name += f"[{part}]"
+        elif part not in _BRANCHES and "[" not in part:
+            name += f".{part}" if name else part
+    return name

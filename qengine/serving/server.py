@@ -1,0 +1,136 @@
+"""run_server: from options to a process that serves until it is told to stop.
+
+    main thread    bind -> start HTTP -> load the model -> wait for a signal -> drain -> stop
+    HTTP thread    503 "loading" ...................... | 200 .............. | 503 | answers end
+    engine thread                                       | steps ............ | last steps
+
+Invariant: the port is taken before the model is read, and answered from then on. In-flight requests are finished, or
+after `drain_timeout` or a second signal told that they failed. Errors of the user's making are raised, not printed.
+"""
+
+from __future__ import annotations
+
+import logging
+import signal
+import socket
+import sys
+import time
+from collections.abc import Callable
+
+from qengine.config import EngineConfig
+from qengine.engine import Engine
+from qengine.serving.app import make_app
+from qengine.serving.async_engine import AsyncEngine
+from qengine.serving.auth import is_loopback
+from qengine.serving.banner import ready_banner
+from qengine.serving.http_server import HttpServer
+from qengine.serving.options import ServerOptions
+from qengine.serving.service import Phase, Service
+from qengine.serving.signals import InterruptedLoadError, StopSignals
+from qengine.serving.sockets import base_url, close_listener, open_listener
+
+__all__ = ["EXIT_ENGINE_DEAD", "EXIT_INTERRUPTED", "ServerOptions", "run_server"]
+
+logger = logging.getLogger(__name__)
+
+EXIT_ENGINE_DEAD = 3
+EXIT_INTERRUPTED = 130
+#: After the engine's death the server answers 503 for this long, so that clients and probes hear of it.
+DEATH_LINGER_SECONDS = 5.0
+_DRAIN_POLL_SECONDS = 0.05
+_ABORT_SECONDS = 2.0
+
+StartEngine = Callable[[EngineConfig], Engine]
+
+
+def _start_engine(config: EngineConfig) -> Engine:
+    return Engine.start(config, show_progress=sys.stderr.isatty())
+
+
+def run_server(config: EngineConfig, options: ServerOptions, *, start_engine: StartEngine = _start_engine) -> int:
+    """Serve until SIGTERM or Ctrl-C, which lets requests in flight finish; a second one does not.
+
+    Args:
+        start_engine: makes the engine; tests give another one.
+
+    Returns:
+        The exit code: 0 after SIGTERM, 130 after Ctrl-C, 3 if the engine died.
+
+    Raises:
+        ConfigError: an option is wrong or the address is taken. LoadError: the model cannot be loaded.
+    """
+    listener = open_listener(options)
+    try:
+        service = Service(max_logprobs=options.max_logprobs)
+        http = HttpServer(
+            make_app(service, api_keys=options.api_keys, guarded_host=_guarded(options)), listener, options
+        )
+        with StopSignals() as signals:
+            try:
+                http.start()
+                return _load_and_serve(config, options, service, listener, signals, start_engine)
+            except InterruptedLoadError:
+                return _exit_code(signals)
+            finally:
+                service.stop()
+                http.stop()
+    finally:
+        close_listener(listener, options)
+
+
+def _guarded(options: ServerOptions) -> str | None:
+    """The host whose web visitors are kept out: a loopback address without keys."""
+    is_open = not options.api_keys and options.uds is None and is_loopback(options.host)
+    return options.host if is_open else None
+
+
+def _load_and_serve(
+    config: EngineConfig,
+    options: ServerOptions,
+    service: Service,
+    listener: socket.socket,
+    signals: StopSignals,
+    start_engine: StartEngine,
+) -> int:
+    signals.set_interrupting(True)
+    engine = start_engine(config)
+    signals.set_interrupting(False)
+    async_engine = AsyncEngine(engine, max_queue=options.max_queue, on_death=signals.wake)
+    try:
+        service.become_ready(async_engine, options.served_model_names)
+        url = base_url(listener, options)
+        has_chat = engine.tokenizer.chat_template is not None
+        print(ready_banner(engine.info, service.model_names[0], url, options, has_chat=has_chat), flush=True)
+        while not signals.received and service.phase is not Phase.DEAD:
+            signals.wait()
+        if service.phase is Phase.DEAD:
+            signals.wait(DEATH_LINGER_SECONDS)
+            return EXIT_ENGINE_DEAD
+        _drain(service, async_engine, signals, options.drain_timeout)
+        return _exit_code(signals)
+    finally:
+        async_engine.shutdown(_ABORT_SECONDS)
+
+
+def _drain(service: Service, engine: AsyncEngine, signals: StopSignals, timeout: float) -> None:
+    """Refuse what is new, wait for what is in flight: until it is done, time is over, or the next signal."""
+    service.begin_drain()
+    num_signals = len(signals.received)
+    deadline = time.monotonic() + timeout
+    if engine.admission.num_in_flight:
+        print(
+            f"Finishing {engine.admission.num_in_flight} request(s), for at most {timeout:g} s; "
+            "a second signal stops at once",
+            file=sys.stderr,
+            flush=True,
+        )
+    while engine.admission.num_in_flight and not engine.is_dead and len(signals.received) == num_signals:
+        if time.monotonic() > deadline:
+            break
+        signals.wait(_DRAIN_POLL_SECONDS)
+    if engine.admission.num_in_flight:
+        logger.warning("%d request(s) were stopped before they were finished", engine.admission.num_in_flight)
+
+
+def _exit_code(signals: StopSignals) -> int:
+    return EXIT_INTERRUPTED if signal.SIGINT in signals.received else 0

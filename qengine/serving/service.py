@@ -1,0 +1,102 @@
+"""What every route needs to know of the server: its state, its engine once there is one, its names for the model.
+
+    loading -> ready -> draining -> stopped        any -> dead
+
+Invariant: routes that generate run only in "ready". One Service per server; the owner (server) moves it from state to
+state, routes only read it.
+"""
+
+from __future__ import annotations
+
+import time
+from dataclasses import dataclass, field
+from enum import Enum
+
+from starlette.requests import Request
+
+from qengine.serving.async_engine import AsyncEngine
+from qengine.serving.errors import ApiError, shorten, unavailable
+
+
+class Phase(str, Enum):
+    """The server's state, as /health shows it."""
+
+    LOADING = "loading"
+    READY = "ready"
+    DRAINING = "draining"
+    STOPPED = "stopped"
+    DEAD = "dead"
+
+
+_MESSAGES = {
+    Phase.LOADING: "the model is still loading",
+    Phase.DRAINING: "the server is shutting down and takes no new requests",
+    Phase.STOPPED: "the server has stopped",
+    Phase.DEAD: "the engine has stopped after an internal failure; restart the server",
+}
+_LOADING_RETRY_SECONDS = 5
+
+
+@dataclass(slots=True)
+class Service:
+    """`model_names` is what clients may call the model, known once it is ready; answers carry the first."""
+
+    max_logprobs: int = 20
+    model_names: tuple[str, ...] = ()
+    created: int = field(default_factory=lambda: int(time.time()))
+    engine: AsyncEngine | None = None
+    _phase: Phase = Phase.LOADING
+
+    @property
+    def phase(self) -> Phase:
+        if self.engine is not None and self.engine.is_dead and self._phase is not Phase.STOPPED:
+            return Phase.DEAD
+        return self._phase
+
+    def become_ready(self, engine: AsyncEngine, model_names: tuple[str, ...] = ()) -> None:
+        """Answer requests from now on, under `model_names` or else the name the engine gives."""
+        self.engine = engine
+        self.model_names = model_names or (engine.info.model,)
+        self._phase = Phase.READY
+
+    def begin_drain(self) -> None:
+        """Refuse new requests; those in flight go on."""
+        if self.engine is not None:
+            self.engine.admission.begin_drain()
+        self._phase = Phase.DRAINING
+
+    def stop(self) -> None:
+        self._phase = Phase.STOPPED
+
+    def unavailable(self) -> ApiError | None:
+        """Why the server cannot answer now, if it cannot."""
+        phase = self.phase
+        if phase is Phase.READY:
+            return None
+        retry_after = _LOADING_RETRY_SECONDS if phase is Phase.LOADING else 1
+        return unavailable(_MESSAGES[phase], phase.value, retry_after=retry_after)
+
+    def ready_engine(self) -> AsyncEngine:
+        """The engine. Raises ApiError (503) unless the server is ready."""
+        problem = self.unavailable()
+        if problem is not None:
+            raise problem
+        assert self.engine is not None
+        return self.engine
+
+    def check_model(self, name: str) -> None:
+        """Raise ApiError (404) unless `name` is one of ours."""
+        if name not in self.model_names:
+            raise ApiError(
+                404,
+                f"the model {shorten(name)} does not exist here; this server has: {', '.join(self.model_names)}",
+                param="model",
+                code="model_not_found",
+            )
+
+
+def service_of(request: Request) -> Service:
+    """The Service of the application that `request` came to."""
+    service = request.app.state.service
+    assert isinstance(service, Service)
+    return service

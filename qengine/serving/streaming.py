@@ -1,0 +1,132 @@
+"""Answers that take a while: server-sent events, and noticing that the client went away.
+
+Invariants: whatever produces an answer is cancelled as soon as its client has gone or stopped reading, streaming or
+not, and is always closed; a stream ends with ``data: [DONE]`` exactly when it is complete. Producers are asynchronous
+generators whose closing frees what they hold; what they produce is not this module's business.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import logging
+from collections.abc import AsyncGenerator, Coroutine, Mapping, Sequence
+from contextlib import aclosing
+from typing import Any, TypeVar
+
+from starlette.requests import Request
+from starlette.responses import Response, StreamingResponse
+from starlette.types import Receive, Scope, Send
+
+from qengine.serving.body import ClientGoneError
+from qengine.serving.errors import as_api_error
+from qengine.serving.limits import LIMITS
+
+logger = logging.getLogger(__name__)
+
+#: Chunks that one engine output makes; they leave in one write.
+Chunks = Sequence[Mapping[str, Any]]
+_T = TypeVar("_T")
+_DONE = b"data: [DONE]\n\n"
+
+
+async def while_connected(request: Request, work: Coroutine[Any, Any, _T]) -> _T:
+    """The result of `work`, which is cancelled if the client leaves first. The body must have been read.
+
+    Raises:
+        ClientGoneError: the client left.
+    """
+    working = asyncio.ensure_future(work)
+    leaving = asyncio.ensure_future(_wait_until_gone(request.receive))
+    try:
+        await asyncio.wait((working, leaving), return_when=asyncio.FIRST_COMPLETED)
+        if not working.done():
+            raise ClientGoneError
+        return working.result()
+    finally:
+        await _cancel(working, leaving)
+
+
+async def event_stream(request: Request, chunks: AsyncGenerator[Chunks, None]) -> Response:
+    """The response that sends `chunks` as server-sent events.
+
+    Waits for the first ones, so that a request that is refused still gets its own status.
+
+    Raises:
+        ClientGoneError: the client left before. Anything that `chunks` raises before its first item.
+    """
+
+    async def first() -> Chunks:
+        return await anext(chunks)
+
+    return EventStream(_events(await while_connected(request, first()), chunks))
+
+
+async def _events(first: Chunks, chunks: AsyncGenerator[Chunks, None]) -> AsyncGenerator[bytes, None]:
+    async with aclosing(chunks):
+        yield _encode(first)
+        try:
+            async for more in chunks:
+                yield _encode(more)
+        except Exception as error:  # noqa: BLE001 - the status is sent: the stream itself must carry any error
+            yield _encode([as_api_error(error).body()])
+            return
+        yield _DONE
+
+
+def _encode(chunks: Chunks) -> bytes:
+    texts = (json.dumps(chunk, ensure_ascii=False, allow_nan=False, separators=(",", ":")) for chunk in chunks)
+    return "".join(f"data: {text}\n\n" for text in texts).encode()
+
+
+class EventStream(StreamingResponse):
+    """Sends events until they end, the client leaves, or it has not read for `stall_seconds`."""
+
+    def __init__(
+        self, events: AsyncGenerator[bytes, None], *, stall_seconds: float = LIMITS.stalled_stream_seconds
+    ) -> None:
+        headers = {"Cache-Control": "no-cache", "X-Accel-Buffering": "no"}
+        super().__init__(events, headers=headers, media_type="text/event-stream")
+        self._events = events
+        self._stall_seconds = stall_seconds
+        self._sending_since: float | None = None
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        sending = asyncio.ensure_future(self._send_all(send))
+        leaving = asyncio.ensure_future(_wait_until_gone(receive))
+        try:
+            while not (sending.done() or leaving.done() or self._is_stalled()):
+                await asyncio.wait(
+                    (sending, leaving), timeout=self._stall_seconds / 4, return_when=asyncio.FIRST_COMPLETED
+                )
+            if sending.done():
+                sending.result()
+            elif not leaving.done():
+                logger.warning("a client did not read its stream for %g s; dropped", self._stall_seconds)
+        finally:
+            await _cancel(sending, leaving)
+            await self._events.aclose()
+
+    async def _send_all(self, send: Send) -> None:
+        await send({"type": "http.response.start", "status": self.status_code, "headers": self.raw_headers})
+        async for event in self._events:
+            self._sending_since = asyncio.get_running_loop().time()
+            await send({"type": "http.response.body", "body": event, "more_body": True})
+            self._sending_since = None
+        await send({"type": "http.response.body", "body": b"", "more_body": False})
+
+    def _is_stalled(self) -> bool:
+        since = self._sending_since
+        return since is not None and asyncio.get_running_loop().time() - since > self._stall_seconds
+
+
+async def _wait_until_gone(receive: Receive) -> None:
+    while (await receive())["type"] != "http.disconnect":
+        pass
+
+
+async def _cancel(*tasks: asyncio.Future[Any]) -> None:
+    """Cancel `tasks` and wait until each has let go of what it held."""
+    for task in tasks:
+        task.cancel()
+    await asyncio.gather(*tasks, return_exceptions=True)

@@ -1,0 +1,92 @@
+"""Fields that would change the answer and are not supported: they are refused, never ignored.
+
+Invariant: a value that asks for nothing (null, an empty list, OpenAI's default) is no reason to refuse. Fields that do
+not change the text of the answer (user, metadata, store, service_tier, ...) are not listed and so are ignored.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from typing import Any
+
+from qengine.serving.errors import invalid, shorten
+
+_Harmless = Callable[[Any], bool]
+
+
+def _is_empty(value: Any) -> bool:
+    return value is None or value is False or value == [] or value == {}
+
+
+def _is_null(value: Any) -> bool:
+    return value is None
+
+
+def _one_of(*values: object) -> _Harmless:
+    return lambda value: value is None or any(type(value) is type(v) and value == v for v in values)
+
+
+def _is_text_format(value: Any) -> bool:
+    return value is None or (isinstance(value, dict) and value.get("type") == "text")
+
+
+_FIELDS: dict[str, _Harmless] = {
+    # OpenAI
+    "tool_choice": _one_of("none", "auto"),
+    "functions": _is_empty,
+    "function_call": _one_of("none", "auto"),
+    "response_format": _is_text_format,
+    "modalities": _one_of(["text"]),
+    "audio": _is_null,
+    "web_search_options": _is_null,
+    "reasoning_effort": _is_null,
+    "verbosity": _is_null,
+    "suffix": _one_of(""),
+    # vLLM
+    "prompt_embeds": _is_null,
+    "chat_template": _is_null,
+    "mm_processor_kwargs": _is_null,
+    "media_io_kwargs": _is_null,
+    "documents": _is_empty,
+    "structured_outputs": _is_null,
+    "logits_processors": _is_empty,
+    "prompt_logprobs": _is_null,
+    "bad_words": _is_empty,
+    "truncate_prompt_tokens": _is_null,
+    "use_beam_search": _is_empty,
+    "length_penalty": _one_of(1, 1.0),
+    "spaces_between_special_tokens": _one_of(True),
+    "return_tokens_as_token_ids": _is_empty,
+    "return_token_ids": _is_empty,
+    "kv_transfer_params": _is_null,
+    "vllm_xargs": _is_empty,
+    "thinking_token_budget": _is_null,
+    # SGLang and llama.cpp
+    "regex": _is_null,
+    "json_schema": _is_null,
+    "ebnf": _is_null,
+    "grammar": _one_of(""),
+    "typical_p": _one_of(1, 1.0),
+    "mirostat": _one_of(0),
+    "dry_multiplier": _one_of(0, 0.0),
+    "xtc_probability": _one_of(0, 0.0),
+}
+_PREFIXES = ("guided_",)
+
+
+def refuse_unsupported(body: Mapping[str, Any]) -> None:
+    """Raise ApiError (400) if `body` asks for something that this server cannot do."""
+    for name, value in body.items():
+        is_harmless = _FIELDS.get(name, _is_null if name.startswith(_PREFIXES) else None)
+        if is_harmless is not None and not is_harmless(value):
+            raise invalid(
+                f"{name} is {shorten(value)}, but this server does not support it; leave it out",
+                param=name,
+                code="unsupported_parameter",
+            )
+    if body.get("tools") not in (None, []) and body.get("tool_choice") != "none":
+        raise invalid(
+            "tools are given, but this server does not support tool calls; leave them out or set tool_choice to 'none'",
+            param="tools",
+            code="unsupported_parameter",
+        )

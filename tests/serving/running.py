@@ -1,0 +1,82 @@
+"""A server on a free port of this machine, in threads, for the time of a `with` block."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import httpx
+
+from qengine.serving.app import make_app
+from qengine.serving.async_engine import AsyncEngine
+from qengine.serving.http_server import HttpServer
+from qengine.serving.options import ServerOptions
+from qengine.serving.service import Service
+from qengine.serving.sockets import base_url, close_listener, open_listener
+from tests.serving.scripted_engine import ScriptedEngine
+
+WAIT_SECONDS = 20.0
+
+
+@dataclass
+class Running:
+    """A server and the parts it is made of."""
+
+    url: str
+    port: int
+    service: Service
+    async_engine: AsyncEngine | None
+    engine: Any
+
+    def client(self, **more: Any) -> httpx.Client:
+        return httpx.Client(base_url=self.url, timeout=WAIT_SECONDS, **more)
+
+    def post(self, path: str, body: Any, **more: Any) -> httpx.Response:
+        with self.client() as client:
+            return client.post(path, json=body, **more)
+
+    def get(self, path: str, **more: Any) -> httpx.Response:
+        with self.client() as client:
+            return client.get(path, **more)
+
+    def wait_until_quiet(self) -> None:
+        """Until nothing is left in the server of any request."""
+        assert self.async_engine is not None
+        admission = self.async_engine.admission
+        wait_until(lambda: not self.engine.has_unfinished and admission.num_in_flight == 0)
+
+
+def wait_until(condition: Callable[[], bool]) -> None:
+    """Fail if `condition` does not come true in time."""
+    deadline = time.monotonic() + WAIT_SECONDS
+    while not condition():
+        assert time.monotonic() < deadline, "it did not come true in time"
+        time.sleep(0.005)
+
+
+@contextmanager
+def serving(engine: Any, *, guarded: bool = False, **options: Any) -> Iterator[Running]:
+    """Serve `engine` (None: still loading). It is shut down at the end."""
+    server_options = ServerOptions(port=0, **options)
+    listener = open_listener(server_options)
+    service = Service(max_logprobs=server_options.max_logprobs)
+    host = server_options.host if guarded else None
+    http = HttpServer(make_app(service, api_keys=server_options.api_keys, guarded_host=host), listener, server_options)
+    url, port = base_url(listener, server_options), listener.getsockname()[1]
+    async_engine = None
+    http.start()
+    try:
+        if engine is not None:
+            async_engine = AsyncEngine(engine, max_queue=server_options.max_queue)
+            service.become_ready(async_engine, server_options.served_model_names)
+        yield Running(url, port, service, async_engine, engine)
+    finally:
+        if isinstance(engine, ScriptedEngine):
+            engine.allow()
+        if async_engine is not None:
+            async_engine.shutdown()
+        http.stop()
+        close_listener(listener, server_options)

@@ -1,0 +1,233 @@
+"""An engine that follows the engine contract without a model: its answers are scripted and its faults are ordered.
+
+Every request is answered with the tokens of SCRIPT, over and over, one per step. A prompt that contains one of the
+words below meets its fate instead. Only the engine's thread may call what the contract reserves for it; it is checked.
+"""
+
+from __future__ import annotations
+
+import math
+import threading
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from qengine.engine import EngineInfo
+from qengine.errors import RequestError
+from qengine.request import CompletionOutput, Logprob, RequestOutput, SamplingParams
+from qengine.tokenizer import IncrementalDetokenizer, load_tokenizer
+
+FIXTURE = str(Path(__file__).parent.parent / "fixtures" / "llama-awq-g64")
+SCRIPT = "The sky is blue, 天空 is 蓝色 and 🙂 is yellow. "
+NAN_PROMPT = "make it NaN"
+NEVER_FITS_PROMPT = "never fits"
+DIE_PROMPT = "die now"
+
+
+@dataclass
+class _Choice:
+    detokenizer: IncrementalDetokenizer
+    token_ids: list[int] = field(default_factory=list)
+    finish_reason: str | None = None
+    stop_reason: str | None = None
+
+
+@dataclass
+class ScriptedRequest:
+    """What make_request gives: the public fields of a PendingRequest, and the script's state."""
+
+    request_id: str
+    prompt: str | None
+    prompt_token_ids: list[int]
+    params: SamplingParams
+    cache_salt: str
+    max_tokens: int
+    choices: list[_Choice]
+
+    def contains(self, words: str) -> bool:
+        return self.prompt is not None and words in self.prompt
+
+    @property
+    def finished(self) -> bool:
+        return all(choice.finish_reason is not None for choice in self.choices)
+
+
+class ScriptedEngine:
+    """See the module.
+
+    Attributes:
+        num_permits: how many steps may still run; `hold` and `allow` make the engine as slow as a test needs.
+        aborted: ids in the order they were aborted.
+        num_steps: steps so far.
+    """
+
+    def __init__(self, *, max_num_seqs: int = 8, max_model_len: int = 256) -> None:
+        self.tokenizer = load_tokenizer(FIXTURE)
+        self.info = EngineInfo(
+            model="scripted",
+            architecture="script",
+            quantization=None,
+            description="no weights",
+            dtype="float32",
+            device="cpu",
+            max_model_len=max_model_len,
+            vocab_size=self.tokenizer.vocab_size,
+            block_size=16,
+            num_blocks=1000,
+            max_num_seqs=max_num_seqs,
+            max_num_batched_tokens=64,
+            weight_bytes=0,
+            kv_cache_bytes=0,
+        )
+        self.script = self.tokenizer.encode(SCRIPT, add_special_tokens=False)
+        self._may_step = threading.Condition()
+        self.num_permits = math.inf
+        self.requests: dict[str, ScriptedRequest] = {}
+        self.prepared: list[ScriptedRequest] = []
+        self.aborted: list[str] = []
+        self.num_steps = 0
+        self.is_shut_down = False
+        self._thread: int | None = None
+
+    # Any thread
+
+    def hold(self) -> None:
+        """Stop before the next step, until `allow`."""
+        with self._may_step:
+            self.num_permits = 0
+
+    def allow(self, num_steps: float = math.inf) -> None:
+        """Let that many steps run after `hold`."""
+        with self._may_step:
+            self.num_permits += num_steps
+            self._may_step.notify()
+
+    def make_request(
+        self,
+        request_id: str,
+        prompt: str | Sequence[int],
+        params: SamplingParams,
+        *,
+        cache_salt: str = "",
+        add_special_tokens: bool = True,
+    ) -> ScriptedRequest:
+        text = prompt if isinstance(prompt, str) else None
+        ids = self.tokenizer.encode(prompt, add_special_tokens=False) if isinstance(prompt, str) else list(prompt)
+        if len(ids) >= self.info.max_model_len:
+            raise RequestError(f"the prompt has {len(ids)} tokens", param="prompt", code="context_length_exceeded")
+        room = self.info.max_model_len - len(ids)
+        choices = [
+            _Choice(
+                IncrementalDetokenizer(
+                    self.tokenizer, stop=params.stop_strings, include_stop_str=params.include_stop_str_in_output
+                )
+            )
+            for _ in range(params.n)
+        ]
+        request = ScriptedRequest(
+            request_id, text, ids, params, cache_salt, min(params.max_tokens or room, room), choices
+        )
+        self.prepared.append(request)
+        return request
+
+    # The engine's thread
+
+    def _check_thread(self) -> None:
+        current = threading.get_ident()
+        self._thread = self._thread or current
+        assert self._thread == current, "two threads drive the engine"
+
+    def add(self, pending: ScriptedRequest) -> None:
+        self._check_thread()
+        if pending.contains(NEVER_FITS_PROMPT):
+            raise RequestError("the prompt can never fit the KV cache", param="prompt", code="context_length_exceeded")
+        assert pending.request_id not in self.requests
+        self.requests[pending.request_id] = pending
+
+    def abort(self, request_id: str) -> None:
+        self._check_thread()
+        if self.requests.pop(request_id, None) is not None:
+            self.aborted.append(request_id)
+
+    def step(self) -> list[RequestOutput]:
+        self._check_thread()
+        with self._may_step:
+            self._may_step.wait_for(lambda: self.num_permits > 0)
+            self.num_permits -= 1
+        self.num_steps += 1
+        running = self._running()
+        if any(request.contains(DIE_PROMPT) for request in running):
+            raise RuntimeError("a scripted failure of the device")
+        return [self._advance(request) for request in running]
+
+    @property
+    def has_unfinished(self) -> bool:
+        return bool(self.requests)
+
+    @property
+    def num_running(self) -> int:
+        return len(self._running())
+
+    @property
+    def num_waiting(self) -> int:
+        return len(self.requests) - self.num_running
+
+    @property
+    def num_free_blocks(self) -> int:
+        return self.info.num_blocks - sum(
+            -(-(len(r.prompt_token_ids) + len(c.token_ids)) // self.info.block_size)
+            for r in self.requests.values()
+            for c in r.choices
+        )
+
+    def shutdown(self) -> None:
+        self.is_shut_down = True
+
+    def _running(self) -> list[ScriptedRequest]:
+        running: list[ScriptedRequest] = []
+        num_sequences = 0
+        for request in self.requests.values():
+            num_sequences += request.params.n
+            if running and num_sequences > self.info.max_num_seqs:
+                break
+            running.append(request)
+        return running
+
+    def _advance(self, request: ScriptedRequest) -> RequestOutput:
+        error = "the logits are NaN" if request.contains(NAN_PROMPT) else None
+        for choice in request.choices:
+            if error is not None:
+                choice.finish_reason = "error"
+            elif choice.finish_reason is None:
+                self._advance_choice(request, choice)
+        if request.finished:
+            del self.requests[request.request_id]
+        return RequestOutput(
+            request_id=request.request_id,
+            prompt=request.prompt,
+            prompt_token_ids=request.prompt_token_ids,
+            outputs=[self._output(request, index, choice) for index, choice in enumerate(request.choices)],
+            finished=request.finished,
+            error=error,
+        )
+
+    def _advance_choice(self, request: ScriptedRequest, choice: _Choice) -> None:
+        token_id = self.script[len(choice.token_ids) % len(self.script)]
+        choice.token_ids.append(token_id)
+        choice.detokenizer.feed([token_id])
+        if choice.detokenizer.stop_reason is not None:
+            choice.finish_reason, choice.stop_reason = "stop", choice.detokenizer.stop_reason
+        elif len(choice.token_ids) >= request.max_tokens:
+            choice.finish_reason = "length"
+            choice.detokenizer.finish()
+
+    def _output(self, request: ScriptedRequest, index: int, choice: _Choice) -> CompletionOutput:
+        wants = request.params.logprobs is not None
+        return CompletionOutput(
+            index=index,
+            text=choice.detokenizer.text,
+            token_ids=list(choice.token_ids),
+            logprobs=[{token_id: Logprob(-0.5, 1)} for token_id in choice.token_ids] if wants else None,
+            finish_reason=choice.finish_reason,  # type: ignore[arg-type]
+            stop_reason=choice.stop_reason,
+        )

@@ -1,0 +1,485 @@
+"""The floors, the walls and the house rules, checked on the syntax tree of every module.
+
+Each rule is a function from modules to violations. It is tested twice: the project has none, and a snippet that breaks
+the rule is caught, so that no rule can pass by being blind.
+"""
+
+from __future__ import annotations
+
+import ast
+import re
+import sys
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from functools import cache
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[1]
+PACKAGES = ("qengine", "converters", "quant_kernels")
+
+#: Where each part of qengine lives; a later entry of the same floor may import an earlier one, never the reverse.
+FLOORS: tuple[tuple[str, ...], ...] = (
+    ("errors", "environment", "imports", "config", "logs", "request"),
+    ("scheduling",),
+    ("parallel",),
+    ("layers",),
+    ("models",),
+    ("runtime",),
+    ("tokenizer", "engine", "llm"),
+    ("serving", "commands", "cli", "__main__"),
+)
+#: The same inside scheduling/, whose modules build on each other in one direction.
+SCHEDULING_BASE = ("block_pool", "batch")
+CONVERTER_USERS = ("qengine.runtime.loader", "qengine.runtime.planner", "qengine.commands")
+LIGHT = (
+    "qengine.config",
+    "qengine.cli",
+    "qengine.logs",
+    "qengine.commands.flags",
+    "qengine.commands.parsing",
+    "qengine.commands.settings",
+    "qengine.runtime.planner",
+)
+WEB = {"fastapi", "starlette", "uvicorn", "pydantic", "httpx", "prometheus_client", "aiohttp", "flask"}
+KERNEL_IMPORTS = {"quant_kernels", "torch", "triton", "numpy"}
+UNSAFE_MODULES = {"pickle", "cPickle", "cloudpickle", "dill", "marshal", "shelve", "joblib"}
+UNSAFE_CALLS = {"eval", "exec", "torch.load", "yaml.load", "yaml.unsafe_load", "yaml.full_load"}
+MAX_LINES = 600
+
+
+@dataclass(frozen=True)
+class Module:
+    """One source file: its dotted name, its text and its tree."""
+
+    name: str
+    text: str
+    is_package: bool = False
+
+    @property
+    def tree(self) -> ast.Module:
+        return _tree(self.text)
+
+    @property
+    def package(self) -> str:
+        return self.name.partition(".")[0]
+
+    def violation(self, node: ast.AST | None, what: str) -> str:
+        return f"{self.name}:{getattr(node, 'lineno', 1)}: {what}"
+
+
+@cache
+def _tree(text: str) -> ast.Module:
+    return ast.parse(text)
+
+
+Rule = Callable[[Sequence[Module]], Iterator[str]]
+
+
+@cache
+def project() -> tuple[Module, ...]:
+    modules = []
+    for package in PACKAGES:
+        for path in sorted((ROOT / package).rglob("*.py")):
+            parts = path.relative_to(ROOT).with_suffix("").parts
+            is_package = parts[-1] == "__init__"
+            name = ".".join(parts[:-1] if is_package else parts)
+            modules.append(Module(name, path.read_text(encoding="utf-8"), is_package))
+    return tuple(modules)
+
+
+def within(name: str, *prefixes: str) -> bool:
+    return any(name == prefix or name.startswith(prefix + ".") for prefix in prefixes)
+
+
+def imports(module: Module) -> Iterator[tuple[ast.stmt, str]]:
+    """Every module that an import statement may load, with `from a import b` as "a.b"; relative ones made absolute."""
+    for node in ast.walk(module.tree):
+        if isinstance(node, ast.Import):
+            for alias in node.names:
+                yield node, alias.name
+        elif isinstance(node, ast.ImportFrom):
+            base = node.module or ""
+            if node.level:
+                up = node.level - 1 if module.is_package else node.level
+                parents = module.name.split(".")
+                base = ".".join([*parents[: len(parents) - up], *([base] if base else [])])
+            for alias in node.names:
+                yield node, f"{base}.{alias.name}"
+
+
+def calls(module: Module) -> Iterator[tuple[ast.Call, str]]:
+    """Every call of a plain or dotted name."""
+    for node in ast.walk(module.tree):
+        if isinstance(node, ast.Call) and isinstance(node.func, ast.Name | ast.Attribute):
+            yield node, ast.unparse(node.func)
+
+
+def floor_of(name: str) -> tuple[int, int] | None:
+    """(floor, place on it) of a module of qengine; None where there is none."""
+    part = name.split(".")[1] if "." in name else ""
+    for floor, parts in enumerate(FLOORS, start=1):
+        if part in parts:
+            return floor, parts.index(part)
+    return None
+
+
+# Floors and walls
+
+
+def every_part_has_a_floor(modules: Sequence[Module]) -> Iterator[str]:
+    for module in modules:
+        if module.package == "qengine" and "." in module.name and floor_of(module.name) is None:
+            yield module.violation(None, "has no floor; give it one in FLOORS")
+
+
+def imports_go_down(modules: Sequence[Module]) -> Iterator[str]:
+    for module in modules:
+        own = floor_of(module.name)
+        if own is None:
+            continue
+        for node, target in imports(module):
+            other = floor_of(target) if within(target, "qengine") else None
+            if other is not None and other > own:
+                yield module.violation(node, f"imports {target}, which is above it")
+
+
+def scheduling_builds_upwards(modules: Sequence[Module]) -> Iterator[str]:
+    """block_pool < batch < everything else in scheduling/."""
+    for module in modules:
+        place = module.name.removeprefix("qengine.scheduling.")
+        if place not in SCHEDULING_BASE:
+            continue
+        allowed = SCHEDULING_BASE[: SCHEDULING_BASE.index(place) + 1]
+        for node, target in imports(module):
+            if within(target, "qengine.scheduling") and target.split(".")[2:3] not in [[name] for name in allowed]:
+                yield module.violation(node, f"imports {target}, which is above it")
+
+
+def scheduling_is_pure(modules: Sequence[Module]) -> Iterator[str]:
+    yield from _bans(modules, "qengine.scheduling", {"torch", "triton", "numpy", "transformers"})
+
+
+def scheduling_is_used_from_floor_6(modules: Sequence[Module]) -> Iterator[str]:
+    for module in modules:
+        own = floor_of(module.name)
+        if own is None or own[0] >= 6 or within(module.name, "qengine.scheduling"):
+            continue
+        for node, target in imports(module):
+            if within(target, "qengine.scheduling"):
+                yield module.violation(node, f"imports {target} below floor 6")
+
+
+def converters_know_no_engine(modules: Sequence[Module]) -> Iterator[str]:
+    yield from _bans(modules, "converters", {"qengine"})
+
+
+def few_know_converters(modules: Sequence[Module]) -> Iterator[str]:
+    for module in modules:
+        if module.package != "qengine" or within(module.name, *CONVERTER_USERS):
+            continue
+        for node, target in imports(module):
+            if within(target, "converters"):
+                yield module.violation(node, f"imports {target}; only {', '.join(CONVERTER_USERS)} may")
+
+
+def kernels_need_little(modules: Sequence[Module]) -> Iterator[str]:
+    for module in modules:
+        if module.package != "quant_kernels":
+            continue
+        for node, target in imports(module):
+            top = target.partition(".")[0]
+            if top not in KERNEL_IMPORTS and top not in sys.stdlib_module_names:
+                yield module.violation(node, f"imports {top}; kernels import torch, triton and numpy alone")
+
+
+def web_stays_on_floor_8(modules: Sequence[Module]) -> Iterator[str]:
+    for module in modules:
+        if not within(module.name, "qengine.serving", "qengine.cli"):
+            yield from _banned_imports(module, WEB)
+
+
+def the_command_line_is_light(modules: Sequence[Module]) -> Iterator[str]:
+    for module in modules:
+        if module.name in LIGHT:
+            yield from _banned_imports(module, {"torch", "triton", "transformers", *WEB})
+
+
+def transformers_is_never_imported_at_module_level(modules: Sequence[Module]) -> Iterator[str]:
+    for module in modules:
+        yield from _banned_imports(module, {"transformers"})
+
+
+def models_know_no_processes(modules: Sequence[Module]) -> Iterator[str]:
+    for module in modules:
+        if not within(module.name, "qengine.models", "qengine.layers"):
+            continue
+        for node, target in imports(module):
+            if within(target, "torch.distributed"):
+                yield module.violation(node, "imports torch.distributed")
+        for node in ast.walk(module.tree):
+            if isinstance(node, ast.Attribute) and ast.unparse(node).startswith("torch.distributed"):
+                yield module.violation(node, "uses torch.distributed")
+
+
+def layers_never_hear_of_formats(modules: Sequence[Module]) -> Iterator[str]:
+    for module in modules:
+        if within(module.name, "qengine.layers"):
+            for number, line in enumerate(module.text.splitlines(), start=1):
+                if re.search("gptq|awq|gguf", line, re.IGNORECASE):
+                    yield f"{module.name}:{number}: mentions a file format"
+
+
+def no_import_cycles(modules: Sequence[Module]) -> Iterator[str]:
+    names = {module.name for module in modules}
+    edges = {module.name: {found for found in _targets(module, names) if found != module.name} for module in modules}
+    done: set[str] = set()
+
+    def visit(name: str, path: tuple[str, ...]) -> Iterator[str]:
+        if name in path:
+            yield " -> ".join([*path[path.index(name) :], name])
+        elif name not in done:
+            for target in sorted(edges[name]):
+                yield from visit(target, (*path, name))
+            done.add(name)
+
+    for name in sorted(names):
+        yield from visit(name, ())
+
+
+def _targets(module: Module, names: set[str]) -> Iterator[str]:
+    """The project's modules that an import loads: `from a import b` is a.b where that is a module, else a."""
+    typing_only = {
+        id(inner)
+        for node in ast.walk(module.tree)
+        if isinstance(node, ast.If) and ast.unparse(node.test) == "TYPE_CHECKING"
+        for inner in ast.walk(node)
+    }
+    for node, target in imports(module):
+        if id(node) not in typing_only:
+            found = target if target in names else target.rpartition(".")[0]
+            if found in names:
+                yield found
+
+
+def _bans(modules: Sequence[Module], prefix: str, banned: set[str]) -> Iterator[str]:
+    for module in modules:
+        if within(module.name, prefix):
+            yield from _banned_imports(module, banned)
+
+
+def _banned_imports(module: Module, banned: set[str]) -> Iterator[str]:
+    for node, target in imports(module):
+        if target.partition(".")[0] in banned:
+            yield module.violation(node, f"imports {target}")
+
+
+# House rules
+
+
+def imports_stand_at_the_top(modules: Sequence[Module]) -> Iterator[str]:
+    for module in modules:
+        for function in ast.walk(module.tree):
+            if isinstance(function, ast.FunctionDef | ast.AsyncFunctionDef | ast.Lambda):
+                for node in ast.walk(function):
+                    if isinstance(node, ast.Import | ast.ImportFrom):
+                        yield module.violation(node, "imports inside a function; use qengine.imports.import_late")
+
+
+def one_module_imports_by_name(modules: Sequence[Module]) -> Iterator[str]:
+    for module in modules:
+        if module.name == "qengine.imports":
+            continue
+        for node, name in calls(module):
+            if name in ("importlib.import_module", "import_module", "__import__"):
+                yield module.violation(node, f"calls {name}; use qengine.imports.import_late")
+
+
+def one_module_reads_the_environment(modules: Sequence[Module]) -> Iterator[str]:
+    for module in modules:
+        if module.name == "qengine.environment":
+            continue
+        for node, target in imports(module):
+            if target in ("os.environ", "os.getenv", "os.environb"):
+                yield module.violation(node, f"imports {target}; ask qengine.environment")
+        for node in ast.walk(module.tree):
+            if isinstance(node, ast.Attribute) and ast.unparse(node) in ("os.environ", "os.getenv", "os.environb"):
+                yield module.violation(node, f"reads {ast.unparse(node)}; ask qengine.environment")
+
+
+def no_global_state(modules: Sequence[Module]) -> Iterator[str]:
+    for module in modules:
+        for node in ast.walk(module.tree):
+            if isinstance(node, ast.Global):
+                yield module.violation(node, "uses global")
+
+
+def no_bare_except(modules: Sequence[Module]) -> Iterator[str]:
+    for module in modules:
+        for node in ast.walk(module.tree):
+            if isinstance(node, ast.ExceptHandler) and node.type is None:
+                yield module.violation(node, "catches everything; name the exceptions")
+
+
+def modules_open_with_a_docstring(modules: Sequence[Module]) -> Iterator[str]:
+    for module in modules:
+        if not (ast.get_docstring(module.tree) or "").strip():
+            yield module.violation(None, "has no docstring")
+
+
+def nothing_runs_foreign_code(modules: Sequence[Module]) -> Iterator[str]:
+    for module in modules:
+        for node, target in imports(module):
+            if target.partition(".")[0] in UNSAFE_MODULES or target in UNSAFE_CALLS:
+                yield module.violation(node, f"imports {target}")
+        for node, name in calls(module):
+            if name in UNSAFE_CALLS:
+                yield module.violation(node, f"calls {name}")
+
+
+def only_commands_print(modules: Sequence[Module]) -> Iterator[str]:
+    for module in modules:
+        own = floor_of(module.name)
+        if own is not None and own[0] == 8:
+            continue
+        for node, name in calls(module):
+            if name == "print":
+                yield module.violation(node, "prints; log, or raise an error")
+
+
+def files_are_short(modules: Sequence[Module]) -> Iterator[str]:
+    for module in modules:
+        num_lines = len(module.text.splitlines())
+        if num_lines > MAX_LINES:
+            yield module.violation(None, f"has {num_lines} lines, at most {MAX_LINES}")
+
+
+#: rule -> (module name, snippet) pairs that break it.
+RULES: dict[Rule, tuple[tuple[str, str], ...]] = {
+    every_part_has_a_floor: (("qengine.attic", ""),),
+    imports_go_down: (
+        ("qengine.layers.norm", "from qengine.models.llama import SPEC"),
+        ("qengine.layers.norm", "import qengine.serving.server"),
+        ("qengine.layers.norm", "from ..models import llama"),
+        ("qengine.layers.norm", "from qengine import engine"),
+        ("qengine.layers.norm", "def late():\n    from qengine.engine import Engine"),
+        ("qengine.tokenizer.gguf", "from qengine.engine import Engine"),
+        ("qengine.engine", "from qengine.llm import LLM"),
+        ("qengine.errors", "from qengine.config import EngineConfig"),
+        ("qengine.config", "from qengine.request import Request"),
+        ("qengine.serving.server", "from qengine.cli import main"),
+    ),
+    scheduling_builds_upwards: (
+        ("qengine.scheduling.batch", "from qengine.scheduling.scheduler import Scheduler"),
+        ("qengine.scheduling.block_pool", "from qengine.scheduling.batch import Batch"),
+        ("qengine.scheduling.block_pool", "from .batch import Batch"),
+    ),
+    scheduling_is_pure: (("qengine.scheduling.scheduler", "import torch"),),
+    scheduling_is_used_from_floor_6: (("qengine.models.decoder", "from qengine.scheduling.batch import Batch"),),
+    converters_know_no_engine: (("converters.formats.gptq", "from qengine.errors import LoadError"),),
+    few_know_converters: (
+        ("qengine.engine", "from converters.open import open_checkpoint"),
+        ("qengine.runtime.loader_helper", "import converters"),
+    ),
+    kernels_need_little: (
+        ("quant_kernels.packing", "from converters.source import WeightSource"),
+        ("quant_kernels.packing", "import safetensors.torch"),
+    ),
+    web_stays_on_floor_8: (
+        ("qengine.engine", "import fastapi"),
+        ("qengine.llm", "from pydantic import BaseModel"),
+        ("qengine.commands.chat", "import uvicorn"),
+    ),
+    the_command_line_is_light: (
+        ("qengine.cli", "import torch"),
+        ("qengine.config", "from triton import language"),
+        ("qengine.runtime.planner", "from torch import Tensor"),
+    ),
+    transformers_is_never_imported_at_module_level: (("qengine.tokenizer.library", "import transformers"),),
+    models_know_no_processes: (
+        ("qengine.models.llama", "import torch.distributed as dist"),
+        ("qengine.models.llama", "from torch import distributed"),
+        ("qengine.layers.linear", "import torch\ntorch.distributed.all_reduce(x)"),
+    ),
+    layers_never_hear_of_formats: (("qengine.layers.linear", "# as in AutoAWQ"),),
+    imports_stand_at_the_top: (
+        ("qengine.engine", "def f():\n    import json"),
+        ("converters.open", "class A:\n    async def f(self):\n        from json import loads"),
+    ),
+    one_module_imports_by_name: (
+        ("qengine.engine", "import importlib\nimportlib.import_module('torch')"),
+        ("qengine.engine", "__import__('torch')"),
+    ),
+    one_module_reads_the_environment: (
+        ("qengine.engine", "import os\nos.environ['HOME']"),
+        ("converters.open", "import os\nos.getenv('HOME')"),
+        ("qengine.cli", "from os import environ"),
+    ),
+    no_global_state: (("qengine.engine", "def f():\n    global engine"),),
+    no_bare_except: (("qengine.engine", "try:\n    pass\nexcept:\n    pass"),),
+    modules_open_with_a_docstring: (("qengine.engine", "import json"), ("qengine.engine", '""" """')),
+    nothing_runs_foreign_code: (
+        ("qengine.engine", "import pickle"),
+        ("qengine.engine", "from torch import load"),
+        ("converters.open", "import torch\ntorch.load('x')"),
+        ("converters.open", "eval('1')"),
+        ("qengine.commands.parsing", "import yaml\nyaml.load('x')"),
+    ),
+    only_commands_print: (("qengine.engine", "print('x')"), ("converters.open", "print('x')")),
+    files_are_short: (("qengine.engine", "x = 1\n" * (MAX_LINES + 1)),),
+}
+
+
+def _name(rule: Rule) -> str:
+    return rule.__name__
+
+
+def test_the_project_was_found() -> None:
+    names = {module.name for module in project()}
+    assert {"qengine.config", "qengine.cli", "converters.source", "quant_kernels.packed_weight"} <= names
+    assert len(names) > 30
+
+
+@pytest.mark.parametrize("rule", [*RULES, no_import_cycles], ids=_name)
+def test_the_project_keeps(rule: Rule) -> None:
+    violations = list(rule(project()))
+    assert not violations, "\n".join(violations)
+
+
+@pytest.mark.parametrize(
+    ("rule", "name", "snippet"),
+    [
+        pytest.param(rule, *broken, id=f"{_name(rule)}-{i}")
+        for rule, all_ in RULES.items()
+        for i, broken in enumerate(all_)
+    ],
+)
+def test_a_rule_catches(rule: Rule, name: str, snippet: str) -> None:
+    assert list(rule([Module(name, snippet)])), f"{_name(rule)} let this pass in {name}:\n{snippet}"
+
+
+def test_a_cycle_is_caught() -> None:
+    cycle = [Module("qengine.a", "import qengine.b"), Module("qengine.b", "from qengine.a import x")]
+    assert list(no_import_cycles(cycle)) == ["qengine.a -> qengine.b -> qengine.a"]
+    types_only = Module("qengine.b", "if TYPE_CHECKING:\n    from qengine.a import x")
+    assert not list(no_import_cycles([cycle[0], types_only]))
+
+
+@pytest.mark.parametrize(
+    ("rule", "name", "snippet"),
+    [
+        (imports_go_down, "qengine.llm", "from qengine.engine import Engine"),
+        (imports_go_down, "qengine.models.llama", "from qengine.models.spec import ModelSpec"),
+        (imports_go_down, "qengine", "from qengine.llm import LLM"),
+        (few_know_converters, "qengine.runtime.loader", "from converters.open import open_checkpoint"),
+        (kernels_need_little, "quant_kernels.packing", "import torch, math\nimport numpy as np"),
+        (scheduling_builds_upwards, "qengine.scheduling.batch", "from qengine.scheduling.block_pool import BlockPool"),
+        (nothing_runs_foreign_code, "qengine.llm", "import re\nre.compile('x')\nmodel.eval()"),
+        (one_module_reads_the_environment, "qengine.environment", "import os\nos.environ['HOME']"),
+        (only_commands_print, "qengine.commands.chat", "print('x')"),
+    ],
+    ids=lambda value: _name(value) if callable(value) else None,
+)
+def test_a_rule_lets_pass(rule: Rule, name: str, snippet: str) -> None:
+    assert not list(rule([Module(name, snippet)]))
