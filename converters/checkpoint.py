@@ -135,7 +135,7 @@ def _no_single_file(folder: Path, names: list[str], files: list[str]) -> str:
     if not files:
         return f"{folder} holds no {SUFFIX} file; found: {shown(', '.join(names)) or 'nothing'}"
     return (
-        f"{folder} holds {len(files)} {SUFFIX} files ({shown(', '.join(files))}) and no model{_INDEX_SUFFIX} that joins "
+        f"{folder} holds {len(files)} {SUFFIX} files ({shown(', '.join(files))}) and no model{_INDEX_SUFFIX} to join "
         "them; keep the one to load, or download the index too"
     )
 

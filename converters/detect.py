@@ -1,259 +1,432 @@
-"""Which quantization a checkpoint has: from its configuration, then from the tensors it holds.
+"""What kind of quantized checkpoint a folder of safetensors is.
 
-Invariant: the result is a `QuantizationScheme` that a reader of `formats/` handles, None for a plain checkpoint, or a
-CheckpointError that says what the file is and what is supported. Tensor shapes have the last word on bits and groups
-(see `formats.gptq`); this module reads no tensor data.
+The declaration is looked for in ``config.json``, ``quantize_config.json``, ``quant_config.json`` and the headers'
+metadata, in this order; without one the tensors' shapes tell. Invariant: whatever cannot be read exactly is refused
+here, with the reason, before any weight is read. Where a declaration and the shapes differ, readers follow the shapes.
 """
 
 from __future__ import annotations
 
+import logging
 import re
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
+from converters.checkpoint import Checkpoint
 from converters.errors import CheckpointError
-from converters.json_files import read_json_object
+from converters.files import list_folder, read_json_object, shown
 
-GPTQ, AWQ, GGUF = "gptq", "awq", "gguf"
-SUPPORTED = "GPTQ (2, 3, 4, 8 bits), AWQ GEMM (4 bits), GGUF (Q4_0, Q4_1, Q8_0, F16, BF16, F32) and plain safetensors"
-SYNONYMS = {"awq": AWQ, "awq_marlin": AWQ, "gptq": GPTQ, "gptq_marlin": GPTQ, "gguf": GGUF}
-_METHODS = {"gptq": GPTQ, "awq": AWQ}
-_AUTO_ROUND = ("auto-round", "intel/auto-round")
-_GPTQ_LAYOUTS = ("gptq", "gptq_v2")
-#: exllama is a choice of kernel; the tensors are GEMM's.
-_AWQ_LAYOUTS = ("gemm", "exllama")
-_BIT_KEYS = ("bits", "w_bit", "wbits")
-_GROUP_KEYS = ("group_size", "q_group_size")
+logger = logging.getLogger(__name__)
+
+SUPPORTED = (
+    "GPTQ (2, 3, 4 or 8 bits, formats gptq and gptq_v2), AWQ (4 bits, version gemm), GGUF (F32, F16, BF16, Q8_0, Q4_0, "
+    "Q4_1) and unquantized safetensors"
+)
+GPTQ_BITS = (2, 3, 4, 8)
+_FILES = ("quantize_config.json", "quant_config.json")
+_SYNONYMS = {
+    "w_bit": "bits",
+    "wbits": "bits",
+    "q_group_size": "group_size",
+    "format": "checkpoint_format",
+    "method": "quant_method",
+}
+_MAX_RULES = 4096
+_MAX_PATTERN_CHARS = 256
+_MAX_WILDCARDS = 6
+#: Tensor names that betray a layout nobody here can read, whatever the config says.
+_FOREIGN_LAYOUTS = (
+    (re.compile(r"\.weight_packed$"), "compressed-tensors (pack-quantized)"),
+    (re.compile(r"\.weight_scale_inv$"), "fp8 with block scales"),
+    (re.compile(r"\.weight\.quant_state\.|\.weight\.absmax$|\.SCB$"), "bitsandbytes"),
+    (re.compile(r"_proj_blocks$"), "mxfp4"),
+    (re.compile(r"_weight_qdata$"), "torchao"),
+    (re.compile(r"\.scaled_zeros$"), "AWQ as llm-awq packs it"),
+    (re.compile(r"_proj\.B$"), "GPTQ repacked for Marlin"),
+)
 
 
 @dataclass(frozen=True, slots=True)
 class DynamicRule:
-    """One entry of GPTQ's ``dynamic``: module names that match `pattern` from their start are skipped or overridden."""
+    """Overrides for the modules whose full name `pattern` matches from the start; None leaves a value as it is."""
 
     pattern: re.Pattern[str]
-    skip: bool
-    overrides: Mapping[str, Any]
+    skip: bool = False
+    bits: int | None = None
+    group_size: int | None = None
+    symmetric: bool | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class ModuleScheme:
+    """What the declaration says of one module."""
+
+    bits: int | None
+    group_size: int | None
+    symmetric: bool
+    skipped: bool
 
 
 @dataclass(frozen=True, slots=True)
 class QuantizationScheme:
-    """How a checkpoint says it was quantized.
+    """A checkpoint's declared quantization.
 
     Attributes:
-        group_size: rows that share a scale, -1 for all.
-        sym: the zero point is the constant 2^(bits-1).
-        is_v2: GPTQ zero points are stored as they are; else less one.
-        whole_word_zeros: v1 zero points were made by subtracting from whole words (GPTQModel), not field by field.
-        skipped: AWQ's modules_to_not_convert, substrings of module names.
+        method: which reader understands the tensors.
+        checkpoint_format: "gptq" (zero points stored less one), "gptq_v2" (stored as they are) or "gemm" (AWQ).
+        bits: of a code, before overrides; None if not said.
+        group_size: rows that share a scale, -1 for all rows of a layer; None if not said.
+        symmetric: the zero point is 2 ** (bits - 1) everywhere.
+        desc_act: declared activation order; the tensors decide.
+        zero_point: AWQ's word for "not symmetric"; None if not said.
+        quantizer: the program that wrote the file, e.g. "gptqmodel:7.7.0", or "".
+        dynamic: overrides by module name, first match wins.
+        modules_to_not_convert: parts of names of modules that stay dense.
     """
 
-    method: str
-    bits: int
-    group_size: int
-    sym: bool = True
+    method: Literal["gptq", "awq"]
+    checkpoint_format: str
+    bits: int | None = None
+    group_size: int | None = None
+    symmetric: bool = True
     desc_act: bool = False
-    is_v2: bool = False
-    whole_word_zeros: bool = False
+    zero_point: bool | None = None
+    quantizer: str = ""
     dynamic: tuple[DynamicRule, ...] = ()
-    skipped: tuple[str, ...] = ()
-
-    def for_module(self, name: str) -> QuantizationScheme | None:
-        """The scheme of one module after ``dynamic`` and skips; None if it should not be quantized."""
-        if any(part in name for part in self.skipped):
-            return None
-        for rule in self.dynamic:
-            if rule.pattern.match(name):
-                return None if rule.skip else _override(self, rule.overrides)
-        return self
+    modules_to_not_convert: tuple[str, ...] = ()
 
     @property
-    def summary(self) -> str:
+    def description(self) -> str:
         """One line for people."""
-        group = "one group per column" if self.group_size == -1 else f"group {self.group_size}"
-        kind = "symmetric" if self.sym else "asymmetric"
-        parts = [f"{self.method.upper()} {self.bits}-bit", group]
-        parts += [kind] if self.method == GPTQ else []
-        parts += ["act-order"] if self.desc_act else []
-        parts += [f"{len(self.dynamic)} dynamic rules"] if self.dynamic else []
-        return ", ".join(parts)
+        name = self.method.upper() + (" v2" if self.checkpoint_format == "gptq_v2" else "")
+        parts = [name if self.bits is None else f"{name} {self.bits}-bit"]
+        if self.group_size is not None:
+            parts.append("per channel" if self.group_size == -1 else f"group {self.group_size}")
+        parts.append("symmetric" if self.symmetric else "asymmetric")
+        return ", ".join(parts + ["act-order"] * self.desc_act)
+
+    def for_module(self, name: str) -> ModuleScheme:
+        """The declaration with the overrides for the (unfused) module `name` applied."""
+        skipped = any(part in name for part in self.modules_to_not_convert)
+        plain = ModuleScheme(self.bits, self.group_size, self.symmetric, skipped)
+        rule = next((rule for rule in self.dynamic if rule.pattern.match(name)), None)
+        if rule is None:
+            return plain
+        return ModuleScheme(
+            bits=plain.bits if rule.bits is None else rule.bits,
+            group_size=plain.group_size if rule.group_size is None else rule.group_size,
+            symmetric=plain.symmetric if rule.symmetric is None else rule.symmetric,
+            skipped=skipped or rule.skip,
+        )
 
 
-def find_config(folder: Path, model_config: Mapping[str, Any], metadata: Mapping[str, str]) -> dict[str, Any] | None:
-    """The quantization configuration: in config.json, else in a file of its own, else in the safetensors metadata."""
-    declared = model_config.get("quantization_config") or model_config.get("compression_config")
-    if declared is not None and not isinstance(declared, dict):
-        raise CheckpointError(f"{folder}/config.json: quantization_config is {type(declared).__name__}, not an object")
-    if declared:
-        return _lower(declared)
-    for name, method in (("quantize_config.json", GPTQ), ("quant_config.json", None)):
-        if (folder / name).is_file():
-            found = _lower(read_json_object(folder / name))
-            # AutoAWQ's own file does not name its method; its keys do.
-            method = method or (AWQ if "version" in found or "w_bit" in found else GPTQ)
-            return {"quant_method": method, **found}
-    if "gptq_bits" in metadata:
-        return {"quant_method": GPTQ, **{k[5:]: _plain(v) for k, v in metadata.items() if k.startswith("gptq_")}}
+@dataclass(frozen=True, slots=True)
+class Declaration:
+    """A quantization config as found, keys in lower case and synonyms resolved, and where it stood."""
+
+    values: Mapping[str, Any]
+    where: str
+
+    @property
+    def weight_file_stem(self) -> str | None:
+        """AutoGPTQ's name of the weight file, without suffix."""
+        stem = self.values.get("model_file_base_name")
+        return stem if isinstance(stem, str) and stem else None
+
+
+def find_declaration(folder: Path, config: Mapping[str, Any]) -> Declaration | None:
+    """The quantization config of a folder: of config.json, else of the quantizer's own file.
+
+    Raises:
+        CheckpointError: if it is not an object, or its file is broken.
+    """
+    for key in ("quantization_config", "compression_config"):
+        raw = config.get(key)
+        if raw is None or raw == {}:
+            continue
+        where = f"{folder / 'config.json'}: {key}"
+        if not isinstance(raw, dict):
+            raise CheckpointError(f"{where} is a {type(raw).__name__}, expected an object")
+        values = _normalize(raw)
+        if key == "compression_config":
+            values.setdefault("quant_method", "compressed-tensors")
+        return Declaration(values, where)
+    present = list_folder(folder)
+    for name in _FILES:
+        if name in present:
+            return Declaration(_normalize(read_json_object(folder / name)), str(folder / name))
     return None
 
 
-def _lower(config: Mapping[str, Any]) -> dict[str, Any]:
-    return {str(key).lower(): value for key, value in config.items()}
-
-
-def _plain(text: str) -> Any:
-    """A value that was written as a string: 'True', '-1', or itself."""
-    if text.lower() in ("true", "false"):
-        return text.lower() == "true"
-    return int(text) if re.fullmatch(r"-?\d+", text) else text
-
-
-def detect(config: Mapping[str, Any] | None, tensor_names: Iterable[str], where: str) -> QuantizationScheme | None:
-    """The scheme of a safetensors checkpoint, or None if nothing in it is quantized.
+def detect(checkpoint: Checkpoint, declaration: Declaration | None) -> QuantizationScheme | None:
+    """The scheme of a checkpoint; None if nothing is quantized.
 
     Raises:
-        CheckpointError: for a method, layout or number of bits that is not supported.
+        CheckpointError: if it is quantized in a way that is not supported, with what is.
     """
-    if config is None:
-        if any(name.endswith(".qweight") for name in tensor_names):
-            raise CheckpointError(
-                f"{where}: has quantized tensors (qweight) but no quantization_config in config.json, "
-                "quantize_config.json or quant_config.json; copy the file that belongs to it"
-            )
-        return None
-    method = _method(config, where)
-    return _gptq(config, where) if method == GPTQ else _awq(config, where)
-
-
-def _method(config: Mapping[str, Any], where: str) -> str:
-    named = config.get("quant_method") or config.get("method") or GPTQ
-    method = str(named).lower()
-    if method in _AUTO_ROUND:
-        packing = str(config.get("packing_format", "")).lower()
-        if "awq" in packing:
-            return AWQ
-        if "gptq" in packing and "gptq:" not in packing:
-            return GPTQ
-        raise CheckpointError(f"{where}: auto-round packing '{packing}' is not supported; supported: {SUPPORTED}")
+    _refuse_foreign_tensors(checkpoint)
+    if declaration is None:
+        declaration = _declaration_of_metadata(checkpoint)
+    values = dict(declaration.values) if declaration else {}
+    where = declaration.where if declaration else str(checkpoint.path)
+    if not values.get("quant_method"):
+        guess = _method_by_shapes(checkpoint) or _method_by_keys(values)
+        if guess is None:
+            return None
+        values["quant_method"] = guess
+        logger.warning("%s: no config says how the weights are quantized; read as %s", where, guess.upper())
+    reader = _Reader(values, where)
+    method = reader.text("quant_method")
     if method not in _METHODS:
-        raise CheckpointError(f"{where}: quantization method '{method[:60]}' is not supported; supported: {SUPPORTED}")
-    return _METHODS[method]
+        raise CheckpointError(_unsupported(where, f"'{shown(method)}'"))
+    return _METHODS[method](reader)
 
 
-def _first(config: Mapping[str, Any], keys: Sequence[str], default: Any) -> Any:
-    return next((config[k] for k in keys if config.get(k) is not None), default)
+def _unsupported(where: str, what: str) -> str:
+    return f"{where}: quantization {what} is not supported. Supported: {SUPPORTED}"
 
 
-def _bits(config: Mapping[str, Any], allowed: Sequence[int], where: str, default: int = 4) -> int:
-    bits = _first(config, _BIT_KEYS, default)
-    if isinstance(bits, bool) or not isinstance(bits, int) or bits not in allowed:
-        raise CheckpointError(f"{where}: quantized to {bits!r} bits, supported are {', '.join(map(str, allowed))}")
-    return bits
+def _normalize(raw: Mapping[str, Any]) -> dict[str, Any]:
+    """Lower-case keys; a synonym gives way to the proper name."""
+    lower = {key.lower(): value for key, value in raw.items()}
+    for synonym, key in _SYNONYMS.items():
+        if lower.get(key) is None and synonym in lower:
+            lower[key] = lower[synonym]
+    return lower
 
 
-def _group_size(config: Mapping[str, Any], where: str, default: int) -> int:
-    group = _first(config, _GROUP_KEYS, default)
-    if isinstance(group, bool) or not isinstance(group, int) or (group < 1 and group != -1):
-        raise CheckpointError(f"{where}: group_size is {group!r}, expected a whole number above 0, or -1 for one group")
-    return group
+# Reading values
 
 
-def _flag(config: Mapping[str, Any], key: str, default: bool, where: str) -> bool:
-    value = config.get(key)
-    if value is None:
-        return default
-    if not isinstance(value, bool):
-        raise CheckpointError(f"{where}: {key} is {value!r}, expected true or false")
-    return value
+class _Reader:
+    """Typed access to a declaration; every complaint says where it stands."""
+
+    def __init__(self, values: Mapping[str, Any], where: str) -> None:
+        self.values = values
+        self.where = where
+
+    def fail(self, key: str, expected: str) -> CheckpointError:
+        return CheckpointError(f"{self.where}: {key} is {shown(repr(self.values.get(key)))}, expected {expected}")
+
+    def text(self, key: str, default: str = "") -> str:
+        value = self.values.get(key)
+        if value is None:
+            return default
+        if not isinstance(value, str):
+            raise self.fail(key, "a string")
+        return value.lower()
+
+    def flag(self, key: str) -> bool | None:
+        value = self.values.get(key)
+        if isinstance(value, str) and value.lower() in ("true", "false"):
+            return value.lower() == "true"
+        if value is not None and not isinstance(value, bool):
+            raise self.fail(key, "true or false")
+        return value
+
+    def whole(self, key: str) -> int | None:
+        value = self.values.get(key)
+        if isinstance(value, str) and re.fullmatch(r"-?\d{1,9}", value):
+            return int(value)
+        if value is not None and (isinstance(value, bool) or not isinstance(value, int)):
+            raise self.fail(key, "a whole number")
+        return value
+
+    def bits(self, allowed: tuple[int, ...]) -> int | None:
+        value = self.whole("bits")
+        if value is not None and value not in allowed:
+            raise self.fail("bits", f"one of {', '.join(map(str, allowed))}")
+        return value
+
+    def group_size(self) -> int | None:
+        value = self.whole("group_size")
+        if value is not None and value != -1 and not 1 <= value <= 2**31:
+            raise self.fail("group_size", "-1 (one group) or a positive number")
+        return value
+
+    def names(self, key: str) -> tuple[str, ...]:
+        value = self.values.get(key)
+        if value is None:
+            return ()
+        if not isinstance(value, list) or len(value) > _MAX_RULES or not all(isinstance(v, str) and v for v in value):
+            raise self.fail(key, "a list of names")
+        return tuple(value)
 
 
-def _gptq(config: Mapping[str, Any], where: str) -> QuantizationScheme:
-    layout = str(_first(config, ("checkpoint_format", "format"), "gptq")).lower()
-    if config.get("is_marlin_format") or layout not in _GPTQ_LAYOUTS:
-        layout = "marlin" if config.get("is_marlin_format") else layout
-        raise CheckpointError(
-            f"{where}: GPTQ weights in the layout '{layout[:40]}', which is made for one kernel; "
-            f"supported layouts: {', '.join(_GPTQ_LAYOUTS)}. Use the original GPTQ checkpoint of this model"
-        )
-    if config.get("pack_dtype", "int32") != "int32":
-        raise CheckpointError(f"{where}: packed in {config['pack_dtype']}, only int32 is supported")
-    meta = config.get("meta")
-    writers = meta.get("quantizer") if isinstance(meta, dict) else None
-    writer = str((writers[0] if isinstance(writers, list) and writers else writers) or "")
+def _or(value: Any, default: Any) -> Any:
+    return default if value is None else value
+
+
+# GPTQ
+
+
+def _gptq(reader: _Reader) -> QuantizationScheme:
+    layout = reader.text("checkpoint_format", "gptq")
+    if reader.flag("is_marlin_format"):
+        layout = "marlin"
+    if layout not in ("gptq", "gptq_v2"):
+        raise CheckpointError(_unsupported(reader.where, f"GPTQ in the layout '{shown(layout)}'"))
+    if reader.text("pack_dtype", "int32") not in ("int32", "torch.int32"):
+        raise reader.fail("pack_dtype", "int32")
     return QuantizationScheme(
-        method=GPTQ,
-        bits=_bits(config, (2, 3, 4, 8), where),
-        group_size=_group_size(config, where, default=-1),
-        sym=_flag(config, "sym", True, where),
-        desc_act=_flag(config, "desc_act", False, where),
-        is_v2=layout == "gptq_v2",
-        whole_word_zeros=writer.startswith("gptqmodel"),
-        dynamic=_dynamic(config.get("dynamic"), where),
+        method="gptq",
+        checkpoint_format=layout,
+        bits=reader.bits(GPTQ_BITS),
+        group_size=reader.group_size(),
+        symmetric=_or(reader.flag("sym"), True),
+        desc_act=bool(reader.flag("desc_act")),
+        quantizer=_quantizer(reader.values),
+        dynamic=_dynamic(reader),
     )
 
 
-def _dynamic(rules: object, where: str) -> tuple[DynamicRule, ...]:
-    if rules is None:
+def _quantizer(values: Mapping[str, Any]) -> str:
+    meta = values.get("meta")
+    writer = meta.get("quantizer") if isinstance(meta, Mapping) else None
+    if isinstance(writer, list) and writer:
+        writer = writer[0]
+    return writer if isinstance(writer, str) else ""
+
+
+def _dynamic(reader: _Reader) -> tuple[DynamicRule, ...]:
+    raw = reader.values.get("dynamic")
+    if raw is None:
         return ()
-    if not isinstance(rules, dict) or len(rules) > 10_000:
-        raise CheckpointError(f"{where}: 'dynamic' must be an object of patterns and overrides")
-    parsed = []
-    for key, overrides in rules.items():
-        pattern = key[2:] if key[:2] in ("+:", "-:") else key
-        try:
-            compiled = re.compile(pattern)
-        except (re.error, RecursionError, OverflowError) as error:
-            raise CheckpointError(f"{where}: 'dynamic' has the invalid pattern '{key[:100]}': {error}") from error
-        parsed.append(DynamicRule(compiled, key.startswith("-:"), overrides if isinstance(overrides, dict) else {}))
-    return tuple(parsed)
+    if not isinstance(raw, dict) or len(raw) > _MAX_RULES:
+        raise reader.fail("dynamic", "an object of patterns and overrides")
+    rules = []
+    for key, overrides in raw.items():
+        text = key[2:] if key.startswith(("+:", "-:")) else key
+        pattern = _compile(text, f"{reader.where}: dynamic")
+        if key.startswith("-:"):
+            rules.append(DynamicRule(pattern, skip=True))
+            continue
+        if not isinstance(overrides, dict):
+            raise CheckpointError(f"{reader.where}: dynamic['{shown(key)}'] is {shown(overrides)}, expected an object")
+        rules.append(_override(pattern, overrides, f"{reader.where}: dynamic['{shown(key)}']"))
+    return tuple(rules)
 
 
-def _override(scheme: QuantizationScheme, overrides: Mapping[str, Any]) -> QuantizationScheme:
-    where = "dynamic"
-    return replace(
-        scheme,
-        bits=_bits(overrides, (2, 3, 4, 8), where, default=scheme.bits),
-        group_size=_group_size(overrides, where, default=scheme.group_size),
-        sym=_flag(overrides, "sym", scheme.sym, where),
-        desc_act=_flag(overrides, "desc_act", scheme.desc_act, where),
-    )
+def _override(pattern: re.Pattern[str], overrides: Mapping[str, Any], where: str) -> DynamicRule:
+    part = _Reader(_normalize(overrides), where)
+    return DynamicRule(pattern, False, part.bits(GPTQ_BITS), part.group_size(), part.flag("sym"))
 
 
-def _awq(config: Mapping[str, Any], where: str) -> QuantizationScheme:
-    version = str(config.get("version") or "gemm").lower()
-    if version not in _AWQ_LAYOUTS or str(config.get("backend") or "").lower() == "llm-awq":
-        version = "llm-awq" if version in _AWQ_LAYOUTS else version
+def _compile(text: str, where: str) -> re.Pattern[str]:
+    """A pattern of the file, refused if matching it could take for ever."""
+    wildcards = len(re.findall(r"[*+{]", text))
+    if len(text) > _MAX_PATTERN_CHARS or wildcards > _MAX_WILDCARDS or re.search(r"\)[*+{]", text):
         raise CheckpointError(
-            f"{where}: AWQ weights in the layout '{version[:40]}'; supported is GEMM, which most published "
-            "AWQ checkpoints use"
+            f"{where}: the pattern '{shown(text)}' is too costly to match; use at most {_MAX_WILDCARDS} repetitions, "
+            "and none of a group"
         )
-    skipped = config.get("modules_to_not_convert") or []
-    if not isinstance(skipped, list) or not all(isinstance(name, str) and name for name in skipped):
-        raise CheckpointError(f"{where}: modules_to_not_convert must be a list of names")
+    try:
+        return re.compile(text)
+    except (re.error, RecursionError, OverflowError) as error:
+        raise CheckpointError(f"{where}: '{shown(text)}' is no regular expression: {shown(error)}") from error
+
+
+# AWQ and auto-round
+
+
+def _awq(reader: _Reader) -> QuantizationScheme:
+    version = reader.text("version") or reader.text("checkpoint_format", "gemm")
+    if reader.text("backend", "autoawq") == "llm-awq":
+        version = "llm-awq"
+    # "exllama" names kernels; its tensors are those of gemm.
+    if version not in ("gemm", "exllama"):
+        raise CheckpointError(
+            _unsupported(reader.where, f"AWQ in the version '{shown(version)}'")
+            + ". Quantize the model again with version gemm, or find such a copy of it"
+        )
+    zero_point = reader.flag("zero_point")
     return QuantizationScheme(
-        method=AWQ,
-        bits=_bits(config, (4,), where),
-        group_size=_group_size(config, where, default=128),
-        sym=False,
-        skipped=tuple(skipped),
+        method="awq",
+        checkpoint_format="gemm",
+        bits=_or(reader.bits((4,)), 4),
+        group_size=reader.group_size(),
+        symmetric=zero_point is False,
+        zero_point=zero_point,
+        quantizer=_quantizer(reader.values),
+        modules_to_not_convert=reader.names("modules_to_not_convert"),
     )
 
 
-def check_requested(requested: str | None, found: str | None, where: str) -> None:
-    """Refuse a requested quantization that is not the file's.
+def _auto_round(reader: _Reader) -> QuantizationScheme:
+    """Tensors are GPTQ's or AWQ's. The zero points of its own GPTQ-like format are certain only if symmetric."""
+    packing = reader.text("packing_format") or reader.text("backend", "auto_round")
+    if "awq" in packing:
+        scheme = _awq(_Reader({**reader.values, "version": "gemm", "backend": None}, reader.where))
+    else:
+        scheme = _gptq(_Reader({**reader.values, "checkpoint_format": "gptq"}, reader.where))
+        if not scheme.symmetric and packing != "auto_round:auto_gptq":
+            raise CheckpointError(_unsupported(reader.where, f"'auto-round' packed as '{shown(packing)}', asymmetric"))
+    return replace(scheme, dynamic=(*scheme.dynamic, *_extra_config(reader)))
 
-    Raises:
-        CheckpointError: saying what was asked for and what the file is.
-    """
-    if requested is None:
-        return
-    wanted = SYNONYMS.get(requested)
-    if wanted is None:
-        raise CheckpointError(f"quantization '{requested}' is not known; known: {', '.join(SYNONYMS)}")
-    if wanted != found:
-        actual = f"a {found.upper()} checkpoint" if found else "not quantized"
+
+def _extra_config(reader: _Reader) -> tuple[DynamicRule, ...]:
+    """auto-round's overrides, by exact module name."""
+    raw = reader.values.get("extra_config")
+    if raw is None:
+        return ()
+    if not isinstance(raw, dict) or len(raw) > _MAX_RULES or not all(isinstance(v, dict) for v in raw.values()):
+        raise reader.fail("extra_config", "an object of module names and overrides")
+    rules = []
+    for name, overrides in raw.items():
+        pattern = re.compile(re.escape(name) + r"\Z")
+        where = f"{reader.where}: extra_config['{shown(name)}']"
+        dense = _Reader(_normalize(overrides), where).whole("bits") in (16, 32)
+        rules.append(DynamicRule(pattern, skip=True) if dense else _override(pattern, overrides, where))
+    return tuple(rules)
+
+
+_METHODS: Mapping[str, Callable[[_Reader], QuantizationScheme]] = {
+    "gptq": _gptq,
+    "awq": _awq,
+    "auto-round": _auto_round,
+    "intel/auto-round": _auto_round,
+}
+
+
+# Without a declaration
+
+
+def _refuse_foreign_tensors(checkpoint: Checkpoint) -> None:
+    for name in checkpoint.tensors:
+        for pattern, what in _FOREIGN_LAYOUTS:
+            if pattern.search(name):
+                raise CheckpointError(_unsupported(f"{checkpoint.path}, tensor {shown(name)}", what))
+
+
+def _declaration_of_metadata(checkpoint: Checkpoint) -> Declaration | None:
+    """AutoGPTQ repeats its config in the header, as strings."""
+    prefix = "gptq_"
+    values = {k[len(prefix) :]: v for k, v in checkpoint.metadata.items() if k.lower().startswith(prefix)}
+    if "bits" not in values:
+        return None
+    return Declaration({"quant_method": "gptq", **_normalize(values)}, f"{checkpoint.path}, header metadata")
+
+
+def _method_by_shapes(checkpoint: Checkpoint) -> str | None:
+    """GPTQ packs along the inputs, so that words and scales have equally many columns; AWQ packs along the outputs."""
+    for name, words in checkpoint.tensors.items():
+        scales = checkpoint.tensors.get(name.removesuffix("qweight") + "scales")
+        if not name.endswith(".qweight") or scales is None or len(words.shape) != 2 or len(scales.shape) != 2:
+            continue
+        if words.shape[1] == scales.shape[1]:
+            return "gptq"
+        if words.shape[1] * 8 == scales.shape[1]:
+            return "awq"
         raise CheckpointError(
-            f"{where} is {actual}, but quantization '{requested}' was asked for; "
-            "leave the option out (the format is read from the file) or give another checkpoint"
+            f"{checkpoint.path}: {shown(name)} is {words} and its scales are {scales}, which is neither GPTQ nor AWQ "
+            f"(gemm), and no config says what it is. Supported: {SUPPORTED}"
         )
+    return None
+
+
+def _method_by_keys(values: Mapping[str, Any]) -> str | None:
+    if "zero_point" in values or "version" in values:
+        return "awq"
+    return "gptq" if "bits" in values else None

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 
 from converters.errors import CheckpointError
-from converters.json_files import read_json_object
+from converters.files import read_json_object
 from converters.source import LinearSlot, Slot, TensorSlot, Weight
 from quant_kernels.packed_weight import DenseWeight, PackedWeight
 

@@ -61,7 +61,7 @@ class DataFile:
         """uint8 [num_bytes] from `offset` on. The caller has checked that the file holds them."""
         assert 0 <= offset <= offset + num_bytes <= self.num_bytes, "ranges are checked when the header is read"
         data = torch.empty(num_bytes, dtype=torch.uint8)
-        self._read_into(offset, memoryview(data.numpy()))
+        self._read_into(offset, data.numpy().data)
         return data
 
     def read_bytes(self, offset: int, num_bytes: int) -> bytes:

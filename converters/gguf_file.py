@@ -5,25 +5,25 @@
     tensor info = string name, u32 n_dims, u64 dims (fastest first), u32 type, u64 offset from the data's start
 
 Invariant: no declared length or count is followed before it was checked against the bytes that are left, and what is
-kept in memory is bounded by the file's own size and a cap on array items. It knows how many bytes a block type takes,
-not what they mean: see `formats.gguf`.
+kept in memory is bounded by the file's own size and by caps on the head and on array items. Arrays of arrays, which no
+model file has, are refused. It knows how many bytes a block type takes, not what they mean: see `formats.gguf`.
 """
 
 from __future__ import annotations
 
-import os
 import re
 import struct
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from math import prod
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any
 
 import numpy as np
-import numpy.typing as npt
 
 from converters.errors import CheckpointError
+from converters.files import DataFile, shown
+from converters.report import shape_text
 
 MAGIC = b"GGUF"
 VERSIONS = (2, 3)
@@ -31,6 +31,8 @@ MAX_PAIRS = 2**16
 #: Items of all arrays together; the largest vocabularies have some 300,000 tokens and as many merges.
 MAX_ARRAY_ITEMS = 2**22
 MAX_NAME_BYTES = 2**16
+#: Metadata and tensor table; a vocabulary of 260,000 with merges takes about 15 MB.
+MAX_HEAD_BYTES = 2**27
 _MAX_DIMS = 4
 _READ_BYTES = 2**20
 _STRING, _ARRAY = 8, 9
@@ -91,6 +93,8 @@ BLOCK_TYPES: Mapping[int, BlockType] = {
     34: BlockType("TQ1_0", 256, 54),
     35: BlockType("TQ2_0", 256, 66),
     39: BlockType("MXFP4", 32, 17),
+    40: BlockType("NVFP4", 64, 36),
+    41: BlockType("Q1_0", 128, 18),
 }
 
 
@@ -101,22 +105,17 @@ class GGUFTensor:
     name: str
     type: BlockType
     shape: tuple[int, ...]
-    file: Path
+    file: DataFile
     offset: int
     num_bytes: int
 
-    def read(self) -> npt.NDArray[np.uint8]:
-        """The raw bytes, [rows, bytes per row]."""
-        data = np.empty(self.num_bytes, dtype=np.uint8)
-        try:
-            with open(self.file, "rb") as file:
-                file.seek(self.offset)
-                num_read = file.readinto(data.data) if self.num_bytes else 0
-        except OSError as error:
-            raise CheckpointError(f"{self.file}: cannot read '{self.name}': {error.strerror or error}") from error
-        if num_read != self.num_bytes:
-            raise CheckpointError(f"{self.file}: '{self.name}' has {num_read} of its {self.num_bytes} bytes")
-        return data.reshape(prod(self.shape[:-1]), -1)
+    @property
+    def num_rows(self) -> int:
+        """Rows along the fastest dimension; each is a whole number of blocks."""
+        return prod(self.shape[:-1])
+
+    def __str__(self) -> str:
+        return shape_text(self.type.name, self.shape)
 
 
 @dataclass(frozen=True, slots=True)
@@ -159,7 +158,7 @@ def _join_parts(opened: GGUFFile, count: int) -> GGUFFile:
             raise CheckpointError(f"{path}: does not say that it is part {number} of {count}; another model's file?")
         twice = tensors.keys() & part.tensors.keys()
         if twice:
-            raise CheckpointError(f"{path}: tensor '{min(twice)}' is in an earlier part too")
+            raise CheckpointError(f"{path}: tensor '{shown(min(twice))}' is in an earlier part too")
         tensors.update(part.tensors)
         metadata = metadata or part.metadata
     total = metadata.get("split.tensors.count")
@@ -169,20 +168,15 @@ def _join_parts(opened: GGUFFile, count: int) -> GGUFFile:
 
 
 def _parse(path: Path) -> GGUFFile:
-    try:
-        with open(path, "rb") as file:
-            return _Parser(path, file).parse()
-    except OSError as error:
-        raise CheckpointError(f"{path}: cannot be read: {error.strerror or error}") from error
+    return _Parser(DataFile.at(path)).parse()
 
 
 class _Parser:
     """A cursor over the head of a file that never trusts a length."""
 
-    def __init__(self, path: Path, file: BinaryIO) -> None:
-        self.path = path
+    def __init__(self, file: DataFile) -> None:
         self.file = file
-        self.size = os.fstat(file.fileno()).st_size
+        self.size = file.num_bytes
         self.buffer = bytearray()
         self.position = 0
         self.num_items = 0
@@ -193,14 +187,14 @@ class _Parser:
         for _ in range(num_pairs):
             key = self._string("a metadata key", MAX_NAME_BYTES)
             if key in metadata:
-                raise self._refuse(f"metadata key '{key[:100]}' appears twice")
+                raise self._refuse(f"metadata key '{shown(key)}' appears twice")
             metadata[key] = self._value(self._scalar(4), key)
         alignment = metadata.get("general.alignment", 32)
         if not isinstance(alignment, int) or not 1 <= alignment <= 2**20 or alignment & (alignment - 1):
             raise self._refuse(f"general.alignment is {alignment!r}, expected a power of two")
         infos = [self._tensor_info() for _ in range(num_tensors)]
         data_start = -(-self.position // alignment) * alignment
-        return GGUFFile(self.path, metadata, self._place(infos, data_start, alignment))
+        return GGUFFile(self.file.path, metadata, self._place(infos, data_start, alignment))
 
     def _head(self) -> tuple[int, int]:
         magic = self._take(4, "the magic bytes")
@@ -221,7 +215,7 @@ class _Parser:
         return num_tensors, num_pairs
 
     def _refuse(self, reason: str) -> CheckpointError:
-        return CheckpointError(f"{self.path}: {reason}")
+        return CheckpointError(f"{self.file.path}: {reason}")
 
     # Bytes
 
@@ -230,11 +224,13 @@ class _Parser:
         end = self.position + count
         if end > self.size:
             raise self._refuse(f"{what} needs {count} bytes at {self.position}, but the file ends at {self.size}")
-        while len(self.buffer) < end:
-            more = self.file.read(max(_READ_BYTES, end - len(self.buffer)))
-            if not more:
-                raise self._refuse(f"the file shrank while {what} was read")
-            self.buffer += more
+        if end > MAX_HEAD_BYTES:
+            raise self._refuse(f"{what} ends at byte {end}; at most {MAX_HEAD_BYTES} bytes of metadata are read")
+        have = len(self.buffer)
+        if have < end:
+            # Doubling keeps the number of reads small however long the head is.
+            wanted = min(max(_READ_BYTES, have, end - have), self.size - have)
+            self.buffer += self.file.read_bytes(have, wanted)
 
     def _take(self, count: int, what: str) -> bytes:
         self._need(count, what)
@@ -264,7 +260,7 @@ class _Parser:
     # Values
 
     def _value(self, kind: int, key: str) -> Any:
-        what = f"metadata '{key[:100]}'"
+        what = f"metadata '{shown(key)}'"
         if kind == _STRING:
             return self._string(what)
         if kind == _ARRAY:
@@ -316,15 +312,15 @@ class _Parser:
         name = self._string("a tensor name", MAX_NAME_BYTES)
         num_dims = self._scalar(4)
         if not 1 <= num_dims <= _MAX_DIMS:
-            raise self._refuse(f"tensor '{name[:100]}' has {num_dims} dimensions, expected 1 to {_MAX_DIMS}")
+            raise self._refuse(f"tensor '{shown(name)}' has {num_dims} dimensions, expected 1 to {_MAX_DIMS}")
         dims = tuple(self._scalar(10) for _ in range(num_dims))
         kind, offset = self._scalar(4), self._scalar(10)
         block = BLOCK_TYPES.get(kind)
         if block is None:
-            raise self._refuse(f"tensor '{name[:100]}' has ggml type {kind}, which is not known")
+            raise self._refuse(f"tensor '{shown(name)}' has ggml type {kind}, which is not known")
         if not all(dims) or dims[0] % block.block_len:
             raise self._refuse(
-                f"tensor '{name[:100]}' has dimensions {dims}, expected rows of whole {block.name} blocks "
+                f"tensor '{shown(name)}' has dimensions {dims}, expected rows of whole {block.name} blocks "
                 f"({block.block_len} values)"
             )
         return name, block, dims[::-1], offset
@@ -338,16 +334,16 @@ class _Parser:
         for name, block, shape, offset in sorted(infos, key=lambda info: info[3]):
             num_bytes = prod(shape) // block.block_len * block.block_bytes
             if name in tensors:
-                raise self._refuse(f"tensor '{name[:100]}' appears twice")
+                raise self._refuse(f"tensor '{shown(name)}' appears twice")
             if offset % alignment:
-                raise self._refuse(f"tensor '{name[:100]}' lies at {offset}, which is not aligned to {alignment}")
+                raise self._refuse(f"tensor '{shown(name)}' lies at {offset}, which is not aligned to {alignment}")
             if offset < position:
-                raise self._refuse(f"tensor '{name[:100]}' at {offset} overlaps the one before it")
+                raise self._refuse(f"tensor '{shown(name)}' at {offset} overlaps the one before it")
             if data_start + offset + num_bytes > self.size:
                 raise self._refuse(
-                    f"tensor '{name[:100]}' ends at byte {data_start + offset + num_bytes}, but the file has "
+                    f"tensor '{shown(name)}' ends at byte {data_start + offset + num_bytes}, but the file has "
                     f"{self.size}; download it again"
                 )
-            tensors[name] = GGUFTensor(name, block, shape, self.path, data_start + offset, num_bytes)
+            tensors[name] = GGUFTensor(name, block, shape, self.file, data_start + offset, num_bytes)
             position = offset + num_bytes
         return tensors

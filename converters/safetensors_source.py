@@ -1,7 +1,7 @@
-"""SafetensorsSource: a folder of safetensors, plain, GPTQ or AWQ, as a WeightSource.
+"""SafetensorsSource: a folder of safetensors as a WeightSource, quantized or not.
 
-Invariant: see `source.WeightSource`. Whether a linear is quantized is decided by the tensors it has, never by the
-configuration's lists.
+Whether a linear is quantized is decided by the tensors it has, module by module. Invariant: a slot is compared with the
+headers before its data are read, so that a shape is never a surprise.
 """
 
 from __future__ import annotations
@@ -14,193 +14,147 @@ from typing import Any
 
 import torch
 
-from converters.checkpoint import Checkpoint
-from converters.detect import AWQ, QuantizationScheme, detect, find_config
+from converters.checkpoint import Checkpoint, TensorInfo, open_folder
+from converters.detect import QuantizationScheme, detect, find_declaration
 from converters.errors import CheckpointError
-from converters.formats import awq, gptq
-from converters.json_files import read_json_object
-from converters.problems import Problems
+from converters.files import read_json_object
+from converters.formats.awq import AWQFormat
+from converters.formats.base import FLOAT_DTYPES, LinearFormat, check_tensor
+from converters.formats.dense import DenseFormat
+from converters.formats.gptq import GPTQFormat
+from converters.report import Notices, Report, shape_text
 from converters.source import LinearSlot, Slot, TensorSlot, Weight
-from quant_kernels.packed_weight import DenseWeight
 
 logger = logging.getLogger(__name__)
 
-_FLOATS = ("F16", "BF16", "F32", "F64")
-#: Buffers that older writers saved and nobody needs.
-_STRAY = re.compile(r".*(rotary_emb\.inv_freq|masked_bias|attn\.bias|rotary_emb\.(cos|sin)_cached)")
-_QUANTIZED_PARTS = ("qweight", "qzeros", "scales", "g_idx")
+#: Buffers that training code saves beside the weights. An attention mask is no bias: it has four dimensions.
+_STRAY_BUFFERS = re.compile(r"(^|\.)(rotary_emb\.(inv_freq|cos_cached|sin_cached)|masked_bias)$")
+_STRAY_MASKS = re.compile(r"(^|\.)(attn|self_attn|attention)\.bias$")
+#: A bias that nothing asks for is read, to see if it is zero, only up to this size.
+_MAX_BIAS_BYTES = 4 * 2**20
+_HEAD = "lm_head"
 
 
 class SafetensorsSource:
-    """An opened folder.
+    """See WeightSource. `scheme` is the quantization that was found, None for a plain checkpoint."""
 
-    Raises:
-        CheckpointError: if a file is malformed or its quantization unsupported.
-    """
+    def __init__(
+        self, path: Path, config: Mapping[str, Any], checkpoint: Checkpoint, scheme: QuantizationScheme | None
+    ) -> None:
+        self.path = str(path)
+        self.config = config
+        self.scheme = scheme
+        self.quantization: str | None = scheme.method if scheme else None
+        self.description = scheme.description if scheme else _describe_plain(checkpoint)
+        self._checkpoint = checkpoint
+        self._formats = _formats(scheme, Notices(logger, self.path))
 
-    def __init__(self, folder: Path) -> None:
-        self.path = str(folder)
-        self.config: Mapping[str, Any] = read_json_object(folder / "config.json")
-        self._checkpoint = Checkpoint(folder, _file_stem(folder, self.config))
-        declared = find_config(folder, self.config, self._checkpoint.metadata)
-        self._scheme = detect(declared, self._checkpoint.tensors, self.path)
-        has_packed = any(name.endswith(".qweight") for name in self._checkpoint.tensors)
-        if self._scheme is not None and not has_packed:
+    @staticmethod
+    def open(folder: Path) -> SafetensorsSource:
+        """Read config.json and the headers.
+
+        Raises:
+            CheckpointError: if something is broken, missing or not supported.
+        """
+        config = read_json_object(folder / "config.json")
+        declaration = find_declaration(folder, config)
+        checkpoint = open_folder(folder, declaration.weight_file_stem if declaration else None)
+        scheme = detect(checkpoint, declaration)
+        if scheme is not None and not any(name.endswith(".qweight") for name in checkpoint.tensors):
             raise CheckpointError(
-                f"{folder} is declared {self._scheme.method.upper()} but holds no quantized tensor (qweight); "
-                "remove quantization_config from config.json if the weights are plain"
+                f"{folder} is declared {scheme.method.upper()} but holds no quantized tensor (qweight); "
+                "if its weights are meant to be plain, remove quantization_config from config.json"
             )
-        self.quantization: str | None = self._scheme.method if self._scheme else None
-        self.description = self._scheme.summary if self._scheme else "not quantized"
-        self._warned: set[str] = set()
+        return SafetensorsSource(folder, config, checkpoint, scheme)
 
     def has_linear(self, name: str) -> bool:
-        """Whether the folder has weights for module `name`, dense or quantized."""
-        return f"{name}.weight" in self._checkpoint or f"{name}.qweight" in self._checkpoint
-
-    # Headers
+        """Whether the module has weights of its own."""
+        return self._format_of(name) is not None
 
     def check(self, slots: Sequence[Slot]) -> None:
-        """Compare the headers with what the model needs; see `source.WeightSource.check`."""
-        problems = Problems(self.path)
+        """Compare every slot with the headers, and every tensor with the slots.
+
+        Raises:
+            CheckpointError: with all problems at once.
+        """
+        report = Report(self.path)
         used: set[str] = set()
         for slot in slots:
-            if isinstance(slot, TensorSlot):
-                self._expect(slot.name, slot.shape, _FLOATS, problems)
-                used.add(slot.name)
-            elif f"{slot.name}.qweight" in self._checkpoint:
-                self._check_quantized(slot, problems)
-                used |= {f"{slot.name}.{part}" for part in (*_QUANTIZED_PARTS, "bias")}
-            else:
-                self._expect(f"{slot.name}.weight", (slot.out_features, slot.in_features), _FLOATS, problems)
-                self._check_bias(slot, problems)
-                used |= {f"{slot.name}.weight", f"{slot.name}.bias"}
-        left = set(self._checkpoint.tensors) - used
-        problems.leftover(name for name in left if not _STRAY.fullmatch(name))
-        problems.raise_if_any()
-
-    def _expect(self, name: str, shape: tuple[int, ...], dtypes: Sequence[str], problems: Problems) -> bool:
-        if name not in self._checkpoint:
-            problems.missing(name)
-            return False
-        info = self._checkpoint.info(name)
-        if info.shape != shape:
-            problems.misshaped(name, info.shape, shape)
-            return False
-        if info.dtype not in dtypes:
-            problems.unsupported(f"{name} is {info.dtype}, expected {' or '.join(dtypes)}")
-            return False
-        return True
-
-    def _check_bias(self, slot: LinearSlot, problems: Problems) -> None:
-        name = f"{slot.name}.bias"
-        if slot.has_bias or name in self._checkpoint:
-            self._expect(name, (slot.out_features,), _FLOATS, problems)
-
-    def _check_quantized(self, slot: LinearSlot, problems: Problems) -> None:
-        self._check_bias(slot, problems)
-        scales = f"{slot.name}.scales"
-        if scales not in self._checkpoint:
-            problems.missing(scales)
-            return
-        shape = self._checkpoint.info(scales).shape
-        if len(shape) != 2 or shape[0] < 1:
-            problems.misshaped(scales, shape, f"[groups, {slot.out_features}]")
-            return
-        self._expect(scales, (shape[0], slot.out_features), _FLOATS, problems)
-        if self.quantization == AWQ:
-            self._check_awq(slot, shape[0], problems)
-        else:
-            self._check_gptq(slot, shape[0], problems)
-
-    def _check_awq(self, slot: LinearSlot, num_groups: int, problems: Problems) -> None:
-        rows, columns = slot.in_features, slot.out_features
-        if columns % 8 or rows % 8:
-            problems.unsupported(f"{slot.name}: {rows} x {columns} does not fill words of eight codes")
-            return
-        if rows % num_groups:
-            problems.misshaped(f"{slot.name}.scales", (num_groups, columns), f"groups that divide {rows} inputs")
-        self._expect(f"{slot.name}.qweight", (rows, columns // 8), ("I32",), problems)
-        if f"{slot.name}.qzeros" in self._checkpoint:
-            self._expect(f"{slot.name}.qzeros", (num_groups, columns // 8), ("I32",), problems)
-
-    def _check_gptq(self, slot: LinearSlot, num_groups: int, problems: Problems) -> None:
-        rows, columns = slot.in_features, slot.out_features
-        name = f"{slot.name}.qweight"
-        shape = self._checkpoint.info(name).shape
-        bits = gptq.bits_from_shape(shape[0], rows) if len(shape) == 2 else None
-        if bits is None or rows % 32:
-            problems.misshaped(name, shape, f"[{rows} * bits / 32, {columns}] for 2, 3, 4 or 8 bits")
-            return
-        self._expect(name, (shape[0], columns), ("I32",), problems)
-        declared = self._module_scheme(slot.name)
-        group_size = gptq.group_size_from_shape(num_groups, rows, declared.group_size)
-        if group_size is None:
-            problems.unsupported(f"{slot.name}: {num_groups} groups over {rows} inputs fit no known group size")
-            return
-        if bits != declared.bits or group_size != (rows if declared.group_size == -1 else declared.group_size):
-            self._warn(slot.name, f"shapes say {bits} bits and groups of {group_size}, the configuration another")
-        if columns * bits % 32:
-            problems.unsupported(f"{slot.name}: {columns} outputs do not fill the words of qzeros")
-        elif f"{slot.name}.qzeros" in self._checkpoint:
-            self._expect(f"{slot.name}.qzeros", (num_groups, columns * bits // 32), ("I32",), problems)
-        elif not declared.sym:
-            problems.missing(f"{slot.name}.qzeros")
-        if f"{slot.name}.g_idx" in self._checkpoint:
-            self._expect(f"{slot.name}.g_idx", (rows,), ("I32", "I64"), problems)
-
-    def _module_scheme(self, name: str) -> QuantizationScheme:
-        """The scheme of a module that is quantized, whatever the skip lists say of it."""
-        assert self._scheme is not None, "only quantized folders have qweight"
-        return self._scheme.for_module(name) or self._scheme
-
-    # Data
+            used.update(self._check_slot(slot, report))
+        names = {slot.name for slot in slots}
+        for name, info in self._checkpoint.tensors.items():
+            if name not in used and not self._may_be_left_over(info, names):
+                report.leftover(name, str(info))
+        report.raise_if_any()
 
     def read_tensor(self, slot: TensorSlot) -> torch.Tensor:
-        """See `source.WeightSource.read_tensor`."""
+        """The tensor in the file's dtype.
+
+        Raises:
+            CheckpointError: if it does not fit the slot, or cannot be read.
+        """
+        self._require(slot)
         return self._checkpoint.read(slot.name)
 
     def read_linear(self, slot: LinearSlot) -> Weight:
-        """See `source.WeightSource.read_linear`."""
-        name = slot.name
-        bias = self._read_bias(slot)
-        if f"{name}.qweight" not in self._checkpoint:
-            return DenseWeight(self._checkpoint.read(f"{name}.weight"), bias)
-        qweight, scales = self._checkpoint.read(f"{name}.qweight"), self._checkpoint.read(f"{name}.scales")
-        qzeros, g_idx = self._read_optional(f"{name}.qzeros"), self._read_optional(f"{name}.g_idx")
-        if self.quantization == AWQ:
-            return awq.convert(name, awq.AWQTensors(qweight, scales, qzeros, bias), slot.in_features)
-        tensors = gptq.GPTQTensors(qweight, scales, qzeros, g_idx, bias)
-        weight, warnings = gptq.convert(name, tensors, slot.in_features, self._module_scheme(name))
-        for warning in warnings:
-            self._warn(name, warning)
-        return weight
+        """The linear as a record, or dense if that is how it is stored.
 
-    def _read_optional(self, name: str) -> torch.Tensor | None:
-        return self._checkpoint.read(name) if name in self._checkpoint else None
+        Raises:
+            CheckpointError: if it does not fit the slot, cannot be read, or holds scales that are not finite.
+        """
+        self._require(slot)
+        reader = self._format_of(slot.name)
+        assert reader is not None, "a linear without a format does not pass the check"
+        return reader.read(slot, self._checkpoint)
 
-    def _read_bias(self, slot: LinearSlot) -> torch.Tensor | None:
-        """The bias; one that the architecture does not have counts only if it is not all zero."""
-        bias = self._read_optional(f"{slot.name}.bias")
-        if bias is not None and not slot.has_bias and not bool(bias.any()):
-            return None
-        return bias
+    def _require(self, slot: Slot) -> None:
+        report = Report(self.path)
+        self._check_slot(slot, report)
+        report.raise_if_any()
 
-    def _warn(self, name: str, message: str) -> None:
-        """Each kind of oddity is told once per checkpoint, with the first module that has it."""
-        if message not in self._warned:
-            self._warned.add(message)
-            logger.warning("%s: %s (first in %s)", self.path, message, name)
+    def _format_of(self, name: str) -> LinearFormat | None:
+        return next((reader for reader in self._formats if reader.claims(name, self._checkpoint.tensors)), None)
+
+    def _check_slot(self, slot: Slot, report: Report) -> Sequence[str]:
+        tensors = self._checkpoint.tensors
+        if isinstance(slot, TensorSlot):
+            info = tensors.get(slot.name)
+            if info is None:
+                report.missing(slot.name, shape_text("F16", slot.shape))
+                return []
+            check_tensor(report, info, slot.shape, FLOAT_DTYPES)
+            return [slot.name]
+        reader = self._format_of(slot.name)
+        if reader is None:
+            report.missing(self._weight_name(slot.name), f"of {slot.in_features} inputs, {slot.out_features} outputs")
+            return []
+        return reader.check(slot, tensors, report)
+
+    def _weight_name(self, module: str) -> str:
+        """What a module without any weight should have had."""
+        if self.scheme is None or self.scheme.for_module(module).skipped:
+            return f"{module}.weight"
+        return f"{module}.qweight (or .weight)"
+
+    def _may_be_left_over(self, info: TensorInfo, slot_names: set[str]) -> bool:
+        name = info.name
+        if _STRAY_BUFFERS.search(name) or (_STRAY_MASKS.search(name) and len(info.shape) > 1):
+            return True
+        if name.startswith(_HEAD + ".") and _HEAD not in slot_names:
+            return True
+        is_small_bias = name.endswith(".bias") and info.dtype in FLOAT_DTYPES and info.num_bytes <= _MAX_BIAS_BYTES
+        return is_small_bias and not bool(self._checkpoint.read(name).any())
 
 
-def _file_stem(folder: Path, config: Mapping[str, Any]) -> str | None:
-    """The weight file that AutoGPTQ's configuration names, without its suffix."""
-    for raw in (config.get("quantization_config"), _optional_object(folder / "quantize_config.json")):
-        stem = raw.get("model_file_base_name") if isinstance(raw, Mapping) else None
-        if isinstance(stem, str) and stem:
-            return stem
-    return None
+def _formats(scheme: QuantizationScheme | None, notices: Notices) -> tuple[LinearFormat, ...]:
+    """Readers in the order in which they are asked whether a module is theirs."""
+    if scheme is None:
+        return (DenseFormat(),)
+    return (GPTQFormat(scheme, notices) if scheme.method == "gptq" else AWQFormat(scheme, notices), DenseFormat())
 
 
-def _optional_object(path: Path) -> Mapping[str, Any] | None:
-    return read_json_object(path) if path.is_file() else None
+def _describe_plain(checkpoint: Checkpoint) -> str:
+    num_bytes: dict[str, int] = {}
+    for info in checkpoint.tensors.values():
+        num_bytes[info.dtype] = num_bytes.get(info.dtype, 0) + info.num_bytes
+    return f"unquantized {max(num_bytes, key=lambda dtype: num_bytes[dtype])}" if num_bytes else "empty"

@@ -10,7 +10,7 @@ from __future__ import annotations
 import importlib.util
 import json
 import re
-from collections.abc import Callable
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -69,17 +69,18 @@ def _locate_bundled(load: LoadConfig) -> ModelLocation:
 
 def _download(model: str) -> Path:
     """Fetch a hub repository: first the small files, then, if we can run the model, its weights."""
+    folder = _fetch(model, _SMALL_FILES)
+    find_spec(_read_config(folder, model))
+    return _fetch(model, [*_SMALL_FILES, "*.safetensors"])
+
+
+def _fetch(model: str, patterns: Sequence[str]) -> Path:
     hub = import_late("huggingface_hub", needed_for=f"downloading '{model}'")
-    fetch: Callable[..., str] = hub.snapshot_download
     try:
-        folder = Path(fetch(model, allow_patterns=_SMALL_FILES))
-        find_spec(_read_config(folder, model))
-        return Path(fetch(model, allow_patterns=[*_SMALL_FILES, "*.safetensors"]))
+        return Path(hub.snapshot_download(model, allow_patterns=patterns))
     except (OSError, ValueError, hub.errors.HfHubHTTPError) as error:
-        if isinstance(error, LoadError):
-            raise
         state = " (HF_HUB_OFFLINE is set)" if environment.hub_offline() else ""
-        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+        reason = next(iter(str(error).strip().splitlines()), type(error).__name__).rstrip(".")
         raise LoadError(
             f"'{model}' is neither a path on this machine nor to be had from the hub{state}: {reason}. "
             "Check the name and the network, or give a local folder or .gguf file"

@@ -1,7 +1,7 @@
 """What the server is started with, checked.
 
 Invariant: options that exist are valid in themselves and safe: a server that other machines can reach has keys, or its
-owner said in so many words that it needs none. Imports nothing heavy.
+owner said in so many words that it needs none. It does not import the engine.
 """
 
 from __future__ import annotations
