@@ -47,6 +47,7 @@ class Workload:
         decode_tokens: decode steps timed; each step gives one token per sequence.
         batches: numbers of sequences to decode at once.
         context_tokens: context that engines reserve in the start-up test.
+        runs: rounds, each in fresh processes.
     """
 
     threads: int
@@ -55,6 +56,7 @@ class Workload:
     decode_tokens: int = 128
     batches: tuple[int, ...] = (1, 16)
     context_tokens: int = 2048
+    runs: int = 5
 
     @property
     def mean_decode_context(self) -> float:

@@ -12,10 +12,9 @@ from typing import Any
 
 from benchmarks.common import BenchmarkError, InputError, Spread, Workload
 from benchmarks.engines.base import EngineUnderTest, SpeedReading, StartReading, Task
-from benchmarks.engines.own import OwnEngine
 from benchmarks.machine import CpuClock
 from benchmarks.process import run_python
-from benchmarks.report import MEASURED
+from benchmarks.report import MEASURED, OWN
 
 
 @dataclass(slots=True)
@@ -33,8 +32,8 @@ class Entry:
         return self.reason is None
 
 
-def compete(engines: Sequence[EngineUnderTest], task: Task, runs: int, required: Sequence[str]) -> dict[str, Any]:
-    """Measure the machine, then every engine `runs` times in turn.
+def compete(engines: Sequence[EngineUnderTest], task: Task, required: Sequence[str]) -> dict[str, Any]:
+    """Measure the machine, then every engine in turn, as many rounds as the workload says.
 
     Args:
         required: names of the peers that must be measured.
@@ -49,7 +48,7 @@ def compete(engines: Sequence[EngineUnderTest], task: Task, runs: int, required:
     check_entries(entries, task, required)
     bound = probe_machine(task)
     warm_up(entries, task, required)
-    clock = CpuClock.read()
+    clock, runs = CpuClock.read(), task.workload.runs
     shares = [run_round(f"round {n + 1}/{runs}", n, entries, task, required) for n in range(runs)]
     disturbance = {"foreign_cpu_share": clock.foreign_share(CpuClock.read()), "foreign_cpu_share_by_round": shares}
     return {
@@ -122,7 +121,7 @@ class _Failure:
 
     def __init__(self, entry: Entry, required: Sequence[str]) -> None:
         self._entry = entry
-        self._is_fatal = isinstance(entry.engine, OwnEngine) or entry.engine.name in required
+        self._is_fatal = entry.engine.name in (OWN, *required)
 
     def __enter__(self) -> None:
         return None

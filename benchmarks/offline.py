@@ -12,10 +12,11 @@ import json
 import shlex
 import signal
 import sys
-from collections.abc import Callable, Sequence
-from contextlib import ExitStack
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager
 from dataclasses import asdict
 from pathlib import Path
+from types import FrameType
 from typing import Any
 
 from benchmarks.common import BenchmarkError, InputError, Workload, check_writable, write_text
@@ -49,11 +50,11 @@ def main(argv: Sequence[str] | None = None) -> int:
     Returns:
         0; 2 when the input is wrong; 1 when a measurement of ours or of a required peer failed; 130 after Ctrl-C.
     """
-    signal.signal(signal.SIGTERM, _terminate)
     arguments = list(sys.argv[1:] if argv is None else argv)
+    options = parse_options(arguments)
     try:
-        options = parse_options(arguments)
-        results = load_results(options.show) if options.show is not None else _run(options, arguments)
+        with _signals_raise():
+            results = load_results(options.show) if options.show is not None else _run(options, arguments)
         print(markdown_report(results) if options.markdown else terminal_report(results), end="")
     except BenchmarkError as error:
         print(f"error: {error}", file=sys.stderr)
@@ -64,7 +65,22 @@ def main(argv: Sequence[str] | None = None) -> int:
     return 0
 
 
-def _terminate(_signal: int, _frame: object) -> None:
+@contextmanager
+def _signals_raise() -> Iterator[None]:
+    """Let SIGTERM and SIGINT unwind the stack, so that children are ended; a job in the background ignores SIGINT."""
+    handlers: dict[signal.Signals, Callable[[int, FrameType | None], Any]] = {
+        signal.SIGTERM: _terminate,
+        signal.SIGINT: signal.default_int_handler,
+    }
+    before = {number: signal.signal(number, handler) for number, handler in handlers.items()}
+    try:
+        yield
+    finally:
+        for number, old in before.items():
+            signal.signal(number, old)
+
+
+def _terminate(_signal: int, _frame: FrameType | None) -> None:
     raise SystemExit(_TERMINATED)
 
 
@@ -129,6 +145,7 @@ def _run(options: argparse.Namespace, arguments: Sequence[str]) -> dict[str, Any
         prompt_tokens=options.prompt_tokens,
         decode_tokens=options.decode_tokens,
         batches=options.batch,
+        runs=options.runs,
     )
     environment = environment_record(shlex.join(["python", "-m", "benchmarks.offline", *publishable(arguments)]))
     variables = child_environment(threads)
@@ -137,15 +154,14 @@ def _run(options: argparse.Namespace, arguments: Sequence[str]) -> dict[str, Any
         model = describe_model(options.model, variables, options.timeout)
         _check_lengths(workload, model.max_position)
         say(f"{model.name} ({model.description}), {threads} thread(s), {options.runs} round(s)")
-        measured = compete(engines, Task(model, workload, variables, options.timeout), options.runs, options.require)
-    shape = {**workload.to_json(), "runs": options.runs}
+        measured = compete(engines, Task(model, workload, variables, options.timeout), options.require)
     results = {
         "schema": SCHEMA,
         "benchmark": BENCHMARK,
         "environment": environment,
         "model": model.to_json(),
-        "workload": shape,
-        "metrics": [asdict(metric) for metric in metrics_of(shape)],
+        "workload": workload.to_json(),
+        "metrics": [asdict(metric) for metric in metrics_of(workload.to_json())],
         **measured,
     }
     for record in measured_engines(results):

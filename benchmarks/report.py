@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from benchmarks.common import InputError
+from benchmarks.common import InputError, Workload
 
 SCHEMA = 1
 BENCHMARK = "offline-cpu"
@@ -125,8 +125,7 @@ def bounds_of(engine: Record, results: Record) -> dict[str, dict[str, float]]:
     workload, model, bound = results["workload"], results["model"], results["bound"]
     found: dict[str, dict[str, float]] = {}
     if engine["weight_bytes_per_token"] is not None and 1 in workload["batches"]:
-        context = workload["decode_prompt_tokens"] + (workload["decode_tokens"] + 1) / 2
-        kv_bytes = engine["kv_bytes_per_token"] * context
+        kv_bytes = engine["kv_bytes_per_token"] * Workload.from_json(workload).mean_decode_context
         num_bytes = engine["weight_bytes_per_token"] + kv_bytes
         rate = num_bytes * engine["results"]["decode_1"]["median"]
         found["decode"] = {
@@ -136,6 +135,7 @@ def bounds_of(engine: Record, results: Record) -> dict[str, dict[str, float]]:
             "share": rate / bound["read_bytes_per_s"],
         }
     tokens = workload["prompt_tokens"]
+    # Two operations per weight and token; only the last token passes the head.
     flops = 2 * (model["layer_params"] * tokens + model["head_params"])
     rate = flops * engine["results"]["prompt"]["median"] / tokens
     found["prompt"] = {"gflop": flops / 1e9, "gflop_per_s": rate / 1e9, "share": rate / best_matmul(bound)[1]}

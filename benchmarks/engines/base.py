@@ -40,10 +40,6 @@ class ModelFacts:
     def is_gguf(self) -> bool:
         return self.path.suffix == ".gguf"
 
-    def prompt_flops(self, num_tokens: int) -> int:
-        """Multiplications and additions of a prompt's matrices; only its last token passes the head."""
-        return 2 * (self.layer_params * num_tokens + self.head_params)
-
     def to_json(self) -> dict[str, Any]:
         """For workers and results; the path is given apart, since results are published."""
         names = [f for f in self.__dataclass_fields__ if f != "path"]

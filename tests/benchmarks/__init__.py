@@ -1,0 +1,1 @@
+"""Tests of the benchmarks: their arithmetic, records, errors and processes; never how fast something is."""
