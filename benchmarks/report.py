@@ -165,8 +165,8 @@ def markdown_report(results: Record) -> str:
         f"{_title(results)}; {environment['cpu']}, {environment['date'][:10]}. "
         f"Ratios above 1.00x mean that {OWN} is better. `{environment['command']}`"
     )
-    missing = [f"- {line}" for line in _missing(results)]
-    return "\n".join([*lines, "", note, *(["", *missing] if missing else [])]) + "\n"
+    remarks = [f"- {line}" for line in (*_missing(results), _warning(results)) if line]
+    return "\n".join([*lines, "", note, *(["", *remarks] if remarks else [])]) + "\n"
 
 
 def caption(results: Record) -> str:
@@ -263,9 +263,12 @@ def _notes(results: Record) -> list[str]:
     peers = len(measured_engines(results)) > 1
     notes = [f"ratio: how many times better {OWN} is; above 1.00x it is ahead." if peers else ""]
     notes.append("\n".join(_missing(results)))
+    return [*notes, _warning(results)]
+
+
+def _warning(results: Record) -> str:
+    """That others used the cores meanwhile, or nothing. Engines suffer from it unequally, so ratios are off too."""
     share = results["disturbance"]["foreign_cpu_share"]
-    if share > DISTURBED_SHARE:
-        notes.append(
-            f"Warning: other processes took {share:.0%} of these cores during the run; measure again in quiet."
-        )
-    return notes
+    if share <= DISTURBED_SHARE:
+        return ""
+    return f"Warning: other processes took {share:.0%} of these cores during the run; measure again in quiet."

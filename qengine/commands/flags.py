@@ -259,7 +259,7 @@ class CommandHelp:
 
 COMMANDS: dict[str, CommandHelp] = {
     "serve": CommandHelp(
-        "Serve a model over HTTP, with OpenAI's API and a chat page.",
+        "Serve a model over HTTP, with OpenAI's API.",
         (ADDRESS_FLAGS, SERVER_FLAGS, *ENGINE_GROUPS, GENERAL_FLAGS),
         (
             ("qengine serve", "the bundled model, on http://127.0.0.1:8000"),

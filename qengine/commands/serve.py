@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 from qengine.commands.settings import ServeSettings
-from qengine.serving.server import ServerOptions, run_server
+from qengine.serving.server import run_server
 
 
 def run(settings: ServeSettings) -> int:
     """Serve until stopped. Returns the exit code. Raises ConfigError or LoadError before it listens."""
-    return run_server(settings.engine, ServerOptions(**settings.server))
+    return run_server(settings.engine, settings.server)

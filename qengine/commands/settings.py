@@ -20,20 +20,21 @@ from qengine.commands.parsing import Invocation
 from qengine.config import EngineConfig
 from qengine.errors import ConfigError
 from qengine.request import SamplingParams
+from qengine.serving.exposure import check_key
+from qengine.serving.options import ServerOptions
 
 logger = logging.getLogger(__name__)
 
-MIN_KEY_LEN = 4
 #: A key file larger than this is a mistake, such as a model's name in the wrong place.
 _MAX_KEY_FILE_BYTES = 1 << 20
 
 
 @dataclass(frozen=True, slots=True)
 class ServeSettings:
-    """`server` holds ServerOptions by name, only those that were given."""
+    """What `qengine serve` was asked for, all of it checked."""
 
     engine: EngineConfig
-    server: Mapping[str, Any]
+    server: ServerOptions
 
 
 @dataclass(frozen=True, slots=True)
@@ -70,7 +71,10 @@ def serve_settings(given: Invocation) -> ServeSettings:
         )
     keys = _api_keys(options.pop("api_key", ()), options.pop("api_key_file", None))
     names = options.pop("served_model_name", ())
-    return ServeSettings(engine, {**options, "api_keys": keys, "served_model_names": names})
+    for name in ("ssl_keyfile", "ssl_certfile"):
+        if name in options:
+            options[name] = str(Path(options[name]).expanduser())
+    return ServeSettings(engine, ServerOptions(**{**options, "api_keys": keys, "served_model_names": names}))
 
 
 def generate_settings(given: Invocation) -> GenerateSettings:
@@ -160,22 +164,13 @@ def _check_tls(options: Mapping[str, Any]) -> None:
 
 def _api_keys(given: tuple[str, ...], file: str | None) -> tuple[str, ...]:
     """All keys from the flags, the file and the environment, each checked."""
-    keys = [_check_key(key, "--api-key") for key in given]
+    keys = [check_key(key, "--api-key") for key in given]
     if file is not None:
         keys += _keys_in_file(file)
     from_environment = environment.api_key()
     if from_environment is not None:
-        keys.append(_check_key(from_environment, "QENGINE_API_KEY"))
+        keys.append(check_key(from_environment, "QENGINE_API_KEY"))
     return tuple(dict.fromkeys(keys))
-
-
-def _check_key(key: str, source: str) -> str:
-    if len(key) < MIN_KEY_LEN:
-        length = "empty" if not key else f"{len(key)} characters long"
-        raise ConfigError(f"{source}: a key is {length}, expected at least {MIN_KEY_LEN} characters")
-    if not (key.isascii() and key.isprintable()) or " " in key:
-        raise ConfigError(f"{source}: a key has characters other than printable ASCII without spaces")
-    return key
 
 
 def _keys_in_file(file: str) -> list[str]:
@@ -198,7 +193,7 @@ def _keys_in_file(file: str) -> list[str]:
             stat.S_IMODE(status.st_mode),
             file,
         )
-    keys = [_check_key(line.strip(), f"--api-key-file {file}") for line in content.splitlines() if line.strip()]
+    keys = [check_key(line.strip(), f"--api-key-file {file}") for line in content.splitlines() if line.strip()]
     if not keys:
         raise ConfigError(f"--api-key-file: '{file}' holds no key; write one per line")
     return keys

@@ -9,62 +9,20 @@ from __future__ import annotations
 
 import hashlib
 import hmac
-import ipaddress
 import logging
-import re
 import secrets
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from urllib.parse import urlsplit
 
 from starlette.types import ASGIApp, Receive, Scope, Send
 
-from qengine.errors import ConfigError
 from qengine.serving.errors import ApiError, error_response, shorten
 from qengine.serving.limits import LIMITS
 
 logger = logging.getLogger(__name__)
 
 OPEN_PATHS = frozenset({"/health"})
-MIN_KEY_CHARS = 4
 _LOOPBACK_NAMES = frozenset({"localhost", "127.0.0.1", "::1"})
-_KEY = re.compile(r"[!-~]+")
-
-
-def is_loopback(host: str) -> bool:
-    """Whether only programs on this machine can reach a socket bound to `host`."""
-    if host == "localhost":
-        return True
-    try:
-        return ipaddress.ip_address(host).is_loopback
-    except ValueError:
-        return False
-
-
-def check_keys(keys: Iterable[str]) -> None:
-    """Refuse keys that protect nothing or that no client could send.
-
-    Raises:
-        ConfigError: without the key in the message.
-    """
-    for key in keys:
-        if len(key) < MIN_KEY_CHARS:
-            raise ConfigError(f"an API key has {len(key)} characters, expected at least {MIN_KEY_CHARS}")
-        if _KEY.fullmatch(key) is None:
-            raise ConfigError("an API key holds a space or a character outside ASCII; clients could not send it")
-
-
-def check_exposure(host: str, keys: Sequence[str], allow_no_auth: bool) -> None:
-    """Refuse to let other machines in without a key, unless that is wanted.
-
-    Raises:
-        ConfigError: `host` can be reached from outside, and there is neither a key nor `allow_no_auth`.
-    """
-    if keys or allow_no_auth or is_loopback(host):
-        return
-    raise ConfigError(
-        f"--host {host} lets other machines reach this server, but there is no API key; "
-        "give --api-key, or --allow-no-auth if the network is trusted"
-    )
 
 
 class ApiKeyGate:

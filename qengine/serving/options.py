@@ -10,7 +10,7 @@ import math
 from dataclasses import dataclass
 
 from qengine.errors import ConfigError
-from qengine.serving.auth import check_exposure, check_keys
+from qengine.serving.exposure import check_exposure, check_key
 
 _MAX_PORT = 65535
 
@@ -58,7 +58,8 @@ class ServerOptions:
             raise ConfigError("--ssl-keyfile and --ssl-certfile go together; give both or neither")
         if not all(self.served_model_names):
             raise ConfigError("a served model name is empty; give it at least one character")
-        check_keys(self.api_keys)
+        for key in self.api_keys:
+            check_key(key, "api_keys")
         if self.uds is None:
             check_exposure(self.host, self.api_keys, self.allow_no_auth)
 

@@ -21,8 +21,8 @@ from qengine.config import EngineConfig
 from qengine.engine import Engine
 from qengine.serving.app import make_app
 from qengine.serving.async_engine import AsyncEngine
-from qengine.serving.auth import is_loopback
 from qengine.serving.banner import ready_banner
+from qengine.serving.exposure import is_loopback
 from qengine.serving.http_server import HttpServer
 from qengine.serving.options import ServerOptions
 from qengine.serving.service import Phase, Service

@@ -80,7 +80,9 @@ def test_the_terminal_report_names_bounds_and_missing_peers() -> None:
 def test_a_disturbed_run_is_marked() -> None:
     results = records.results()
     results["disturbance"]["foreign_cpu_share"] = 0.4
-    assert "Warning: other processes took 40% of these cores" in terminal_report(results)
+    warning = "Warning: other processes took 40% of these cores during the run; measure again in quiet."
+    assert terminal_report(results).endswith(warning + "\n")
+    assert markdown_report(results).endswith(f"- {warning}\n")
 
 
 def test_one_engine_and_one_run_need_no_ratio_and_no_range() -> None:

@@ -151,7 +151,7 @@ def test_the_server_defaults_shown_are_the_ones_used() -> None:
 
 
 def test_options_left_out_are_the_servers_own() -> None:
-    assert ServerOptions(**serve_settings(parse("serve", [])).server) == ServerOptions()
+    assert serve_settings(parse("serve", [])).server == ServerOptions()
 
 
 # generate

@@ -52,7 +52,7 @@ def test_a_command_runs_with_its_settings(runs: Any) -> None:
     assert cli.main(["generate", "--prompt", "x"]) == 0
     assert cli.main(["--debug", "chat"]) == 0
     assert [module for module, _ in seen] == [f"qengine.commands.{name}" for name in ("serve", "generate", "chat")]
-    assert seen[0][1].server["port"] == 1
+    assert seen[0][1].server.port == 1
 
 
 def test_the_exit_code_is_the_commands(runs: Any) -> None:

@@ -19,6 +19,7 @@ from qengine.commands.settings import (
     serve_settings,
 )
 from qengine.errors import ConfigError, RequestError
+from qengine.serving.options import ServerOptions
 
 
 def serve(*words: str) -> ServeSettings:
@@ -43,7 +44,7 @@ def key_file(folder: Path, text: str, mode: int = 0o600) -> str:
 def test_serve_without_flags() -> None:
     settings = serve()
     assert settings.engine.load.model is None
-    assert settings.server == {"api_keys": (), "served_model_names": ()}
+    assert settings.server == ServerOptions()
 
 
 def test_serve_sorts_options_into_engine_and_server() -> None:
@@ -51,7 +52,7 @@ def test_serve_sorts_options_into_engine_and_server() -> None:
     assert settings.engine.load.model == "m"
     assert settings.engine.load.dtype == "float16"
     assert settings.engine.scheduler.max_model_len == 1024
-    assert settings.server == {"port": 1, "api_keys": (), "served_model_names": ("a", "b")}
+    assert settings.server == ServerOptions(port=1, served_model_names=("a", "b"))
 
 
 @pytest.mark.parametrize(
@@ -93,14 +94,14 @@ def test_keys_come_from_flags_file_and_environment(
 ) -> None:
     monkeypatch.setenv("QENGINE_API_KEY", "from-environment")
     file = key_file(tmp_path, "in-file-1\n\n  in-file-2  \nfrom-environment\n")
-    keys = serve("m", "--api-key", "given-1", "given-2", "--api-key-file", file).server["api_keys"]
+    keys = serve("m", "--api-key", "given-1", "given-2", "--api-key-file", file).server.api_keys
     assert keys == ("given-1", "given-2", "in-file-1", "in-file-2", "from-environment")
     assert "visible to this machine's users" in caplog.text
     assert not any(key in caplog.text for key in keys)
 
 
 def test_a_private_key_file_brings_no_warning(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
-    assert serve("--api-key-file", key_file(tmp_path, "secret\n")).server["api_keys"] == ("secret",)
+    assert serve("--api-key-file", key_file(tmp_path, "secret\n")).server.api_keys == ("secret",)
     assert not caplog.records
 
 
@@ -121,7 +122,7 @@ def test_a_key_file_without_good_keys(tmp_path: Path, content: str) -> None:
 def test_a_key_of_the_config_file_is_not_in_the_process_list(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     config = tmp_path / "c.yaml"
     config.write_text("api-key: secret\nport: 1\n")
-    assert serve("--config", str(config)).server["api_keys"] == ("secret",)
+    assert serve("--config", str(config)).server.api_keys == ("secret",)
     assert not caplog.records
 
 

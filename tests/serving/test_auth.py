@@ -12,7 +12,8 @@ import pytest
 
 from qengine.errors import ConfigError
 from qengine.serving import auth
-from qengine.serving.auth import ApiKeyGate, LoopbackGate, check_exposure, is_loopback
+from qengine.serving.auth import ApiKeyGate, LoopbackGate
+from qengine.serving.exposure import check_exposure, is_loopback
 from qengine.serving.options import ServerOptions
 from tests.serving.running import WAIT_SECONDS, Running, serving
 from tests.serving.scripted_engine import ScriptedEngine
