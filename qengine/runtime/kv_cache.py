@@ -8,7 +8,9 @@ Which block belongs to whom is the scheduler's business.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from math import prod
 
+import numpy as np
 import torch
 
 from qengine.config import ModelConfig
@@ -22,7 +24,7 @@ class KVCache:
         self, config: ModelConfig, num_blocks: int, block_size: int, dtype: torch.dtype, device: torch.device
     ) -> None:
         shape = (config.num_layers, 2, num_blocks, block_size, config.num_kv_heads, config.head_dim)
-        self.storage = torch.zeros(shape, dtype=dtype, device=device)
+        self.storage = _zeros(shape, dtype, device)
         self.num_blocks = num_blocks
         self.block_size = block_size
         self.layers = [LayerCache(layer[0], layer[1]) for layer in self.storage]
@@ -40,3 +42,13 @@ class KVCache:
             block = self.storage[:, :, block_id]
             if not bool(block.isfinite().all()):
                 block.zero_()
+
+
+def _zeros(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> torch.Tensor:
+    """Zeros; on a CPU in pages that the system provides when they are first written.
+
+    torch.zeros would write them all at once, which costs start-up time and memory for blocks that may never be used.
+    """
+    if device.type != "cpu":
+        return torch.zeros(shape, dtype=dtype, device=device)
+    return torch.from_numpy(np.zeros(prod(shape) * dtype.itemsize, dtype=np.uint8)).view(dtype).view(shape)

@@ -14,9 +14,10 @@ torch's kernel, so no other dtype is accepted here; activation order is one gath
 from __future__ import annotations
 
 import torch
+import torch.nn.functional as F
 
 from quant_kernels.packed_weight import PackedWeight
-from quant_kernels.packing import expand_zeros, unpack_codes
+from quant_kernels.packing import expand_zeros
 
 #: Group sizes torch's kernel knows, largest first: fewer groups mean fewer scales to read.
 KERNEL_GROUPS = (256, 128, 64, 32)
@@ -55,12 +56,15 @@ class CpuInt4Linear:
         self.group_size = group
         self.num_planes = weight.bits // 4
         padding = -weight.out_features % _COLUMN_MULTIPLE
-        codes, scales, zeros = _planes(weight, group)
-        codes = torch.nn.functional.pad(codes, (0, padding))
-        table = torch.stack([scales, zeros], dim=-1).bfloat16()
         self._is_padded = padding > 0
-        self.codes = torch.ops.aten._convert_weight_to_int4pack_for_cpu(codes.t().contiguous().int(), 1)
-        self.scales_and_zeros = torch.nn.functional.pad(table, (0, 0, 0, padding)).contiguous()
+        codes = _codes(weight)
+        scales, zeros = _scales_and_zeros(weight, group)
+        table = torch.stack([scales, zeros], dim=-1).bfloat16()
+        if self._is_padded:
+            codes = F.pad(codes, (0, 0, 0, padding))
+            table = F.pad(table, (0, 0, 0, padding))
+        self.codes = torch.ops.aten._convert_weight_to_int4pack_for_cpu(codes, 1)
+        self.scales_and_zeros = table
         self.perm = None if weight.perm is None else weight.perm.long()
         self.bias = None if weight.bias is None else weight.bias.bfloat16()
 
@@ -83,21 +87,24 @@ class CpuInt4Linear:
         return y if self.bias is None else y + self.bias
 
 
-def _planes(weight: PackedWeight, group: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """uint8 codes [P * K, N] and float32 scales and zeros [P * K / group, N] in the kernel's formula."""
-    codes = unpack_codes(weight.codes, weight.bits)
+def _codes(weight: PackedWeight) -> torch.Tensor:
+    """int32 [N, P * K] codes of 4 bits; the high plane first where there are two."""
+    shifts = torch.arange(0, 32, weight.bits, dtype=torch.int32)
+    words = weight.codes.t().contiguous().unsqueeze(-1)
+    codes = ((words >> shifts) & (2**weight.bits - 1)).view(weight.out_features, weight.in_features)
+    return codes if weight.bits == 4 else torch.cat([codes >> 4, codes & 15], dim=1)
+
+
+def _scales_and_zeros(weight: PackedWeight, group: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """float32 scales and zeros [P * K / group, N] in the kernel's formula."""
     scales = weight.scales.float()
-    if weight.mins is not None:
-        base = weight.mins.float()
-    else:
-        base = -expand_zeros(weight).float() * scales
-    repeats = weight.group_size // group
-    rows = weight.in_features // group
-    scales = scales.repeat_interleave(repeats, dim=0)[:rows]
-    base = base.repeat_interleave(repeats, dim=0)[:rows]
+    base = weight.mins.float() if weight.mins is not None else -expand_zeros(weight).float() * scales
+    if weight.group_size != group:
+        repeats, rows = weight.group_size // group, weight.in_features // group
+        scales = scales.repeat_interleave(repeats, dim=0)[:rows]
+        base = base.repeat_interleave(repeats, dim=0)[:rows]
     if weight.bits == 4:
-        return codes, scales, base + 8 * scales
+        return scales, base + 8 * scales
     # base + s * (16 hi + lo) = 16 s (hi - 8) + s (lo - 8) + (base + 136 s); the constant goes with the low plane.
-    codes = torch.cat([codes >> 4, codes & 15], dim=0)
     zeros = torch.cat([torch.zeros_like(base), base + 136 * scales], dim=0)
-    return codes, torch.cat([16 * scales, scales], dim=0), zeros
+    return torch.cat([16 * scales, scales], dim=0), zeros
