@@ -176,7 +176,8 @@ def detect(checkpoint: Checkpoint, declaration: Declaration | None) -> Quantizat
         if guess is None:
             return None
         values["quant_method"] = guess
-        logger.warning("%s: no config says how the weights are quantized; read as %s", where, guess.upper())
+        if declaration is None:
+            logger.warning("%s: no config says how the weights are quantized; read as %s", where, guess.upper())
     reader = _Reader(values, where)
     method = reader.text("quant_method")
     if method not in _METHODS:
@@ -264,10 +265,14 @@ def _or(value: Any, default: Any) -> Any:
 
 def _gptq(reader: _Reader) -> QuantizationScheme:
     layout = reader.text("checkpoint_format", "gptq")
-    if reader.flag("is_marlin_format"):
-        layout = "marlin"
-    if layout not in ("gptq", "gptq_v2"):
-        raise CheckpointError(_unsupported(reader.where, f"GPTQ in the layout '{shown(layout)}'"))
+    # GPTQModel writes the layout under both names; neither may name one that cannot be read.
+    named = [layout, reader.text("format", layout), *(["marlin"] if reader.flag("is_marlin_format") else [])]
+    for name in named:
+        if name not in ("gptq", "gptq_v2"):
+            raise CheckpointError(
+                _unsupported(reader.where, f"GPTQ in the layout '{shown(name)}'")
+                + ". Use the original GPTQ checkpoint of this model"
+            )
     if reader.text("pack_dtype", "int32") not in ("int32", "torch.int32"):
         raise reader.fail("pack_dtype", "int32")
     return QuantizationScheme(

@@ -40,7 +40,7 @@ def open_checkpoint(path: str | os.PathLike[str], quantization: str | None = Non
     """
     location = Path(path)
     _check_known(quantization)
-    source = _open_folder(location) if location.is_dir() else _open_file(location)
+    source = _open_folder(location) if os.path.isdir(location) else _open_file(location)
     _check_requested(source, quantization)
     return source
 

@@ -38,10 +38,10 @@ def try_command(name: str, url: str, options: ServerOptions, *, has_chat: bool) 
     body: dict[str, Any] = {"model": name}
     if has_chat:
         route = "/v1/chat/completions"
-        body.update(messages=[{"role": "user", "content": "Why is the sky blue?"}], max_tokens=64)
+        body.update(messages=[{"role": "user", "content": "What is the capital of France?"}], temperature=0)
     else:
         route = "/v1/completions"
-        body.update(prompt="The sky is blue because", max_tokens=64)
+        body.update(prompt="The capital of France is", max_tokens=16, temperature=0)
     parts = [f"  curl {shlex.quote(url + route)}"]
     if options.uds is not None:
         parts.append(f"--unix-socket {shlex.quote(options.uds)}")
