@@ -321,7 +321,8 @@ def _override(pattern: re.Pattern[str], overrides: Mapping[str, Any], where: str
 
 def _compile(text: str, where: str) -> re.Pattern[str]:
     """A pattern of the file, refused if matching it could take for ever."""
-    wildcards = len(re.findall(r"[*+{]", text))
+    # "?" counts too, but not where it makes a repetition lazy or opens a group.
+    wildcards = len(re.findall(r"[*+{]|(?<![(*+}])\?", text))
     if len(text) > _MAX_PATTERN_CHARS or wildcards > _MAX_WILDCARDS or re.search(r"\)[*+{]", text):
         raise CheckpointError(
             f"{where}: the pattern '{shown(text)}' is too costly to match; use at most {_MAX_WILDCARDS} repetitions, "

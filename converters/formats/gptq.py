@@ -128,6 +128,8 @@ class GPTQFormat:
         bits = _bits_by_shape(slot, words)
         wanted = bits or module.bits or 4
         right = check_tensor(report, words, (slot.in_features * wanted // 32, slot.out_features), ["I32"])
+        if right and bits is None:
+            report.wrong(words.name, f"of {slot.in_features} inputs", "whole words of 2, 3, 4 or 8 bits")
         if not right or bits is None:
             return None
         if slot.in_features % CODES_PER_WORD[max(4, bits)]:

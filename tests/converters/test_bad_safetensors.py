@@ -384,7 +384,6 @@ def test_a_file_that_changes_while_it_is_read(folder: Path) -> None:
         {"dynamic": {"(": {}}},
         {"dynamic": {".*": {"bits": 5}}},
         {"dynamic": {".*": {"group_size": 0}}},
-        {"dynamic": {".?" * 100 + "x": {}}},
     ],
     ids=str,
 )
@@ -393,6 +392,15 @@ def test_bad_values(folder: Path, values: dict[str, Any]) -> None:  # C13
     write_json(folder / "config.json", config)
     message = refusal(folder, SLOTS)
     assert next(iter(values)) in message or "dynamic" in message
+
+
+@pytest.mark.parametrize("pattern", [".?" * 100 + "x", "a?" * 60 + "b", "(.?.?.?)" * 20 + "x"])
+def test_patterns_of_many_options_are_refused(folder: Path, pattern: str) -> None:
+    """Every question mark doubles the ways to match; they must be refused before anything is matched."""
+    config = {"model_type": "llama", "quantization_config": gptq_config(dynamic={pattern: {}})}
+    write_json(folder / "config.json", config)
+    with pytest.raises(CheckpointError, match="dynamic"):
+        open_checkpoint(folder)
 
 
 @pytest.mark.parametrize("declared", ["gptq", 4, ["gptq"], True])
