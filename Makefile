@@ -18,7 +18,6 @@ PIP := $(PY) -m pip --disable-pip-version-check
 HAS_GPU = $(shell nvidia-smi -L 2>/dev/null | grep -q GPU && echo yes)
 CONSTRAINTS ?= $(if $(HAS_GPU),,constraints.txt)
 CONSTRAINED = $(if $(CONSTRAINTS),--constraint "$(CONSTRAINTS)")
-BENCHMARKS := $(filter-out benchmarks/common.py benchmarks/__init__.py,$(wildcard benchmarks/*.py))
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
@@ -42,9 +41,8 @@ format: $(VENV)/stamp-test  ## let ruff rewrite the source
 	@$(PY) -m ruff check --fix .
 	@$(PY) -m ruff format .
 
-bench: $(VENV)/stamp-install  ## run every benchmark of benchmarks/
-	@test -n "$(BENCHMARKS)" || { echo "benchmarks/ holds no benchmark" >&2; exit 1; }
-	@for script in $(BENCHMARKS); do echo "== $$script"; $(PY) "$$script" $(ARGS) || exit 1; done
+bench: $(VENV)/stamp-install  ## measure this machine (ARGS=... as in benchmarks/README.md)
+	@$(PY) -m benchmarks.offline $(ARGS)
 
 clean:  ## remove caches and build output
 	rm -rf build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis

@@ -1,7 +1,8 @@
 """DummySource: random weights of the right shapes, for trying sizes and speeds without a checkpoint.
 
-Needs a folder with a ``config.json`` and nothing else. Quantized as the config says, or as `quantization` asks (4 bits,
-group 128). Invariant: the same seed gives the same weights, and logits stay finite. Its text is noise by nature.
+Needs a folder with a ``config.json`` and a tokenizer, but no weights. Quantized as the config says, or as
+`quantization` asks (4 bits, group 128). Invariant: the same seed gives the same weights, and logits stay finite. Its
+text is noise by nature.
 """
 
 from __future__ import annotations

@@ -9,13 +9,18 @@ from __future__ import annotations
 
 import dataclasses
 import difflib
+import logging
 import math
+import os
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from decimal import Decimal
 from typing import Any, Literal
 
 from qengine.errors import ConfigError
+
+logger = logging.getLogger(__name__)
 
 AUTO: Literal["auto"] = "auto"
 DTYPES = {"auto": "auto", "half": "float16", "float16": "float16", "bfloat16": "bfloat16", "float32": "float32"}
@@ -33,11 +38,11 @@ def parse_count(text: str | int, name: str = "value") -> int:
     Raises:
         ConfigError: if it is no such number.
     """
-    match = re.fullmatch(r"\s*([+-]?\d+(?:\.\d+)?)\s*([kmgKMG]?)\s*", str(text))
+    match = re.fullmatch(r"\s*([+-]?\d{1,24}(?:\.\d{1,9})?)\s*([kmgKMG]?)\s*", str(text))
     if match is None:
         raise ConfigError(f"{name} is '{text}', expected a whole number such as 4096, 8k (8000) or 8K (8192)")
-    value = float(match[1]) * _COUNT_SUFFIXES[match[2]]
-    if value != int(value):
+    value = Decimal(match[1]) * _COUNT_SUFFIXES[match[2]]
+    if value != value.to_integral_value():
         raise ConfigError(f"{name} is '{text}', which is not a whole number")
     return int(value)
 
@@ -69,9 +74,9 @@ def nearest(name: str, known: Sequence[str]) -> str:
     return f"; did you mean '{close[0]}'?" if close else ""
 
 
-def _one_of(name: str, value: object, allowed: Sequence[str]) -> None:
+def _one_of(name: str, value: object, allowed: Sequence[object]) -> None:
     if value not in allowed:
-        raise ConfigError(f"{name} is '{value}', expected one of: {', '.join(allowed)}")
+        raise ConfigError(f"{name} is '{value}', expected one of: {', '.join(map(str, allowed))}")
 
 
 def _positive(name: str, value: object) -> None:
@@ -101,7 +106,12 @@ class LoadConfig:
         object.__setattr__(self, "dtype", DTYPES[self.dtype])
         _one_of("load_format", self.load_format, LOAD_FORMATS)
         _one_of("device", self.device, DEVICES)
-        if not isinstance(self.seed, int) or not 0 <= self.seed < 2**63:
+        for name in ("model", "tokenizer", "chat_template"):
+            value = getattr(self, name)
+            if value is not None and not isinstance(value, str | os.PathLike):
+                raise ConfigError(f"{name} is {value!r}, expected text")
+            object.__setattr__(self, name, None if value is None else os.fspath(value))
+        if isinstance(self.seed, bool) or not isinstance(self.seed, int) or not 0 <= self.seed < 2**63:
             raise ConfigError(f"seed is {self.seed!r}, expected an integer from 0 to 2**63 - 1")
 
 
@@ -129,10 +139,14 @@ class CacheConfig:
         share = self.gpu_memory_utilization
         if not isinstance(share, int | float) or not math.isfinite(share) or not 0 < share <= 1:
             raise ConfigError(f"gpu_memory_utilization is {share}, expected a fraction above 0 and at most 1")
-        for name in ("gpu_memory_limit", "kv_cache_memory_bytes"):
-            value = getattr(self, name)
-            if value is not None:
-                object.__setattr__(self, name, parse_memory(value, name))
+        _one_of("enable_prefix_caching", self.enable_prefix_caching, (True, False))
+        if self.gpu_memory_limit is not None:
+            object.__setattr__(self, "gpu_memory_limit", parse_memory(self.gpu_memory_limit, "gpu_memory_limit"))
+        size: object = self.kv_cache_memory_bytes
+        if isinstance(size, str):
+            object.__setattr__(self, "kv_cache_memory_bytes", parse_memory(size, "kv_cache_memory_bytes"))
+        elif size is not None:
+            _positive("kv_cache_memory_bytes", size)
 
 
 @dataclass(frozen=True, slots=True)
@@ -187,6 +201,10 @@ class EngineConfig:
         """
         sections: dict[str, dict[str, Any]] = {"": {}}
         for name, value in options.items():
+            if name == "trust_remote_code":
+                if value:
+                    logger.warning("trust_remote_code has no effect: code from a checkpoint is never run")
+                continue
             home = _OPTION_HOMES.get(name)
             if home is None:
                 raise ConfigError(f"unknown option '{name}'{nearest(name, list(_OPTION_HOMES))}")

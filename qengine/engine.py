@@ -54,6 +54,7 @@ class PendingRequest:
     prompt_token_ids: list[int]
     params: SamplingParams
     choices: list[_Choice]
+    prompt_logprobs: list[PositionLogprobs | None] | None = None
 
 
 class Engine:
@@ -69,7 +70,7 @@ class Engine:
         self._unseeded = itertools.count()
         self._groups: dict[str, PendingRequest] = {}
         self._owners: dict[str, tuple[PendingRequest, _Choice]] = {}
-        self._is_dead = False
+        self._death: str | None = None
 
     @classmethod
     def start(cls, config: EngineConfig, *, show_progress: bool = False) -> Engine:
@@ -148,7 +149,8 @@ class Engine:
                 arrival_time=time.monotonic(),
             )
             choices.append(self._make_choice(request))
-        return PendingRequest(request_id, text, token_ids, params, choices)
+        prompt_logprobs: list[PositionLogprobs | None] | None = [None] if params.prompt_logprobs is not None else None
+        return PendingRequest(request_id, text, token_ids, params, choices, prompt_logprobs)
 
     def _make_choice(self, request: Request) -> _Choice:
         params = request.params
@@ -160,6 +162,7 @@ class Engine:
                 skip_special_tokens=params.skip_special_tokens,
                 stop=params.stop_strings,
                 include_stop_str=params.include_stop_str_in_output,
+                min_tokens=params.min_tokens,
             )
         wants_logprobs = params.logprobs is not None
         return _Choice(request, detokenizer, 0, [] if wants_logprobs else None, 0.0 if wants_logprobs else None)
@@ -196,8 +199,19 @@ class Engine:
                     raise RequestError(
                         f"{name} names token id {token_id}, but the vocabulary ends at {vocab - 1}", param=name
                     )
+        self._check_some_token_is_allowed(params)
         if params.stop_strings and not params.detokenize:
             raise RequestError("stop strings need detokenize=True", param="stop")
+
+    def _check_some_token_is_allowed(self, params: SamplingParams) -> None:
+        if params.allowed_token_ids is None or not params.min_tokens:
+            return
+        if set(params.allowed_token_ids) <= self._eos_token_ids | set(params.stop_token_ids or ()):
+            raise RequestError(
+                "allowed_token_ids names only tokens that end the answer, but min_tokens forbids those at first; "
+                "allow another token or set min_tokens to 0",
+                param="allowed_token_ids",
+            )
 
     def _next_seed(self) -> int:
         """A seed for a request that gave none: a fixed sequence per engine seed."""
@@ -213,9 +227,9 @@ class Engine:
             RequestError: if its id is in use or it can never fit the KV cache.
             EngineDeadError: after an internal failure.
         """
-        if self._is_dead:
-            raise EngineDeadError("the engine has stopped after an internal failure; restart it")
-        if pending.request_id in self._groups:
+        self._check_alive()
+        ids = [choice.request.request_id for choice in pending.choices]
+        if pending.request_id in self._groups or any(i in self._owners for i in ids):
             raise RequestError(f"request id '{pending.request_id}' is already in use", param="request_id")
         added: list[Request] = []
         try:
@@ -245,14 +259,15 @@ class Engine:
         Raises:
             Exception: whatever the model raised; the engine is dead afterwards.
         """
-        if self._is_dead:
-            raise EngineDeadError("the engine has stopped after an internal failure; restart it")
+        self._check_alive()
+        if not self.has_unfinished:
+            return []
         try:
-            batch = self.scheduler.schedule()
-            result = self._executor.step(batch)
-            progressed = self.scheduler.update(batch, result)
+            progressed = self._run_step()
+        except KeyboardInterrupt:
+            raise
         except BaseException:
-            self._is_dead = True
+            self._death = "the engine has stopped after an internal failure; restart it"
             raise
         touched: dict[str, PendingRequest] = {}
         for request in progressed:
@@ -268,7 +283,21 @@ class Engine:
         for request_id in list(self._groups):
             self.abort(request_id)
         self._executor.shutdown()
-        self._is_dead = True
+        self._death = self._death or "the engine has been shut down; start a new one"
+
+    def _check_alive(self) -> None:
+        if self._death is not None:
+            raise EngineDeadError(self._death)
+
+    def _run_step(self) -> list[Request]:
+        batch = self.scheduler.schedule()
+        try:
+            result = self._executor.step(batch)
+        except KeyboardInterrupt:
+            # Nothing of the step counts: its tokens are computed again, if anyone still wants them.
+            self.scheduler.discard(batch)
+            raise
+        return self.scheduler.update(batch, result)
 
     def _advance(self, choice: _Choice) -> None:
         """Turn a sequence's new tokens into text, and stop it at a stop string."""
@@ -284,12 +313,15 @@ class Engine:
         if request.finish_reason == "stop" and not request.params.include_stop_str_in_output:
             new_ids = new_ids[:-1]  # The token that ended it is not part of the text.
         choice.detokenizer.feed(new_ids)
-        if choice.detokenizer.stop_reason is not None:
-            if not request.finished:
-                self.scheduler.finish(request.request_id, "stop", choice.detokenizer.stop_reason)
-            else:
-                request.finish_reason, request.stop_reason = "stop", choice.detokenizer.stop_reason
         if request.finished:
+            choice.detokenizer.finish()
+        stop = choice.detokenizer.stop_reason
+        if stop is None or request.finish_reason == "error":
+            return
+        if request.finished:
+            request.finish_reason, request.stop_reason = "stop", stop
+        else:
+            self.scheduler.finish(request.request_id, "stop", stop)
             choice.detokenizer.finish()
 
     def _public_logprobs(self, record: TokenLogprobs) -> PositionLogprobs:
@@ -310,15 +342,16 @@ class Engine:
             for choice in group.choices:
                 self._owners.pop(choice.request.request_id, None)
         first = group.choices[0].request
-        prompt_logprobs: list[PositionLogprobs | None] | None = None
-        if group.params.prompt_logprobs is not None:
-            prompt_logprobs = [None, *(self._public_logprobs(r) for r in first.prompt_logprobs)]
+        if group.prompt_logprobs is not None:
+            # Grows while the prompt is computed, and is then the same in every step.
+            known = len(group.prompt_logprobs) - 1
+            group.prompt_logprobs.extend(self._public_logprobs(r) for r in first.prompt_logprobs[known:])
         return RequestOutput(
             request_id=group.request_id,
             prompt=group.prompt,
             prompt_token_ids=group.prompt_token_ids,
             outputs=[_completion(i, c) for i, c in enumerate(group.choices)],
-            prompt_logprobs=prompt_logprobs,
+            prompt_logprobs=group.prompt_logprobs,
             num_cached_tokens=first.num_cached_tokens,
             finished=finished,
             error=next((c.request.error for c in group.choices if c.request.error is not None), None),

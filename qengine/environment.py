@@ -6,7 +6,6 @@ Invariant: a variable that is set but empty counts as unset. It changes nothing 
 from __future__ import annotations
 
 import os
-from pathlib import Path
 
 
 def api_key() -> str | None:
@@ -22,14 +21,6 @@ def log_level(default: str = "info") -> str:
 def no_color() -> bool:
     """NO_COLOR, as everywhere: set means plain text."""
     return bool(os.environ.get("NO_COLOR"))
-
-
-def cache_dir() -> Path:
-    """QENGINE_CACHE_DIR, by default ``qengine`` in the user's cache folder."""
-    chosen = os.environ.get("QENGINE_CACHE_DIR")
-    if chosen:
-        return Path(chosen)
-    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "qengine"
 
 
 def hub_offline() -> bool:

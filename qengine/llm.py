@@ -160,7 +160,7 @@ class LLM:
                 add_generation_prompt=add_generation_prompt,
                 continue_final_message=continue_final_message,
                 tools=tools,
-                **(chat_template_kwargs or {}),
+                template_options=chat_template_kwargs,
             )
             for conversation in conversations
         ]
@@ -215,6 +215,10 @@ def _prompt_list(prompts: Prompt | Sequence[Prompt]) -> list[Prompt]:
     """One prompt or many, as a list of prompts."""
     if isinstance(prompts, str | Mapping):
         return [prompts]
+    if isinstance(prompts, bytes) or not isinstance(prompts, Sequence):
+        raise RequestError(
+            f"prompts is {type(prompts).__name__}, expected text, token ids, a dict, or a list of them", param="prompts"
+        )
     items = list(prompts)
     if items and all(isinstance(item, int) and not isinstance(item, bool) for item in items):
         return [items]  # type: ignore[list-item]

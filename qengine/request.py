@@ -8,7 +8,7 @@ Nothing here knows about tensors, text decoding or HTTP.
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
@@ -19,6 +19,9 @@ FinishReason = Literal["stop", "length", "abort", "error"]
 #: Below this temperature sampling is greedy (the argmax), as in vLLM.
 GREEDY_TEMPERATURE = 1e-5
 MAX_SEED = 2**63
+#: Beyond these a float32 logit could overflow; no useful setting comes near.
+MAX_TEMPERATURE = 1000.0
+REPETITION_PENALTIES = (0.01, 100.0)
 
 
 def _refuse(param: str, found: object, expected: str) -> RequestError:
@@ -42,12 +45,12 @@ class SamplingParams:
 
     Attributes:
         n: number of choices; choice i uses seed + i.
-        temperature: 0 (below 1e-5) is greedy.
+        temperature: 0 (below 1e-5) is greedy; at most 1000.
         top_p: keep the smallest set of tokens whose probability reaches top_p, in (0, 1].
         top_k: keep the k most likely tokens; 0, -1 or more than the vocabulary is off.
         min_p: keep tokens at least min_p times as likely as the likeliest, in [0, 1].
         presence_penalty, frequency_penalty: -2 to 2, over the output.
-        repetition_penalty: above 0, 1 is off, over prompt and output.
+        repetition_penalty: 0.01 to 100, 1 is off, over prompt and output.
         seed: makes this request reproducible whatever else is in the batch.
         max_tokens: tokens to generate at most; None for as many as the context holds.
         min_tokens: end-of-sequence and stop tokens are banned until this many tokens exist.
@@ -88,12 +91,22 @@ class SamplingParams:
     detokenize: bool = True
 
     def __post_init__(self) -> None:
-        stop = [self.stop] if isinstance(self.stop, str) else list(self.stop or ())
-        object.__setattr__(self, "stop", tuple(stop))
-        object.__setattr__(self, "stop_token_ids", tuple(self.stop_token_ids or ()))
+        stop = (self.stop,) if isinstance(self.stop, str) else self._as_tuple("stop")
+        object.__setattr__(self, "stop", stop)
+        object.__setattr__(self, "stop_token_ids", self._as_tuple("stop_token_ids"))
+        if self.allowed_token_ids is not None:
+            object.__setattr__(self, "allowed_token_ids", self._as_tuple("allowed_token_ids"))
+        if self.logit_bias is not None and not isinstance(self.logit_bias, Mapping):
+            raise _refuse("logit_bias", self.logit_bias, "a mapping of token ids to numbers")
         self._check_counts()
         self._check_ranges()
         self._check_tokens()
+
+    def _as_tuple(self, name: str) -> tuple[Any, ...]:
+        value = getattr(self, name)
+        if value is not None and (isinstance(value, str | bytes | Mapping) or not isinstance(value, Iterable)):
+            raise _refuse(name, value, "a list")
+        return tuple(value or ())
 
     @property
     def stop_strings(self) -> tuple[str, ...]:
@@ -130,7 +143,7 @@ class SamplingParams:
 
     def _check_ranges(self) -> None:
         ranges = {
-            "temperature": (0.0, math.inf),
+            "temperature": (0.0, MAX_TEMPERATURE),
             "min_p": (0.0, 1.0),
             "presence_penalty": (-2.0, 2.0),
             "frequency_penalty": (-2.0, 2.0),
@@ -138,13 +151,14 @@ class SamplingParams:
         for name, (low, high) in ranges.items():
             value = getattr(self, name)
             if not _is_number(value) or not low <= value <= high:
-                upper = f"at least {low:g}" if high == math.inf else f"from {low:g} to {high:g}"
-                raise _refuse(name, value, f"a finite number {upper}")
-        for name, high in (("top_p", 1.0), ("repetition_penalty", math.inf)):
-            value = getattr(self, name)
-            if not _is_number(value) or not 0.0 < value <= high:
-                upper = "" if high == math.inf else f" and at most {high:g}"
-                raise _refuse(name, value, f"a finite number above 0{upper}")
+                raise _refuse(name, value, f"a finite number from {low:g} to {high:g}")
+        low_penalty, high_penalty = REPETITION_PENALTIES
+        if not _is_number(self.top_p) or not 0.0 < self.top_p <= 1.0:
+            raise _refuse("top_p", self.top_p, "a finite number above 0 and at most 1")
+        if not _is_number(self.repetition_penalty) or not low_penalty <= self.repetition_penalty <= high_penalty:
+            raise _refuse(
+                "repetition_penalty", self.repetition_penalty, f"a number from {low_penalty} to {high_penalty}"
+            )
 
     def _check_tokens(self) -> None:
         for text in self.stop_strings:
@@ -272,4 +286,3 @@ class RequestOutput:
     num_cached_tokens: int = 0
     finished: bool = False
     error: str | None = None
-    metrics: Mapping[str, Any] = field(default_factory=dict)

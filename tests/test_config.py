@@ -12,13 +12,23 @@ from qengine.errors import ConfigError
 
 @pytest.mark.parametrize(
     ("text", "value"),
-    [("4096", 4096), ("8k", 8000), ("8K", 8192), ("1.5k", 1500), ("2m", 2_000_000), ("2M", 2 * 2**20), (77, 77)],
+    [
+        ("4096", 4096),
+        ("8k", 8000),
+        ("8K", 8192),
+        ("1.5k", 1500),
+        ("9007199254740993", 2**53 + 1),
+        (str(2**63 - 1), 2**63 - 1),
+        ("2m", 2_000_000),
+        ("2M", 2 * 2**20),
+        (77, 77),
+    ],
 )
 def test_counts(text: str | int, value: int) -> None:
     assert parse_count(text) == value
 
 
-@pytest.mark.parametrize("text", ["", "k", "1.5", "8kk", "ten", "1e3", "0x10", "8 0"])
+@pytest.mark.parametrize("text", ["", "k", "1.5", "8kk", "ten", "9" * 400, "1e3", "0x10", "8 0"])
 def test_bad_counts(text: str) -> None:
     with pytest.raises(ConfigError, match="max_model_len"):
         parse_count(text, "max_model_len")
@@ -69,6 +79,9 @@ def test_bad_memory_sizes(text: str) -> None:
         ({"tensor_parallel_size": 0}, "tensor_parallel_size"),
         ({"pipeline_parallel_size": 2}, "runs on one device"),
         ({"seed": -1}, "seed"),
+        ({"seed": True}, "seed"),
+        ({"enable_prefix_caching": "no"}, "enable_prefix_caching"),
+        ({"model": 5}, "model"),
         ({"device": "tpu"}, "device"),
         ({"load_format": "pickle"}, "load_format"),
     ],
@@ -86,3 +99,15 @@ def test_options_find_their_section() -> None:
     assert config.scheduler.max_model_len == 8192
     assert config.cache.block_size == 32
     assert EngineConfig.from_options({"max_model_len": "auto"}).scheduler.max_model_len == "auto"
+
+
+def test_an_int_for_the_cache_is_bytes_and_text_is_a_size() -> None:
+    assert EngineConfig.from_options({"kv_cache_memory_bytes": 500_000}).cache.kv_cache_memory_bytes == 500_000
+    assert EngineConfig.from_options({"kv_cache_memory_bytes": "4"}).cache.kv_cache_memory_bytes == 4 * 2**30
+
+
+def test_remote_code_is_accepted_and_has_no_effect(caplog: pytest.LogCaptureFixture) -> None:
+    assert EngineConfig.from_options({"trust_remote_code": False}) == EngineConfig()
+    assert not caplog.records
+    assert EngineConfig.from_options({"trust_remote_code": True}) == EngineConfig()
+    assert "no effect" in caplog.text

@@ -264,7 +264,6 @@ def overview() -> str:
         "",
         "Environment:",
         "  QENGINE_API_KEY      the server's key, out of the process list",
-        "  QENGINE_CACHE_DIR    cache folder (default: qengine in the user's cache folder)",
         "  QENGINE_LOG_LEVEL    debug, info, warning or error",
         "  HF_HOME, HF_HUB_OFFLINE   the hub's folder, and whether it may be asked",
     ]

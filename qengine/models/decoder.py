@@ -19,6 +19,7 @@ from qengine.layers.linear import Linear, Weight
 from qengine.layers.mlp import GatedMLP
 from qengine.layers.norm import RMSNorm
 from qengine.layers.rope import RotaryEmbedding
+from quant_kernels.packed_weight import DenseWeight
 
 EMBEDDING = "model.embed_tokens"
 FINAL_NORM = "model.norm.weight"
@@ -177,7 +178,10 @@ def build(config: ModelConfig, materials: Materials, *, tied: bool, max_position
     embedding = Embedding(table.to(device=device, dtype=dtype))
     layers = [_build_layer(config, materials, layer) for layer in range(config.num_layers)]
     norm = _norm(config, materials, TensorShape(FINAL_NORM, (config.hidden_size,)))
-    head = Linear(HEAD, [materials.read_linear(head_linear(config, tied=tied))], dtype, device)
+    head_weight = materials.read_linear(head_linear(config, tied=tied))
+    if tied and isinstance(head_weight, DenseWeight):
+        head_weight = DenseWeight(embedding.table)  # One table in memory, not two.
+    head = Linear(HEAD, [head_weight], dtype, device)
     rope = RotaryEmbedding(config.rope, config.head_dim, max_position, dtype, device)
     return Decoder(config, embedding, layers, norm, head, rope)
 

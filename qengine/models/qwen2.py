@@ -9,5 +9,11 @@ QWEN2 = ModelSpec(
     architectures=("Qwen2ForCausalLM",),
     qkv_bias=True,
     sliding_window="by_layer",
-    defaults={"num_key_value_heads": 32, "rms_norm_eps": 1e-6, "max_position_embeddings": 32768},
+    defaults={
+        "num_key_value_heads": 32,
+        "rms_norm_eps": 1e-6,
+        "max_position_embeddings": 32768,
+        "sliding_window": 4096,
+        "max_window_layers": 28,
+    },
 )

@@ -7,7 +7,6 @@ It loads nothing and has no forward().
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any, Literal
@@ -20,6 +19,7 @@ MAX_VOCAB = 2**24
 MAX_WIDTH = 2**20
 MAX_LAYERS = 2**12
 MAX_POSITION = 2**26
+MAX_NUMBER = 1e30
 
 
 @dataclass(frozen=True)
@@ -66,7 +66,7 @@ class _Keys:
     def number(self, key: str, default: float | None = None) -> float:
         value = self.get(key)
         value = default if value is None else value
-        if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value) or value <= 0:
+        if isinstance(value, bool) or not isinstance(value, int | float) or not 0 < value < MAX_NUMBER:
             raise ConfigError(f"config.json: {key} is {value!r}, expected a finite number above zero")
         return float(value)
 
@@ -107,7 +107,7 @@ def read_model_config(raw: Mapping[str, Any], spec: ModelSpec) -> ModelConfig:
         head_dim=head_dim,
         max_position=min(keys.count("max_position_embeddings", 10**12, default=2048), MAX_POSITION),
         rms_norm_eps=keys.number("rms_norm_eps", default=1e-6),
-        rope=_read_rope(keys),
+        rope=_read_rope(keys, head_dim),
         tie_word_embeddings=keys.flag("tie_word_embeddings"),
         qkv_bias=keys.flag(spec.qkv_bias),
         o_bias=keys.flag(spec.o_bias),
@@ -147,7 +147,7 @@ def _read_dtype(keys: _Keys) -> str | None:
     return name.removeprefix("torch.") if isinstance(name, str) else None
 
 
-def _read_rope(keys: _Keys) -> RopeConfig:
+def _read_rope(keys: _Keys, head_dim: int) -> RopeConfig:
     """Rope from rope_parameters (transformers 5) or rope_theta with rope_scaling (older), or GGUF's divisors."""
     scaling = keys.get("rope_parameters") or keys.get("rope_scaling") or {}
     if not isinstance(scaling, Mapping):
@@ -156,7 +156,7 @@ def _read_rope(keys: _Keys) -> RopeConfig:
     theta = values.number("rope_theta", default=10000.0)
     factors = keys.get("rope_freq_factors")
     if factors is not None:
-        return RopeConfig(theta=theta, kind="factors", factors=tuple(float(f) for f in factors))
+        return RopeConfig(theta=theta, kind="factors", factors=_read_factors(factors, head_dim))
     kind = scaling.get("rope_type") or scaling.get("type") or "default"
     if kind == "default":
         return RopeConfig(theta=theta)
@@ -168,6 +168,13 @@ def _read_rope(keys: _Keys) -> RopeConfig:
         f"config.json: rope scaling '{kind}' is not supported (supported: default, linear, llama3); "
         "remove rope_scaling to run the model at its original length"
     )
+
+
+def _read_factors(factors: object, head_dim: int) -> tuple[float, ...]:
+    values = factors if isinstance(factors, list) else []
+    if len(values) != head_dim // 2 or not all(isinstance(v, float) and 0 < v < MAX_NUMBER for v in values):
+        raise ConfigError(f"rope_freq_factors must be {head_dim // 2} finite numbers above zero, one for each pair")
+    return tuple(values)
 
 
 def _read_llama3(theta: float, values: _Keys) -> RopeConfig:
@@ -204,6 +211,6 @@ def _read_windows(keys: _Keys, spec: ModelSpec, num_layers: int) -> tuple[int | 
 
 def _windows_by_type(types: object, window: int, num_layers: int) -> tuple[int | None, ...]:
     known = {"full_attention": None, "sliding_attention": window}
-    if not isinstance(types, list) or len(types) != num_layers or any(t not in known for t in types):
+    if not isinstance(types, list) or len(types) != num_layers or any(str(t) not in known for t in types):
         raise ConfigError(f"config.json: layer_types must be a list of {num_layers} names out of {sorted(known)}")
     return tuple(known[t] for t in types)

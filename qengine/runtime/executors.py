@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from typing import Protocol
 
+from qengine.errors import EngineDeadError
 from qengine.runtime.runner import ModelRunner
 from qengine.scheduling.batch import Batch, StepResult
 
@@ -27,10 +28,22 @@ class UniprocExecutor:
     """The model in this process."""
 
     def __init__(self, runner: ModelRunner) -> None:
-        self._runner = runner
+        self._runner: ModelRunner | None = runner
+
+    @property
+    def runner(self) -> ModelRunner:
+        """The runner.
+
+        Raises:
+            EngineDeadError: after shutdown.
+        """
+        if self._runner is None:
+            raise EngineDeadError("the model has been released; start a new engine")
+        return self._runner
 
     def step(self, batch: Batch) -> StepResult:
-        return self._runner.step(batch)
+        return self.runner.step(batch)
 
     def shutdown(self) -> None:
-        return None
+        """Let go of the model and the cache, so that their memory is free."""
+        self._runner = None

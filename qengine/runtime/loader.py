@@ -23,11 +23,12 @@ from converters.errors import CheckpointError
 from converters.open import open_checkpoint
 from converters.source import LinearSlot, Slot, TensorSlot, WeightSource
 from qengine.config import LoadConfig, ModelConfig
-from qengine.errors import ConfigError, LoadError
+from qengine.errors import ConfigError, LoadError, RequestError
 from qengine.layers.linear import Weight
 from qengine.models.decoder import HEAD, Decoder, LinearShape, Materials, TensorShape, build, slots
 from qengine.models.registry import find_spec
 from qengine.models.spec import read_model_config, read_token_ids
+from qengine.request import SamplingParams
 from qengine.runtime.locate import ModelLocation, locate_model
 
 logger = logging.getLogger(__name__)
@@ -76,11 +77,13 @@ def open_model(load: LoadConfig) -> OpenedModel:
         config = read_model_config(source.config, find_spec(source.config))
         tied = not source.has_linear(HEAD)
         if tied and not config.tie_word_embeddings:
-            logger.info("no lm_head in the file: the head uses the embedding's weights")
+            # Published files get this flag wrong both ways, so the tensors decide.
+            logger.warning("%s has no lm_head although it is not tied: using the embedding's weights", location.path)
         source.check([_slot(shape) for shape in slots(config, tied=tied)])
-    generation = _read_generation_config(location.path, load.generation_config)
-    eos = config.eos_token_ids | read_token_ids(generation.get("eos_token_id"))
-    return OpenedModel(location, source, config, tied, eos, _sampling_defaults(generation))
+    own = _read_generation_config(location.path, "auto")
+    eos = config.eos_token_ids | read_token_ids(own.get("eos_token_id"))
+    chosen = own if load.generation_config == "auto" else _read_generation_config(location.path, load.generation_config)
+    return OpenedModel(location, source, config, tied, eos, _sampling_defaults(chosen))
 
 
 def _open_source(location: ModelLocation, load: LoadConfig) -> WeightSource:
@@ -143,4 +146,15 @@ def _read_generation_config(path: Path, choice: str) -> Mapping[str, Any]:
 def _sampling_defaults(generation: Mapping[str, Any]) -> Mapping[str, Any]:
     if generation.get("do_sample") is False:
         return {}
-    return {k: generation[k] for k in _SAMPLING_KEYS if isinstance(generation.get(k), int | float)}
+    defaults: dict[str, Any] = {}
+    for name in _SAMPLING_KEYS:
+        value = generation.get(name)
+        if value is None:
+            continue
+        try:
+            SamplingParams(**{name: value})
+        except RequestError as error:
+            logger.warning("generation_config.json is ignored where it is wrong: %s", error)
+            continue
+        defaults[name] = value
+    return defaults

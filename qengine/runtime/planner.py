@@ -20,7 +20,6 @@ CPU_SEQUENCES = 4
 CPU_SHARE = 0.25
 #: One step's tokens by default: small on a CPU, so that a long prompt does not stall the others.
 CPU_BATCHED_TOKENS = 256
-GPU_BATCHED_TOKENS = 2048
 
 
 @dataclass(frozen=True, slots=True)
@@ -43,9 +42,15 @@ def available_memory() -> int:
     available = _meminfo("MemAvailable")
     try:
         with open("/sys/fs/cgroup/memory.max") as limit, open("/sys/fs/cgroup/memory.current") as used:
-            return max(0, min(available, int(limit.read()) - int(used.read())))
+            return max(0, min(available, int(limit.read()) - int(used.read()) + _cached_files()))
     except (OSError, ValueError):
         return available
+
+
+def _cached_files() -> int:
+    """Bytes of files that the cgroup counts as used, but gives up when memory is asked for."""
+    with open("/sys/fs/cgroup/memory.stat") as table:
+        return sum(int(line.split()[1]) for line in table if line.startswith("inactive_file "))
 
 
 def _meminfo(key: str) -> int:
@@ -75,6 +80,10 @@ def plan_memory(model: ModelConfig, config: EngineConfig, *, kv_value_bytes: int
         budget = int(free_bytes * CPU_SHARE)
         most_blocks = min(budget // block_bytes, CPU_SEQUENCES * _blocks(wanted, cache.block_size))
     else:
+        if budget > free_bytes:
+            raise ConfigError(
+                f"kv_cache_memory_bytes is {_size(budget)}, but only {_size(free_bytes)} of memory are free; lower it"
+            )
         most_blocks = budget // block_bytes
     if most_blocks < 1:
         raise ConfigError(

@@ -1,8 +1,8 @@
 """ModelRunner: one engine step on one device, from a Batch to sampled tokens.
 
-Invariant: only rows that are sampled (or whose prompt log-probabilities are wanted) get logits, so a step's memory does
-not grow with the vocabulary times the chunk. A sequence whose logits are not finite fails alone: its bad blocks are
-zeroed and the others are unaffected. It does not schedule and does not stop sequences.
+Invariant: only rows that are sampled, or a few at a time for prompt log-probabilities, get logits, so a step's memory
+does not grow with the vocabulary times the chunk. A sequence whose logits are not finite fails alone: its bad blocks
+are zeroed and the others are unaffected. It does not schedule and does not stop sequences.
 """
 
 from __future__ import annotations
@@ -18,6 +18,8 @@ from qengine.runtime.kv_cache import KVCache
 from qengine.runtime.sampler import sample, token_logprobs
 from qengine.scheduling.batch import Batch, BatchEntry, SampledToken, StepResult
 
+#: Prompt positions whose logits are held at once.
+_LOGPROB_ROWS = 32
 NOT_FINITE = "the model produced logits that are not finite (NaN or infinity)"
 
 
@@ -64,9 +66,11 @@ class ModelRunner:
             num_top = entry.num_prompt_logprobs
             if num_top is None or not entry.prompt_targets:
                 continue
-            logits = self.model.logits(hidden[row : row + len(entry.prompt_targets)])
-            log_probs = torch.log_softmax(logits, dim=-1)
-            records[entry.request_id] = [
-                token_logprobs(log_probs[i], target, num_top) for i, target in enumerate(entry.prompt_targets)
-            ]
+            found: list[TokenLogprobs] = []
+            for first in range(0, len(entry.prompt_targets), _LOGPROB_ROWS):
+                targets = entry.prompt_targets[first : first + _LOGPROB_ROWS]
+                logits = self.model.logits(hidden[row + first : row + first + len(targets)])
+                log_probs = torch.log_softmax(logits, dim=-1)
+                found += [token_logprobs(log_probs[i], target, num_top) for i, target in enumerate(targets)]
+            records[entry.request_id] = found
         return records

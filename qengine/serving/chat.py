@@ -95,7 +95,7 @@ class _ChatCall:
             add_generation_prompt=not continues if adds_prompt is None else adds_prompt,
             continue_final_message=continues,
             max_chars=self._engine.info.max_model_len * LIMITS.prompt_chars_per_token,
-            **(self._request.chat_template_kwargs or {}),
+            template_options=self._request.chat_template_kwargs,
         )
         return [text]
 

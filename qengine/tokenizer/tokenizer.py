@@ -152,7 +152,7 @@ class Tokenizer:
         return other
 
     def chat_template_variables(self, *, has_tools: bool = False) -> frozenset[str]:
-        """Names that `render_chat` takes as `template_kwargs`; empty without a template."""
+        """Names that `render_chat` takes as `template_options`; empty without a template."""
         template = self._select_template(has_tools)
         return frozenset() if template is None else template.option_names - self._special_tokens.keys()
 
@@ -164,7 +164,7 @@ class Tokenizer:
         tools: Sequence[Mapping[str, Any]] | None = None,
         continue_final_message: bool = False,
         max_chars: int = DEFAULT_MAX_CHARS,
-        **template_kwargs: Any,
+        template_options: Mapping[str, Any] | None = None,
     ) -> str:
         """The prompt for a conversation, by the model's chat template.
 
@@ -174,7 +174,7 @@ class Tokenizer:
             tools: JSON schemas of functions the model may call.
             continue_final_message: end inside the last message, for the model to go on with it.
             max_chars: longest prompt to make.
-            template_kwargs: the template's own options, such as enable_thinking: JSON scalars.
+            template_options: the template's own options, such as enable_thinking: JSON scalars.
 
         Raises:
             RequestError: there is no template, it refuses the messages, an option is not one of its own, or the prompt
@@ -189,7 +189,7 @@ class Tokenizer:
             tools=tools,
             continue_final_message=continue_final_message,
             special_tokens=self._special_tokens,
-            options=template_kwargs,
+            options=template_options or {},
             max_chars=max_chars,
         )
 

@@ -27,7 +27,8 @@ class Segment:
 
     Attributes:
         starts: position of each sequence's first query token.
-        block_table: int64 [num_seqs * blocks], padded with block 0; None when read in place.
+        block_table: int64 [num_seqs * blocks], padded with each sequence's first block; None when read in place.
+        unused: int64 rows of the gathered copy beyond each sequence's context; None if there are none.
         first_block: the first of consecutive blocks when read in place.
         context_len: keys that are read per sequence (padded to the longest).
     """
@@ -39,6 +40,7 @@ class Segment:
     context_len: int
     block_table: torch.Tensor | None
     first_block: int = 0
+    unused: torch.Tensor | None = None
     masks: dict[int | None, torch.Tensor | None] = field(default_factory=dict)
 
     def mask(self, window: int | None) -> torch.Tensor | None:
@@ -92,11 +94,23 @@ def _segment(entries: list[tuple[int, int, Sequence[int]]], row: int, block_size
     first_block = entries[0][2][0]
     if len(entries) == 1 and _consecutive(entries[0][2][:num_blocks]):
         return Segment(row, rows, 1, starts, context_len, None, first_block)
-    table = torch.zeros(len(entries), num_blocks, dtype=torch.int64)
-    for i, (start, count, block_ids) in enumerate(entries):
-        used = -(-(start + count) // block_size)
-        table[i, :used] = torch.tensor(block_ids[:used])
-    return Segment(row, rows, len(entries), starts, context_len, table.view(-1))
+    tables = [list(block_ids[:num_blocks]) for _, _, block_ids in entries]
+    padded = [table + table[:1] * (num_blocks - len(table)) for table in tables]
+    capacity = num_blocks * block_size
+    unused = [
+        i * capacity + position
+        for i, (start, count, _) in enumerate(entries)
+        for position in range(start + count, capacity)
+    ]
+    return Segment(
+        row,
+        rows,
+        len(entries),
+        starts,
+        context_len,
+        torch.tensor(padded).view(-1),
+        unused=torch.tensor(unused) if unused else None,
+    )
 
 
 def _consecutive(block_ids: Sequence[int]) -> bool:
@@ -113,6 +127,9 @@ def _read(cache: torch.Tensor, segment: Segment) -> torch.Tensor:
         flat = cache.view(-1, num_heads, head_dim)[first : first + segment.context_len].unsqueeze(0)
     else:
         gathered = cache.index_select(0, segment.block_table)
+        if segment.unused is not None:
+            # A masked key still counts if it is NaN, and nobody vouches for what a reused block holds.
+            gathered.view(-1, num_heads, head_dim).index_fill_(0, segment.unused, 0)
         flat = gathered.view(segment.num_seqs, -1, num_heads, head_dim)[:, : segment.context_len]
     return flat.transpose(1, 2)
 

@@ -80,7 +80,7 @@ def test_bfloat16_is_close_while_tokens_agree(name: str) -> None:
 @pytest.mark.parametrize("name", ["llama-gptq-sym-g128", "llama-awq-g64"])
 def test_bfloat16_runs_on_the_int4_kernel(name: str) -> None:
     with LLM(path(name), dtype="bfloat16", max_model_len=64) as llm:
-        model = llm.engine._executor._runner.model  # type: ignore[attr-defined]
+        model = llm.engine._executor.runner.model  # type: ignore[attr-defined]
         kernels = [part.kernel for linear in model.linears() for part in linear.parts]
         assert kernels.count("cpu_int4") == 4 * model.config.num_layers
         assert kernels.count("dense") == 1

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import gc
 import random
+import weakref
 from typing import Any
 
 import pytest
@@ -43,6 +45,7 @@ def test_32_requests_through_a_small_pool_equal_one_by_one(llm: LLM) -> None:
     with LLM(path("llama-awq-g64"), dtype="float32", max_num_batched_tokens=32, **options) as small:
         assert small.engine.info.num_blocks == 9
         assert tokens(run(small, prompts, params)) == alone
+        assert small.engine.scheduler.stats.num_preemptions > 0
         small.engine.check_integrity()
         assert small.engine.num_free_blocks == 9
 
@@ -225,6 +228,8 @@ def test_chat_uses_the_template(llm: LLM) -> None:
         (PROMPT, {"allowed_token_ids": [99999]}, "allowed_token_ids"),
         (PROMPT, {"stop_token_ids": [2048]}, "stop_token_ids"),
         (PROMPT, {"stop": "x", "detokenize": False}, "detokenize"),
+        (PROMPT, {"allowed_token_ids": [2], "min_tokens": 1}, "allowed_token_ids"),
+        (b"hello", {}, "prompts"),
         ({"text": "x"}, {}, "prompt_token_ids"),
         ([5, "x"], {}, "prompts"),
     ],
@@ -274,7 +279,7 @@ def test_duplicate_ids_are_refused(llm: LLM) -> None:
 def test_nan_fails_one_request_and_no_other(llm: LLM) -> None:
     """A poisoned embedding row makes every sequence that contains the token fail, alone."""
     engine = llm.engine
-    table = engine._executor._runner.model.embedding.table  # type: ignore[attr-defined]
+    table = engine._executor.runner.model.embedding.table  # type: ignore[attr-defined]
     good = tokens(run(llm, [[7, 8, 9] * 20], greedy()))
     saved = table[1234].clone()
     table[1234] = torch.nan
@@ -293,6 +298,77 @@ def test_nan_fails_one_request_and_no_other(llm: LLM) -> None:
     assert tokens(run(llm, [[7, 8, 9] * 20], greedy())) == good
 
 
+def test_nan_while_decoding_fails_one_request_and_no_other(llm: LLM) -> None:
+    """The poisoned token is forced in the middle of a batch, beside longer and shorter sequences."""
+    engine = llm.engine
+    table = engine._executor.runner.model.embedding.table  # type: ignore[attr-defined]
+    prompts: list[list[int]] = [[9] * 3, [7, 8] * 20, [5] * 21]
+    alone = [tokens(run(llm, [p], greedy()))[0] for p in prompts]
+    saved = table[1234].clone()
+    table[1234] = torch.nan
+    try:
+        forced = greedy(logit_bias={1234: 100.0})
+        outputs = run(llm, [prompts[0], [6] * 12, prompts[1], prompts[2]], [greedy(), forced, greedy(), greedy()])
+    finally:
+        table[1234] = saved
+    assert [o.error is None for o in outputs] == [True, False, True, True]
+    assert [outputs[i].outputs[0].token_ids for i in (0, 2, 3)] == alone
+    assert outputs[1].outputs[0].token_ids == [1234]
+
+
+def test_an_interrupted_call_leaves_a_working_engine(llm: LLM, monkeypatch: pytest.MonkeyPatch) -> None:
+    before = tokens(run(llm, PROMPT, greedy()))
+    executor = llm.engine._executor
+    real, calls = executor.step, []
+
+    def interrupted(batch: Any) -> Any:
+        calls.append(batch)
+        if len(calls) == 3:
+            raise KeyboardInterrupt
+        return real(batch)
+
+    monkeypatch.setattr(executor, "step", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        run(llm, [PROMPT, [5] * 40], greedy())
+    llm.engine.check_integrity()
+    assert not llm.engine.has_unfinished
+    assert tokens(run(llm, PROMPT, greedy())) == before
+
+
+def test_stop_strings_wait_for_min_tokens(llm: LLM) -> None:
+    full = run(llm, PROMPT, greedy(max_tokens=24))[0].outputs[0].text
+    stop = full[2:4]
+    early = run(llm, PROMPT, greedy(max_tokens=24, stop=stop))[0].outputs[0]
+    late = run(llm, PROMPT, greedy(max_tokens=24, stop=stop, min_tokens=12))[0].outputs[0]
+    assert len(early.token_ids) < 12 <= len(late.token_ids)
+
+
+def test_ids_of_choices_cannot_be_taken(llm: LLM) -> None:
+    engine = llm.engine
+    engine.add(engine.make_request("x", PROMPT, greedy(n=2)))
+    with pytest.raises(RequestError, match="x#0"):
+        engine.add(engine.make_request("x#0", PROMPT, greedy()))
+    engine.abort("x")
+
+
+def test_an_idle_step_does_nothing(llm: LLM) -> None:
+    assert llm.engine.step() == []
+    assert run(llm, PROMPT, greedy())
+
+
+def test_shutdown_releases_the_model() -> None:
+    llm = LLM(path("llama-awq-g64"), dtype="float32", max_model_len=64)
+    model = weakref.ref(llm.engine._executor.runner.model)  # type: ignore[attr-defined]
+    llm.shutdown()
+    gc.collect()
+    assert model() is None
+
+
+def test_float16_runs_on_the_dense_path(llm: LLM) -> None:
+    with LLM(path("llama-awq-g64"), dtype="float16", max_model_len=64) as half:
+        assert tokens(run(half, PROMPT, greedy(max_tokens=4))) == tokens(run(llm, PROMPT, greedy(max_tokens=4)))
+
+
 def test_after_shutdown_it_says_so() -> None:
     llm = LLM(path("llama-awq-g64"), dtype="float32", max_model_len=64)
     llm.shutdown()
@@ -307,7 +383,7 @@ def test_a_failure_inside_a_step_kills_the_engine(monkeypatch: pytest.MonkeyPatc
         def broken(*_: Any) -> torch.Tensor:
             raise RuntimeError("evil forward")
 
-        monkeypatch.setattr(llm.engine._executor._runner.model, "forward", broken)  # type: ignore[attr-defined]
+        monkeypatch.setattr(llm.engine._executor.runner.model, "forward", broken)  # type: ignore[attr-defined]
         with pytest.raises(RuntimeError, match="evil forward"):
             run(llm, PROMPT, greedy())
         with pytest.raises(EngineDeadError, match="restart"):

@@ -53,6 +53,10 @@ def test_defaults_are_those_of_transformers() -> None:
         ({"rope_scaling": "big"}, "rope_scaling"),
         ({"rope_scaling": {"type": "linear"}}, "factor"),
         ({"hidden_act": "gelu"}, "hidden_act"),
+        ({"rms_norm_eps": 10**400}, "rms_norm_eps"),
+        ({"rope_freq_factors": 5}, "rope_freq_factors"),
+        ({"rope_freq_factors": ["x"] * 8}, "rope_freq_factors"),
+        ({"rope_freq_factors": [1.0]}, "rope_freq_factors"),
         ({"tie_word_embeddings": "yes"}, "tie_word_embeddings"),
         ({"attention_bias": 1}, "attention_bias"),
         ({"architectures": ["GPT2LMHeadModel"]}, "GPT2LMHeadModel"),
@@ -87,12 +91,18 @@ def test_mistral_window_default_and_null() -> None:
 
 def test_qwen_windows() -> None:
     qwen = {"architectures": ["Qwen2ForCausalLM"], "sliding_window": 8}
+    assert read(architectures=["Qwen2ForCausalLM"], use_sliding_window=True, num_hidden_layers=30).windows == (
+        *(None,) * 28,
+        4096,
+        4096,
+    )
     assert read(**qwen).windows == (None, None)
     assert read(**qwen, use_sliding_window=True, max_window_layers=1).windows == (None, 8)
     types = ["sliding_attention", "full_attention"]
     assert read(**qwen, use_sliding_window=True, layer_types=types).windows == (8, None)
-    with pytest.raises(ConfigError, match="layer_types"):
-        read(**qwen, use_sliding_window=True, layer_types=["linear_attention", "full_attention"])
+    for odd in (["linear_attention", "full_attention"], [["full_attention"], "full_attention"], ["full_attention"]):
+        with pytest.raises(ConfigError, match="layer_types"):
+            read(**qwen, use_sliding_window=True, layer_types=odd)
 
 
 def test_eos_ids_may_be_a_list() -> None:

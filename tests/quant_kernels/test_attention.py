@@ -60,7 +60,8 @@ def test_unused_slots_do_not_leak() -> None:
     entries = [(5, 1, [1, 2]), (2, 1, [4])]
     segments, _ = make_segments(entries, BLOCK)
     before = paged_attention(query, keys, values, segments, 0.3)
-    keys[2, 2:], values[2, 2:], keys[4, 3:], values[4, 3:] = 1e4, 1e4, 1e4, 1e4
-    keys[0], values[0] = 1e4, 1e4
-    segments, _ = make_segments(entries, BLOCK)
-    assert torch.equal(before, paged_attention(query, keys, values, segments, 0.3))
+    for poison in (1e4, torch.nan):
+        for cache in (keys, values):
+            cache[2, 2:], cache[4, 3:], cache[0], cache[3], cache[5] = poison, poison, poison, poison, poison
+        segments, _ = make_segments(entries, BLOCK)
+        assert torch.equal(before, paged_attention(query, keys, values, segments, 0.3))

@@ -6,7 +6,6 @@ import importlib.util
 import json
 import sys
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -56,9 +55,9 @@ class Hub:
         self.folder = folder
         self.error = error
         self.asked: list[list[str]] = []
-        self.errors = SimpleNamespace(HfHubHTTPError=ConnectionError)
 
-    def snapshot_download(self, model: str, *, allow_patterns: list[str]) -> str:
+    def snapshot_download(self, model: str, *, allow_patterns: list[str], ignore_patterns: list[str]) -> str:
+        assert "consolidated*" in ignore_patterns
         self.asked.append(allow_patterns)
         if self.error is not None:
             raise self.error

@@ -68,6 +68,8 @@ def test_an_absolute_size_overrides_the_share() -> None:
     assert result.kv_cache_bytes == GIB
     with pytest.raises(ConfigError, match="kv_cache_memory_bytes"):
         plan(64 * GIB, kv_cache_memory_bytes=2**20)
+    with pytest.raises(ConfigError, match=r"only 2\.00 GiB of memory are free"):
+        plan(2 * GIB, kv_cache_memory_bytes="1000GiB")
 
 
 def test_auto_is_the_largest_that_fits() -> None:

@@ -176,7 +176,9 @@ def test_system_tool_calls_options_and_parts_are_those_of_transformers(plain_tok
         expected = oracle.apply_chat_template(
             chat, chat_template=TEMPLATES[name], tokenize=False, add_generation_prompt=True, **options
         )
-        assert plain_tokenizer.with_chat_template(TEMPLATES[name]).render_chat(chat, **options) == expected
+        assert (
+            plain_tokenizer.with_chat_template(TEMPLATES[name]).render_chat(chat, template_options=options) == expected
+        )
 
 
 def test_templates_of_models_are_those_of_transformers(gguf_tokenizer: Tokenizer, oracle: Any) -> None:
@@ -313,7 +315,7 @@ def test_options_are_the_templates_own_variables(plain_tokenizer: Tokenizer) -> 
 def test_reserved_options_are_refused(plain_tokenizer: Tokenizer, name: str) -> None:
     tokenizer = plain_tokenizer.with_chat_template("{{ " + name + " }}")
     with pytest.raises(RequestError, match=f"'{name}' is set by the server") as caught:
-        tokenizer.render_chat(PLAIN, **{name: True})
+        tokenizer.render_chat(PLAIN, template_options={name: True})
     assert caught.value.param == "chat_template_kwargs"
 
 
@@ -321,13 +323,13 @@ def test_reserved_options_are_refused(plain_tokenizer: Tokenizer, name: str) -> 
 def test_options_that_are_not_the_templates_are_refused(plain_tokenizer: Tokenizer, name: str) -> None:
     tokenizer = plain_tokenizer.with_chat_template(HEADERS + ALTERNATING + THINKING + "{{ range(2) }}")
     with pytest.raises(RequestError, match=r"is set by the server|unknown chat template option .*enable_thinking"):
-        tokenizer.render_chat(PLAIN, **{name: "x"})
+        tokenizer.render_chat(PLAIN, template_options={name: "x"})
 
 
 @pytest.mark.parametrize("value", [[], {}, "x" * (MAX_OPTION_CHARS + 1), float("nan"), float("inf"), 2**64, object()])
 def test_option_values_that_are_no_small_scalars_are_refused(plain_tokenizer: Tokenizer, value: Any) -> None:
     with pytest.raises(RequestError, match="expected a string of at most 4096 characters"):
-        plain_tokenizer.with_chat_template(THINKING).render_chat(PLAIN, enable_thinking=value)
+        plain_tokenizer.with_chat_template(THINKING).render_chat(PLAIN, template_options={"enable_thinking": value})
 
 
 # What a template may do
