@@ -22,6 +22,7 @@ from quant_kernels.packing import expand_zeros
 #: Group sizes torch's kernel knows, largest first: fewer groups mean fewer scales to read.
 KERNEL_GROUPS = (256, 128, 64, 32)
 _COLUMN_MULTIPLE = 16
+_SLICE_COLUMNS = 2048
 
 
 def kernel_group(weight: PackedWeight) -> int | None:
@@ -57,14 +58,10 @@ class CpuInt4Linear:
         self.num_planes = weight.bits // 4
         padding = -weight.out_features % _COLUMN_MULTIPLE
         self._is_padded = padding > 0
-        codes = _codes(weight)
+        self.codes = _pack(weight, weight.out_features + padding)
         scales, zeros = _scales_and_zeros(weight, group)
         table = torch.stack([scales, zeros], dim=-1).bfloat16()
-        if self._is_padded:
-            codes = F.pad(codes, (0, 0, 0, padding))
-            table = F.pad(table, (0, 0, 0, padding))
-        self.codes = torch.ops.aten._convert_weight_to_int4pack_for_cpu(codes, 1)
-        self.scales_and_zeros = table
+        self.scales_and_zeros = F.pad(table, (0, 0, 0, padding)) if self._is_padded else table
         self.perm = None if weight.perm is None else weight.perm.long()
         self.bias = None if weight.bias is None else weight.bias.bfloat16()
 
@@ -87,12 +84,26 @@ class CpuInt4Linear:
         return y if self.bias is None else y + self.bias
 
 
-def _codes(weight: PackedWeight) -> torch.Tensor:
-    """int32 [N, P * K] codes of 4 bits; the high plane first where there are two."""
-    shifts = torch.arange(0, 32, weight.bits, dtype=torch.int32)
-    words = weight.codes.t().contiguous().unsqueeze(-1)
-    codes = ((words >> shifts) & (2**weight.bits - 1)).view(weight.out_features, weight.in_features)
-    return codes if weight.bits == 4 else torch.cat([codes >> 4, codes & 15], dim=1)
+def _pack(weight: PackedWeight, num_columns: int) -> torch.Tensor:
+    """uint8 [num_columns, P * K / 2] in torch's layout, columns beyond N zero.
+
+    torch packs from one int32 per code, eight times the result, so a slice of columns is converted at a time. Its
+    layout is made of blocks of up to 64 columns, which such slices do not cut.
+    """
+    packed = torch.empty(num_columns, weight.in_features * weight.bits // 8, dtype=torch.uint8)
+    for first in range(0, num_columns, _SLICE_COLUMNS):
+        codes = _codes(weight.codes[:, first : first + _SLICE_COLUMNS], weight.bits)
+        missing = min(_SLICE_COLUMNS, num_columns - first) - len(codes)
+        codes = F.pad(codes, (0, 0, 0, missing)) if missing else codes
+        packed[first : first + len(codes)] = torch.ops.aten._convert_weight_to_int4pack_for_cpu(codes, 1)
+    return packed
+
+
+def _codes(words: torch.Tensor, bits: int) -> torch.Tensor:
+    """int32 [N, P * K] codes of 4 bits from words [K * bits / 32, N]; the high plane first where there are two."""
+    shifts = torch.arange(0, 32, bits, dtype=torch.int32)
+    codes = ((words.t().contiguous().unsqueeze(-1) >> shifts) & (2**bits - 1)).flatten(1)
+    return codes if bits == 4 else torch.cat([codes >> 4, codes & 15], dim=1)
 
 
 def _scales_and_zeros(weight: PackedWeight, group: int) -> tuple[torch.Tensor, torch.Tensor]:

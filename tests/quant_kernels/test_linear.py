@@ -9,6 +9,7 @@ from __future__ import annotations
 import pytest
 import torch
 
+from quant_kernels.linear import cpu_int4
 from quant_kernels.linear.cpu_int4 import CpuInt4Linear, can_run
 from quant_kernels.linear.dense import DenseLinear
 from quant_kernels.linear.dispatch import choose, prepare
@@ -49,6 +50,15 @@ def test_int4_kernel_matches_the_reference(
         got = prepared(x)
         assert got.shape == (rows, out_features)
         assert relative_error(got, linear(x, record)) < 2**-7
+
+
+@pytest.mark.parametrize("bits", [4, 8])
+def test_packing_in_slices_equals_packing_at_once(bits: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    record = random_record(64, 64 * 3 + 40, 32, bits=bits)
+    whole = CpuInt4Linear(record)
+    monkeypatch.setattr(cpu_int4, "_SLICE_COLUMNS", 64)
+    sliced = CpuInt4Linear(record)
+    assert torch.equal(whole.codes, sliced.codes)
 
 
 def test_activation_order_is_undone() -> None:
