@@ -19,6 +19,8 @@ Weight = PackedWeight | DenseWeight
 
 def try_fuse(parts: Sequence[Weight]) -> Weight | None:
     """The parts as one weight [sum of outputs], or None where they differ in kind, bits, groups or row order."""
+    if len(parts) == 1:
+        return parts[0]
     dense = [p for p in parts if isinstance(p, DenseWeight)]
     packed = [p for p in parts if isinstance(p, PackedWeight)]
     if len(dense) == len(parts):

@@ -1,0 +1,144 @@
+"""Opening and loading: what is checked before a weight is read, and where defaults and eos ids come from."""
+
+from __future__ import annotations
+
+import json
+import logging
+import shutil
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+from qengine import LLM, SamplingParams
+from qengine.config import LoadConfig
+from qengine.errors import LoadError
+from qengine.runtime.loader import load_decoder, open_model
+from tests.engine.fixtures import path
+
+CPU = torch.device("cpu")
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    """A copy of a small GPTQ checkpoint that a test may damage."""
+    copy = tmp_path / "model"
+    shutil.copytree(path("llama-gptq-sym-g128"), copy)
+    return copy
+
+
+def edit_config(folder: Path, **changes: Any) -> None:
+    config = json.loads((folder / "config.json").read_text())
+    config.update(changes)
+    (folder / "config.json").write_text(json.dumps({k: v for k, v in config.items() if v is not ...}))
+
+
+def edit_weights(folder: Path, **changes: torch.Tensor | None) -> None:
+    """Replace (or drop, with None) tensors; underscores stand for dots where a name needs them."""
+    tensors = load_file(folder / "model.safetensors")
+    for name, value in changes.items():
+        tensors.pop(name, None)
+        if value is not None:
+            tensors[name] = value
+    save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
+
+
+def open_folder(folder: Path, **options: Any) -> Any:
+    return open_model(LoadConfig(model=str(folder), **options))
+
+
+def test_all_that_is_wrong_is_told_at_once(folder: Path) -> None:
+    edit_weights(
+        folder,
+        **{
+            "model.norm.weight": torch.ones(255),
+            "model.layers.0.self_attn.q_proj.scales": None,
+            "model.layers.1.mlp.extra.weight": torch.ones(3),
+        },
+    )
+    with pytest.raises(LoadError) as caught:
+        open_folder(folder)
+    message = str(caught.value)
+    assert "model.norm.weight" in message
+    assert "255" in message
+    assert "model.layers.0.self_attn.q_proj.scales" in message
+    assert "model.layers.1.mlp.extra.weight" in message
+
+
+def test_a_head_that_is_not_there_is_the_embedding_with_a_warning(
+    folder: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    edit_weights(folder, **{"lm_head.weight": None})
+    with caplog.at_level(logging.WARNING):
+        opened = open_folder(folder)
+    assert opened.tied
+    assert "no lm_head" in caplog.text
+    model = load_decoder(opened, torch.float32, CPU, 64)
+    assert model.head.parts[0].weight.data_ptr() == model.embedding.table.data_ptr()  # type: ignore[attr-defined]
+
+
+def test_a_head_of_its_own_is_used_even_if_the_config_ties_it(folder: Path) -> None:
+    edit_config(folder, tie_word_embeddings=True)
+    assert not open_folder(folder).tied
+
+
+def test_end_of_sequence_ids_are_a_union_whatever_the_sampling_defaults(folder: Path) -> None:
+    edit_config(folder, eos_token_id=7)
+    (folder / "generation_config.json").write_text(json.dumps({"eos_token_id": [8, 9], "temperature": 0.5}))
+    for choice, defaults in (("auto", {"temperature": 0.5}), ("none", {})):
+        opened = open_folder(folder, generation_config=choice)
+        assert opened.eos_token_ids == {7, 8, 9}
+        assert opened.default_sampling == defaults
+
+
+def test_bad_sampling_defaults_are_dropped_with_a_warning(folder: Path, caplog: pytest.LogCaptureFixture) -> None:
+    defaults = {"temperature": 0.7, "top_p": 1.5, "top_k": 50.5, "min_p": True, "repetition_penalty": 1.1}
+    (folder / "generation_config.json").write_text(json.dumps(defaults))
+    with caplog.at_level(logging.WARNING):
+        opened = open_folder(folder)
+    assert opened.default_sampling == {"temperature": 0.7, "repetition_penalty": 1.1}
+    assert "top_p is 1.5" in caplog.text
+
+
+def test_greedy_models_have_no_sampling_defaults(folder: Path) -> None:
+    (folder / "generation_config.json").write_text(json.dumps({"do_sample": False, "temperature": 0.7}))
+    assert open_folder(folder).default_sampling == {}
+
+
+@pytest.mark.parametrize("text", ["[]", "{", "\x00"])
+def test_a_broken_generation_config_is_refused(folder: Path, text: str) -> None:
+    (folder / "generation_config.json").write_text(text)
+    with pytest.raises(LoadError, match=r"generation_config\.json"):
+        open_folder(folder)
+
+
+def test_a_generation_config_that_is_not_there(folder: Path) -> None:
+    with pytest.raises(LoadError, match="no generation_config"):
+        open_folder(folder, generation_config="/no/such/folder")
+
+
+def test_dummy_weights_need_no_file_and_are_reproducible(folder: Path) -> None:
+    (folder / "model.safetensors").unlink()
+    params = SamplingParams(temperature=0.0, max_tokens=8, ignore_eos=True)
+
+    def run(**options: Any) -> list[int]:
+        with LLM(str(folder), load_format="dummy", max_model_len=64, **options) as llm:
+            assert "dummy" in llm.engine.info.description
+            return llm.generate([[5, 6, 7]], params, use_tqdm=False)[0].outputs[0].token_ids
+
+    first = run()
+    assert len(first) == 8
+    assert run() == first
+    assert run(seed=1) != first
+    assert len(run(quantization="awq")) == 8
+
+
+def test_a_damaged_file_is_told_when_its_data_is_read(folder: Path) -> None:
+    scales = load_file(folder / "model.safetensors")["model.layers.0.self_attn.q_proj.scales"]
+    scales[0, 0] = torch.inf
+    edit_weights(folder, **{"model.layers.0.self_attn.q_proj.scales": scales})
+    opened = open_folder(folder)
+    with pytest.raises(LoadError, match=r"q_proj\.scales"):
+        load_decoder(opened, torch.float32, CPU, 64)
