@@ -1,10 +1,13 @@
-"""Settings of the whole suite: one thread, because tiny models lose more to waking threads than they gain."""
+"""Settings of the whole suite: one thread, because tiny models lose more to waking threads than they gain; and Ctrl-C
+as in a terminal, because a job that runs in the background starts with it ignored."""
 
 from __future__ import annotations
 
 import os
+import signal
 
 import torch
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 torch.set_num_threads(1)
+signal.signal(signal.SIGINT, signal.default_int_handler)
