@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Iterator
 from datetime import datetime
+from importlib import metadata
 from pathlib import Path
 from typing import Any
 
@@ -102,6 +103,8 @@ PARTS = """\
 {% endif %}
 """
 
+#: transformers' messages were not cleaned before the template saw them, up to the last version for Python 3.10.
+KEEPS_NULLS = tuple(int(part) for part in metadata.version("transformers").split(".")[:2]) < (5, 23)
 TEMPLATES = {
     "headers": HEADERS,
     "alternating": ALTERNATING,
@@ -149,6 +152,8 @@ def plain_tokenizer(folder_tokenizer: Tokenizer) -> Tokenizer:
 def test_prompts_are_those_of_transformers(
     plain_tokenizer: Tokenizer, oracle: Any, name: str, chat: str, tools: Any, generation: bool
 ) -> None:
+    if KEEPS_NULLS and (name == "json" or chat == "nulls"):
+        pytest.skip("this version of transformers hands nulls and keys of its own to the template")
     tokenizer = plain_tokenizer.with_chat_template(TEMPLATES[name])
     expected = oracle.apply_chat_template(
         CHATS[chat], tools=tools, chat_template=TEMPLATES[name], add_generation_prompt=generation, tokenize=False
