@@ -37,7 +37,6 @@ class Limits:
     top_k: int = 1_000_000
     temperature: float = 2.0
     penalty: float = 2.0
-    repetition_penalty: float = 100.0
     seed: int = 2**63 - 1
     template_kwargs_bytes: int = 4096
     cache_salt_chars: int = 128

@@ -14,6 +14,7 @@ from typing import Annotated, Any, Literal, TypeVar
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError
 
+from qengine.request import REPETITION_PENALTIES
 from qengine.serving.errors import ApiError, invalid, shorten
 from qengine.serving.limits import LIMITS
 from qengine.serving.unsupported import refuse_unsupported
@@ -67,7 +68,7 @@ class GenerationRequest(_Strict):
     top_p: Annotated[float, Field(gt=0, le=1)] | None = None
     top_k: Annotated[int, Field(ge=-1, le=LIMITS.top_k)] | None = None
     min_p: Annotated[float, Field(ge=0, le=1)] | None = None
-    repetition_penalty: Annotated[float, Field(gt=0, le=LIMITS.repetition_penalty)] | None = None
+    repetition_penalty: Annotated[float, Field(ge=REPETITION_PENALTIES[0], le=REPETITION_PENALTIES[1])] | None = None
     presence_penalty: Penalty | None = None
     frequency_penalty: Penalty | None = None
     n: Annotated[int, Field(ge=1, le=LIMITS.num_choices)] | None = None

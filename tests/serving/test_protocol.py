@@ -45,7 +45,7 @@ BAD_FIELDS = [
     *({"min_p": value} for value in (-0.1, 2)),
     *({"presence_penalty": value} for value in (-2.01, 2.01)),
     *({"frequency_penalty": value} for value in (-2.01, 2.01)),
-    *({"repetition_penalty": value} for value in (0, -1)),
+    *({"repetition_penalty": value} for value in (0, -1, 1e-320, 0.009, 101)),
     *({"seed": value} for value in (-1, 2**64, "a", 1.0)),
     *({"n": value} for value in (0, -1, 9, 10**9, True, "2")),
     *({"stop": value} for value in (["a"] * 9, [""], "", "x" * 2**20, [1], 5)),
