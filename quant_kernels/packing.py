@@ -1,16 +1,18 @@
 """Bit packing of PackedWeight codes, and the operations on whole records that need no arithmetic.
 
 Concatenating records along N (fusing) and slicing them (sharding) is all that tensor parallelism and fused qkv or
-gate_up need. Invariant: nothing here rounds; unpack(pack(x)) == x. It reads no files and prepares no device layout.
+gate_up need; reordering the outputs of one linear saves reordering the inputs of the next. Invariant: nothing here
+rounds; unpack(pack(x)) == x. It reads no files and prepares no device layout.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 
 import torch
 
-from quant_kernels.packed_weight import CODES_PER_WORD, PackedWeight
+from quant_kernels.packed_weight import CODES_PER_WORD, DenseWeight, PackedWeight
 
 
 def unpack_codes(codes: torch.Tensor, bits: int) -> torch.Tensor:
@@ -100,3 +102,35 @@ def concat_biases(biases: Sequence[torch.Tensor | None], sizes: Sequence[int]) -
 def _concat_optional(tensors: Sequence[torch.Tensor | None]) -> torch.Tensor | None:
     present = [t for t in tensors if t is not None]
     return torch.cat(present, dim=1) if present else None
+
+
+def select_outputs(weight: PackedWeight | DenseWeight, order: torch.Tensor) -> PackedWeight | DenseWeight:
+    """The same linear with its outputs in another order: output i is output order[i] of `weight`. order: int64 [N]."""
+    bias = None if weight.bias is None else weight.bias[order]
+    if isinstance(weight, DenseWeight):
+        return DenseWeight(weight.weight[order], bias)
+    return replace(
+        weight,
+        codes=weight.codes[:, order],
+        scales=weight.scales[:, order],
+        zeros=None if weight.zeros is None else weight.zeros[:, order],
+        mins=None if weight.mins is None else weight.mins[:, order],
+        bias=bias,
+    )
+
+
+def fold_input_order(
+    weight: PackedWeight | DenseWeight, producers: Sequence[PackedWeight | DenseWeight]
+) -> tuple[PackedWeight | DenseWeight, list[PackedWeight | DenseWeight]]:
+    """Move a linear's activation order into the outputs of the linears that make its input.
+
+    Right where everything between them works on each number alone, as between gate and up and down of a gated MLP:
+    the activations then arrive in the order in which the rows are stored. Exact.
+
+    Returns:
+        The linear without `perm`, and the producers; all of them as they were if there is no `perm`.
+    """
+    if isinstance(weight, DenseWeight) or weight.perm is None:
+        return weight, list(producers)
+    order = weight.perm.long()
+    return replace(weight, perm=None), [select_outputs(producer, order) for producer in producers]

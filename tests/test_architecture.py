@@ -289,7 +289,7 @@ def imports_stand_at_the_top(modules: Sequence[Module]) -> Iterator[str]:
 
 def one_module_imports_by_name(modules: Sequence[Module]) -> Iterator[str]:
     for module in modules:
-        if module.name == "qengine.imports":
+        if module.name in ("qengine.imports", "quant_kernels.late"):
             continue
         for node, name in calls(module):
             if name in ("importlib.import_module", "import_module", "__import__"):

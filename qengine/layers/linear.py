@@ -10,7 +10,7 @@ from collections.abc import Sequence
 
 import torch
 
-from quant_kernels.linear.dispatch import PreparedLinear, choose, prepare
+from quant_kernels.linear.dispatch import PreparedLinear, Target, choose, prepare
 from quant_kernels.packed_weight import DenseWeight, PackedWeight
 from quant_kernels.packing import can_concat, concat_biases, concat_outputs
 
@@ -34,12 +34,12 @@ def try_fuse(parts: Sequence[Weight]) -> Weight | None:
 class Linear:
     """y = x W + b for one weight or several side by side; x [M, K] to [M, N]."""
 
-    def __init__(self, name: str, parts: Sequence[Weight], dtype: torch.dtype, device: torch.device) -> None:
+    def __init__(self, name: str, parts: Sequence[Weight], target: Target) -> None:
         fused = try_fuse(parts)
         weights = list(parts) if fused is None else [fused]
         self.name = name
-        self.choices = [choose(w, dtype, device) for w in weights]
-        self.parts: list[PreparedLinear] = [prepare(w, dtype, device) for w in weights]
+        self.choices = [choose(w, target) for w in weights]
+        self.parts: list[PreparedLinear] = [prepare(w, target) for w in weights]
         self.in_features = self.parts[0].in_features
         self.out_features = sum(p.out_features for p in self.parts)
 

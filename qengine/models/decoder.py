@@ -19,7 +19,9 @@ from qengine.layers.linear import Linear, Weight
 from qengine.layers.mlp import GatedMLP
 from qengine.layers.norm import RMSNorm
 from qengine.layers.rope import RotaryEmbedding
+from quant_kernels.linear.dispatch import Target
 from quant_kernels.packed_weight import DenseWeight
+from quant_kernels.packing import fold_input_order
 
 EMBEDDING = "model.embed_tokens"
 FINAL_NORM = "model.norm.weight"
@@ -162,8 +164,7 @@ class Materials:
 
     read_tensor: Callable[[TensorShape], torch.Tensor]
     read_linear: Callable[[LinearShape], Weight]
-    dtype: torch.dtype
-    device: torch.device
+    target: Target
 
 
 def build(config: ModelConfig, materials: Materials, *, tied: bool, max_position: int) -> Decoder:
@@ -173,7 +174,7 @@ def build(config: ModelConfig, materials: Materials, *, tied: bool, max_position
         tied: the head uses the embedding's weights.
         max_position: positions that rope tables are made for.
     """
-    dtype, device = materials.dtype, materials.device
+    dtype, device = materials.target.dtype, materials.target.device
     table = materials.read_tensor(TensorShape(EMBEDDING + ".weight", (config.vocab_size, config.hidden_size)))
     embedding = Embedding(table.to(device=device, dtype=dtype))
     layers = [_build_layer(config, materials, layer) for layer in range(config.num_layers)]
@@ -181,13 +182,13 @@ def build(config: ModelConfig, materials: Materials, *, tied: bool, max_position
     head_weight = materials.read_linear(head_linear(config, tied=tied))
     if tied and isinstance(head_weight, DenseWeight):
         head_weight = DenseWeight(embedding.table)  # One table in memory, not two.
-    head = Linear(HEAD, [head_weight], dtype, device)
+    head = Linear(HEAD, [head_weight], materials.target)
     rope = RotaryEmbedding(config.rope, config.head_dim, max_position, dtype, device)
     return Decoder(config, embedding, layers, norm, head, rope)
 
 
 def _norm(config: ModelConfig, materials: Materials, shape: TensorShape) -> RMSNorm:
-    weight = materials.read_tensor(shape).to(device=materials.device, dtype=materials.dtype)
+    weight = materials.read_tensor(shape).to(device=materials.target.device, dtype=materials.target.dtype)
     return RMSNorm(weight, config.rms_norm_eps)
 
 
@@ -195,10 +196,11 @@ def _build_layer(config: ModelConfig, materials: Materials, layer: int) -> Decod
     norms = [_norm(config, materials, shape) for shape in layer_norms(config, layer)]
     q, k, v, o = (materials.read_linear(shape) for shape in attention_linears(config, layer))
     gate, up, down = (materials.read_linear(shape) for shape in mlp_linears(config, layer))
+    down, (gate, up) = fold_input_order(down, [gate, up])
     prefix = f"model.layers.{layer}."
 
     def linear(name: str, *parts: Weight) -> Linear:
-        return Linear(prefix + name, parts, materials.dtype, materials.device)
+        return Linear(prefix + name, parts, materials.target)
 
     attention = Attention(
         linear("self_attn.qkv_proj", q, k, v),

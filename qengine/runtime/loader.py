@@ -30,6 +30,7 @@ from qengine.models.registry import find_spec
 from qengine.models.spec import read_model_config, read_token_ids
 from qengine.request import SamplingParams
 from qengine.runtime.locate import ModelLocation, locate_model
+from quant_kernels.linear.dispatch import Target
 
 logger = logging.getLogger(__name__)
 
@@ -112,7 +113,7 @@ def load_decoder(
         return opened.source.read_linear(_linear_slot(shape))
 
     with bar, _load_errors(opened.location):
-        materials = Materials(read_tensor, read_linear, dtype, device)
+        materials = Materials(read_tensor, read_linear, Target.of(device, dtype))
         return build(opened.config, materials, tied=opened.tied, max_position=max_position)
 
 

@@ -65,11 +65,12 @@ KNOWN_CARDS: Mapping[str, Card] = {
 def card_of(device: torch.device) -> Card:
     """The facts of a CUDA device, as it reports them."""
     facts = torch.cuda.get_device_properties(device)
+    arch = facts.major * 10 + facts.minor
     return Card(
         name=facts.name,
-        arch=facts.major * 10 + facts.minor,
+        arch=arch,
         num_sms=facts.multi_processor_count,
-        shared_per_block=facts.shared_memory_per_block_optin,
+        shared_per_block=getattr(facts, "shared_memory_per_block_optin", SHARED_PER_BLOCK.get(arch, 99 * KB)),
         shared_per_sm=facts.shared_memory_per_multiprocessor,
         l2_bytes=facts.L2_cache_size,
         is_geforce="GeForce" in facts.name,

@@ -15,9 +15,11 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 
+import torch
+
 from quant_kernels.linear.p16.layout import COLUMN_MULTIPLE, Scheme
-from quant_kernels.tuning.card import KB, REGISTERS_PER_SM, Card
-from quant_kernels.tuning.table import TunedChoice, TuningTable
+from quant_kernels.tuning.card import KB, REGISTERS_PER_SM, Card, card_of
+from quant_kernels.tuning.table import TunedChoice, TuningTable, load_table
 from quant_kernels.tuning.tile import Tile
 
 MATMUL, GATE_UP, EXPAND = "matmul", "gate_up", "expand"
@@ -178,3 +180,37 @@ def _by_rule(problem: Problem, card: Card) -> Choice:
         name, tile = "narrow", tiles["narrow"]
         split = choose_split(tile, problem, card)
     return Choice(MATMUL, tile, split, f"rule: {name} tile for up to {rows} rows on sm_{card.arch}")
+
+
+@dataclass(frozen=True, slots=True)
+class Selector:
+    """`select` and `select_gate_up` for one card: what a device's linears share.
+
+    Attributes:
+        card, table: the GPU and what was measured on it.
+        half_sums: let GeForce cards add up in float16 where M is large.
+        twin: run plain Triton instead of assembly, on a compiler whose assembly failed its test.
+    """
+
+    card: Card
+    table: TuningTable
+    half_sums: bool = False
+    twin: bool = False
+
+    @classmethod
+    def of(cls, device: torch.device) -> Selector:
+        """For a CUDA device.
+
+        Raises:
+            ValueError: if its tuning table is damaged.
+        """
+        card = card_of(device)
+        return cls(card, load_table(card))
+
+    def matmul(self, problem: Problem) -> Choice:
+        """What runs a linear."""
+        return select(problem, self.card, self.table, half_sums=self.half_sums)
+
+    def gate_up(self, problem: Problem) -> Choice | None:
+        """What runs gate and up in one kernel, or None for two launches."""
+        return select_gate_up(problem, self.card, self.table)

@@ -11,6 +11,7 @@ from qengine.models.decoder import EMBEDDING, Decoder, LinearShape, Materials, T
 from qengine.runtime.inputs import prepare_step
 from qengine.runtime.kv_cache import KVCache
 from qengine.scheduling.batch import Batch, BatchEntry
+from quant_kernels.linear.dispatch import Target
 from quant_kernels.packed_weight import DenseWeight
 
 CPU = torch.device("cpu")
@@ -30,7 +31,7 @@ def build_from_state(config: ModelConfig, state: Mapping[str, torch.Tensor]) -> 
         bias = state[shape.name + ".bias"] if shape.has_bias else None
         return DenseWeight(weight, bias)
 
-    materials = Materials(read_tensor, read_linear, torch.float32, CPU)
+    materials = Materials(read_tensor, read_linear, Target(CPU, torch.float32))
     assert EMBEDDING + ".weight" in state
     return build(config, materials, tied=config.tie_word_embeddings, max_position=config.max_position)
 

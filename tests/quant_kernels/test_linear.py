@@ -12,7 +12,7 @@ import torch
 from quant_kernels.linear import cpu_int4
 from quant_kernels.linear.cpu_int4 import CpuInt4Linear, can_run
 from quant_kernels.linear.dense import DenseLinear
-from quant_kernels.linear.dispatch import choose, prepare
+from quant_kernels.linear.dispatch import Target, choose, prepare
 from quant_kernels.packed_weight import DenseWeight
 from quant_kernels.reference import dequantize, linear
 from tests.quant_kernels.records import KINDS, random_record
@@ -43,7 +43,7 @@ def test_int4_kernel_matches_the_reference(
     kind: str, in_features: int, out_features: int, group_size: int, bits: int
 ) -> None:
     record = random_record(in_features, out_features, group_size, kind=kind, bits=bits, bias=True)
-    prepared = prepare(record, torch.bfloat16, CPU)
+    prepared = prepare(record, Target(CPU, torch.bfloat16))
     assert isinstance(prepared, CpuInt4Linear)
     for rows in (1, 5, 17):
         x = torch.randn(rows, in_features, generator=torch.Generator().manual_seed(rows)).bfloat16()
@@ -73,7 +73,7 @@ def test_activation_order_is_undone() -> None:
 def test_float32_is_exact(kind: str) -> None:
     record = random_record(72, 10, 24, kind=kind, bias=True)
     x = torch.randn(4, 72, generator=torch.Generator().manual_seed(0))
-    prepared = prepare(record, torch.float32, CPU)
+    prepared = prepare(record, Target(CPU, torch.float32))
     assert prepared.kernel == "dense"
     assert torch.allclose(prepared(x), linear(x, record), rtol=1e-6, atol=1e-6)
 
@@ -85,19 +85,19 @@ def test_what_the_kernel_cannot_run_goes_dense_with_the_reason() -> None:
         (random_record(64, 16, 32, kind="codebook"), "non-uniform"),
     ]:
         assert not can_run(record, torch.bfloat16)[0]
-        kernel, reason = choose(record, torch.bfloat16, CPU)
+        kernel, reason = choose(record, Target(CPU, torch.bfloat16))
         assert kernel == "dense"
         assert word in reason
         x = torch.randn(2, record.in_features, generator=torch.Generator().manual_seed(0)).bfloat16()
-        assert relative_error(prepare(record, torch.bfloat16, CPU)(x), linear(x, record)) < 2**-7
-    assert "bfloat16 only" in choose(random_record(64, 16, 32), torch.float16, CPU)[1]
+        assert relative_error(prepare(record, Target(CPU, torch.bfloat16))(x), linear(x, record)) < 2**-7
+    assert "bfloat16 only" in choose(random_record(64, 16, 32), Target(CPU, torch.float16))[1]
 
 
 def test_dense_weight() -> None:
     weight = DenseWeight(torch.randn(6, 5), torch.randn(6))
     x = torch.randn(2, 5)
-    assert torch.allclose(prepare(weight, torch.float32, CPU)(x), x @ weight.weight.t() + weight.bias)
-    assert choose(weight, torch.float32, CPU) == ("dense", "the weight is not quantized")
+    assert torch.allclose(prepare(weight, Target(CPU, torch.float32))(x), x @ weight.weight.t() + weight.bias)
+    assert choose(weight, Target(CPU, torch.float32)) == ("dense", "the weight is not quantized")
 
 
 def test_memory_is_counted() -> None:

@@ -20,7 +20,7 @@ BLOCK_N = 128
 NUM_WARPS = 4
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["num_columns"])
 def p16_expand_kernel(
     words_ptr,
     scales_ptr,

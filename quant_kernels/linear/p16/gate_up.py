@@ -20,7 +20,7 @@ from quant_kernels.linear.p16.steps import PLANE_ROWS, load_planes, load_row, mu
 from quant_kernels.tuning.tile import Tile
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["M", "num_steps"])
 def p16_gate_up_kernel(
     x_ptr,
     words_ptr,

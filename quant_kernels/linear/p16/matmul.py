@@ -21,7 +21,7 @@ from quant_kernels.linear.p16.steps import PLANE_ROWS, load_planes, load_row, mu
 from quant_kernels.tuning.tile import Tile
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["M", "num_steps", "steps_per_split"])
 def p16_matmul_kernel(
     x_ptr,
     words_ptr,
@@ -33,6 +33,7 @@ def p16_matmul_kernel(
     N,
     K,
     num_steps,
+    steps_per_split,
     stride_x,
     stride_words,
     stride_out,
@@ -53,13 +54,13 @@ def p16_matmul_kernel(
     BN: tl.constexpr,
     ROWS: tl.constexpr,
     GROUP_M: tl.constexpr,
-    SPLIT_K: tl.constexpr,
     SCALE_WEIGHT: tl.constexpr,
     HALF_SUMS: tl.constexpr,
 ):
     """out[split, m, n] = sum over this split's k of x[m, k] W[k, n], plus the bias in split 0.
 
-    x [M, K], words and tables as in `layout`, out [SPLIT_K, M, N]; strides in elements, the last one 1.
+    x [M, K], words and tables as in `layout`, out [splits, M, N]; strides in elements, the last one 1. A split takes
+    whole blocks: steps_per_split is a multiple of the steps in a block.
     """
     BLOCK: tl.constexpr = 16 // BITS * PLANE_ROWS
     STRIPS: tl.constexpr = PLANE_ROWS // ROWS
@@ -76,10 +77,9 @@ def p16_matmul_kernel(
     columns = within // band_rows * BN + tl.arange(0, BN)
     inner = tl.arange(0, ROWS)
 
-    blocks_per_split = tl.cdiv(num_steps // STRIPS, SPLIT_K)
-    first = split * blocks_per_split * STRIPS
-    last = tl.minimum(first + blocks_per_split * STRIPS, num_steps)
-    first_input = split * blocks_per_split * BLOCK
+    first = split * steps_per_split
+    last = tl.minimum(first + steps_per_split, num_steps)
+    first_input = first // STRIPS * BLOCK
     row_mask = rows[:, None] < M
     word_ptrs = words_ptr + (first * ROWS + inner[:, None]) * stride_words + columns[None, :]
     x_ptrs = x_ptr + rows[:, None].to(tl.int64) * stride_x + first_input + inner[None, :]
@@ -132,6 +132,7 @@ def matmul(x: torch.Tensor, weight: P16Weight, tile: Tile, split_k: int = 1, *, 
     assert x.stride(1) == 1, "x must be contiguous along its columns"
     assert weight.words.shape[1] % tile.block_n == 0, f"{weight.words.shape[1]} columns do not fill {tile.name}"
     out = x.new_empty(split_k, rows, columns, dtype=stored_dtype(x.dtype) if split_k == 1 else torch.float32)
+    strips = _PLANE_ROWS // tile.word_rows
     num_tiles = triton.cdiv(rows, tile.block_m) * triton.cdiv(columns, tile.block_n)
     p16_matmul_kernel[(num_tiles, split_k)](
         x,
@@ -143,7 +144,8 @@ def matmul(x: torch.Tensor, weight: P16Weight, tile: Tile, split_k: int = 1, *, 
         rows,
         columns,
         weight.in_features,
-        weight.num_blocks * (_PLANE_ROWS // tile.word_rows),
+        weight.num_blocks * strips,
+        triton.cdiv(weight.num_blocks, split_k) * strips,
         x.stride(0),
         weight.words.stride(0),
         columns,
@@ -153,7 +155,6 @@ def matmul(x: torch.Tensor, weight: P16Weight, tile: Tile, split_k: int = 1, *, 
         BN=tile.block_n,
         ROWS=tile.word_rows,
         GROUP_M=tile.group_m,
-        SPLIT_K=split_k,
         **constants(weight.scheme, tile, twin=twin),
         **launch_options(tile),
     )

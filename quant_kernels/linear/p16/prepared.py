@@ -1,0 +1,95 @@
+"""P16Linear: a quantized linear on a GPU, ready to run.
+
+It asks `tuning.select` once per regime of M what to launch. Used alone it returns the finished result; in a decoder
+layer its neighbours take over what would cost launches: `partial_sums` leaves a split's sums to the next kernel, and
+`places` tells the kernel before it in which order this one wants its columns.
+
+Invariant: whichever way it is asked, the numbers are those of `quant_kernels.reference.linear` to the tolerance of the
+kernel that ran, and the same on every run. It holds the packed weight and nothing else.
+"""
+
+from __future__ import annotations
+
+import torch
+
+from quant_kernels.elementwise.silu_mul import silu_mul
+from quant_kernels.linear.p16.expand import expanded_matmul
+from quant_kernels.linear.p16.gate_up import gate_up
+from quant_kernels.linear.p16.layout import P16Weight, pack
+from quant_kernels.linear.p16.matmul import matmul
+from quant_kernels.packed_weight import PackedWeight
+from quant_kernels.tuning.select import EXPAND, Choice, Problem, Selector, regime
+
+
+class P16Linear:
+    """A PackedWeight in P16 layout with its kernels' choices."""
+
+    kernel = "p16"
+
+    def __init__(self, weight: PackedWeight, dtype: torch.dtype, device: torch.device, selector: Selector) -> None:
+        self.weight: P16Weight = pack(weight, dtype, device)
+        self.in_features = weight.in_features
+        self.out_features = weight.out_features
+        self._places = None if weight.perm is None else torch.argsort(weight.perm).to(device, torch.int32)
+        self._selector = selector
+        self._choices: dict[int, Choice] = {}
+        self._gate_up_choices: dict[int, Choice | None] = {}
+
+    @property
+    def num_bytes(self) -> int:
+        """Bytes of device memory held."""
+        places = 0 if self._places is None else self._places.numel() * self._places.element_size()
+        return self.weight.num_bytes + places
+
+    @property
+    def places(self) -> torch.Tensor | None:
+        """int32 [K]: where the kernel before this one should store each of its columns; None for their own places."""
+        return self._places
+
+    def choice(self, rows: int) -> Choice:
+        """What runs x of `rows` rows, and why."""
+        key = regime(rows)
+        if key not in self._choices:
+            self._choices[key] = self._selector.matmul(self._problem(rows))
+        return self._choices[key]
+
+    def __call__(self, x: torch.Tensor) -> torch.Tensor:
+        """x [M, K], columns in the layer's own order, to [M, N]."""
+        sums = self.partial_sums(self._ordered(x))
+        return sums[0] if len(sums) == 1 else sums.sum(0).to(x.dtype)
+
+    def partial_sums(self, x: torch.Tensor) -> torch.Tensor:
+        """x [M, K], columns in the weight's stored order, to [1, M, N] or to float32 [S, M, N] that add up to it."""
+        choice = self.choice(x.shape[0])
+        if choice.kernel == EXPAND:
+            return expanded_matmul(x, self.weight).unsqueeze(0)
+        assert choice.tile is not None, "only expanding has no tile"
+        return matmul(x, self.weight, choice.tile, choice.split_k, twin=self._selector.twin)
+
+    def silu_mul(self, x: torch.Tensor, places: torch.Tensor | None = None) -> torch.Tensor:
+        """silu(gate) * up of a weight [gate | up].
+
+        Args:
+            x: [M, K], columns in the weight's stored order.
+            places: int32 [N / 2]: where the columns go, for the linear that follows.
+
+        Returns:
+            [M, N / 2].
+        """
+        choice = self._gate_up_choice(x.shape[0]) if places is None else None
+        if choice is not None and choice.tile is not None:
+            return gate_up(x, self.weight, choice.tile, twin=self._selector.twin)
+        return silu_mul(self.partial_sums(x), x.dtype, places)
+
+    def _gate_up_choice(self, rows: int) -> Choice | None:
+        key = regime(rows)
+        if key not in self._gate_up_choices:
+            self._gate_up_choices[key] = self._selector.gate_up(self._problem(rows))
+        return self._gate_up_choices[key]
+
+    def _problem(self, rows: int) -> Problem:
+        return Problem(rows, self.in_features, self.out_features, self.weight.scheme)
+
+    def _ordered(self, x: torch.Tensor) -> torch.Tensor:
+        perm = self.weight.perm
+        return x if perm is None else x.index_select(1, perm)
