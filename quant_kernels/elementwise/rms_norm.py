@@ -12,7 +12,7 @@ import torch
 import triton
 import triton.language as tl
 
-from quant_kernels.linear.p16.launch import interpreting, stored_dtype
+from quant_kernels.linear.p16.launch import stored_dtype, warp_options
 
 #: Columns a program can hold in registers.
 MAX_COLUMNS = 16384
@@ -82,13 +82,13 @@ def add_rms_norm(
         SPLIT_K=splits,
         PERMUTED=places is not None,
         BLOCK=block,
-        **norm_options(block),
+        **warp_options(num_warps(block)),
     )
     if running is not residual:
         residual.copy_(running)
     return out.to(residual.dtype)
 
 
-def norm_options(block: int) -> dict[str, int]:
-    """Triton's options for rows of `block` numbers."""
-    return {} if interpreting() else {"num_warps": 4 if block <= 4096 else 8}
+def num_warps(block: int) -> int:
+    """Warps for rows of `block` numbers."""
+    return 4 if block <= 4096 else 8

@@ -10,7 +10,7 @@ import torch
 import triton
 import triton.language as tl
 
-from quant_kernels.linear.p16.launch import interpreting, stored_dtype
+from quant_kernels.linear.p16.launch import stored_dtype, warp_options
 
 BLOCK = 1024
 NUM_WARPS = 4
@@ -68,6 +68,6 @@ def silu_mul(x: torch.Tensor, dtype: torch.dtype, places: torch.Tensor | None = 
         SPLIT_K=splits,
         PERMUTED=places is not None,
         BLOCK=BLOCK,
-        **({} if interpreting() else {"num_warps": NUM_WARPS}),
+        **warp_options(NUM_WARPS),
     )
     return out.to(dtype)

@@ -17,7 +17,7 @@ from dataclasses import dataclass, replace
 
 import torch
 
-from quant_kernels.linear.p16.layout import COLUMN_MULTIPLE, Scheme
+from quant_kernels.linear.p16.layout import COLUMN_MULTIPLE, Scheme, ZeroKind
 from quant_kernels.tuning.card import KB, REGISTERS_PER_SM, Card, card_of
 from quant_kernels.tuning.table import TunedChoice, TuningTable, load_table
 from quant_kernels.tuning.tile import Tile
@@ -123,20 +123,28 @@ def matmul_tiles(arch: int, rows: int, scheme: Scheme) -> dict[str, Tile]:
         tiles = {"base": Tile(16, 128)}
         if scheme.codebook is None:
             tiles["narrow"] = Tile(16, 64, num_warps=2)
+        if _is_common(scheme):
             tiles["wide"] = Tile(16, 256, num_warps=8)
         return tiles
-    several = scheme.groups > 1
+    medium = Tile(32, 128, num_stages=3, scale_weight=scheme.groups > 1, max_registers=168)
     if rows <= REGIMES[1]:
-        return {"base": Tile(32, 128, num_stages=3, scale_weight=several)}
-    group_m = 1 if rows <= REGIMES[2] else 8
+        return {"base": medium}
     if arch == 90:
-        return {"base": Tile(64, 128, num_stages=3, group_m=group_m, scale_weight=several)}
+        # wgmma reads weights from shared memory. Scaling them on the way there, or four sums in turn, costs registers
+        # that it does not have: such weights stay with the shorter tile, which multiplies from registers.
+        tall = scheme.groups <= 2 and scheme.zero != ZeroKind.MIN
+        return {"base": Tile(64, 128, num_stages=3) if tall else medium}
     # Words of 8 bits carry half the inputs, so half a block would leave the tensor cores too little per step.
     word_rows, stages = (16, 4) if scheme.bits == 4 else (32, 3)
-    tiles = {"base": Tile(64, 128, word_rows, num_stages=stages, group_m=group_m, scale_weight=True)}
-    if rows > REGIMES[2] and scheme.codebook is None:
-        tiles["wide"] = Tile(64, 256, word_rows, 8, stages, group_m, scale_weight=True)
+    tiles = {"base": Tile(64, 128, word_rows, num_stages=stages, scale_weight=True)}
+    if rows > REGIMES[2] and _is_common(scheme):
+        tiles["wide"] = Tile(64, 256, word_rows, 8, stages, scale_weight=True)
     return tiles
+
+
+def _is_common(scheme: Scheme) -> bool:
+    """4-bit codes with integer zero points: what most checkpoints hold, and what gets more tiles to choose from."""
+    return scheme.bits == 4 and scheme.zero in (ZeroKind.CONST, ZeroKind.INTEGER)
 
 
 def choose_split(tile: Tile, problem: Problem, card: Card) -> int:

@@ -59,11 +59,12 @@ class TuningTable:
     """All measured choices of a card; empty for a card that nobody has measured."""
 
     card: str
+    arch: int
     choices: Mapping[TunedKey, TunedChoice]
 
     @classmethod
-    def empty(cls, card: str = "") -> TuningTable:
-        return cls(card, {})
+    def empty(cls, card: Card) -> TuningTable:
+        return cls(card.name, card.arch, {})
 
     def find(self, kernel: str, scheme: Scheme, in_features: int, out_features: int, rows: int) -> TunedChoice | None:
         """The measured choice for exactly this problem's regime."""
@@ -88,7 +89,7 @@ def load_table(card: Card, folder: Path = FOLDER) -> TuningTable:
         ValueError: if the file is damaged or does not fit this version.
     """
     path = table_path(card, folder)
-    return read_table(path) if path.is_file() else TuningTable.empty(card.name)
+    return read_table(path) if path.is_file() else TuningTable.empty(card)
 
 
 def read_table(path: Path) -> TuningTable:
@@ -99,7 +100,7 @@ def read_table(path: Path) -> TuningTable:
     """
     try:
         record = json.loads(path.read_text(encoding="utf-8"))
-        card, entries = record["card"], record["choices"]
+        card, arch, entries = str(record["card"]), int(record["arch"]), record["choices"]
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise ValueError(f"{path} is no tuning table ({error}); write it anew with `make tune`") from error
     choices: dict[TunedKey, TunedChoice] = {}
@@ -109,7 +110,7 @@ def read_table(path: Path) -> TuningTable:
         except (ValueError, KeyError, TypeError) as error:
             raise ValueError(f"{path}: choice {number}: {error}; write the table anew with `make tune`") from error
         choices[key] = choice
-    return TuningTable(card, choices)
+    return TuningTable(card, arch, choices)
 
 
 def _read_entry(entry: Mapping[str, Any]) -> tuple[TunedKey, TunedChoice]:

@@ -28,7 +28,7 @@ class Tile:
     word_rows: int = PLANE_ROWS
     num_warps: int = 4
     num_stages: int = 4
-    group_m: int = 1
+    group_m: int = 8
     scale_weight: bool = False
     half_sums: bool = False
     max_registers: int | None = None
@@ -47,9 +47,9 @@ class Tile:
 
     @property
     def name(self) -> str:
-        """Short and unique, e.g. "16x128 r32 w4 s4"."""
+        """Short, e.g. "16x128 r32 w4 s4": rows x columns, rows of words per step, warps, stages."""
         text = f"{self.block_m}x{self.block_n} r{self.word_rows} w{self.num_warps} s{self.num_stages}"
-        flags = [("+sw", self.scale_weight), ("+half", self.half_sums)]
+        flags = [("+sw", self.scale_weight), ("+half", self.half_sums), (f" g{self.group_m}", self.group_m != 8)]
         return text + "".join(flag for flag, is_on in flags if is_on)
 
     def shared_bytes(self, bits: int) -> int:

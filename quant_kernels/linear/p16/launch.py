@@ -57,8 +57,16 @@ def constants(scheme: Scheme, tile: Tile, *, twin: bool = False) -> dict[str, An
 
 
 def launch_options(tile: Tile) -> dict[str, Any]:
-    """Triton's options. Contraction of products and sums is asked for by name: its default differs by version."""
-    options = {"num_warps": tile.num_warps, "num_stages": tile.num_stages, "enable_fp_fusion": True}
+    """Triton's options for a tile."""
+    options = {"num_stages": tile.num_stages}
     if tile.max_registers is not None:
         options["maxnreg"] = tile.max_registers
-    return {} if interpreting() else options
+    return {} if interpreting() else {**warp_options(tile.num_warps), **options}
+
+
+def warp_options(num_warps: int) -> dict[str, Any]:
+    """Triton's options for a kernel without a pipeline; none in the interpreter.
+
+    Contraction of products and sums is asked for by name: its default differs by version.
+    """
+    return {} if interpreting() else {"num_warps": num_warps, "enable_fp_fusion": True}

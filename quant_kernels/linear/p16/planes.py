@@ -37,23 +37,96 @@ ZERO_MIN = tl.constexpr(int(ZeroKind.MIN))
 ZERO_CODEBOOK = tl.constexpr(int(ZeroKind.CODEBOOK))
 
 
-@triton.jit
-def _subtract4_f16(words, low0, high1, low2, high3):
-    """Planes of 4-bit codes in float16. low: 1024 + z; high: -(64 + z), for planes read 16 times as big."""
-    return tl.inline_asm_elementwise(
-        """{
-        .reg .b32 upper, a, b, c, d, sixteenth;
+def _move(register: str, value: float, *, is_bfloat16: bool = False) -> str:
+    """The line that puts a value into both halves of a register."""
+    return f"""
+        mov.b32 {register}, 0x{_float_bits(value, is_bfloat16=is_bfloat16) * 0x10001:08x};"""
+
+
+def _float_bits(value: float, *, is_bfloat16: bool) -> int:
+    """The 16 bits of a value that the type holds (the layout rounds codebooks before they come here)."""
+    if is_bfloat16:
+        return int.from_bytes(struct.pack("<f", value), "little") >> 16
+    return int.from_bytes(struct.pack("<e", value), "little")
+
+
+def _subtract4_f16_text(low0: str, high1: str, low2: str, high3: str, setup: str = "") -> str:
+    """Planes of 4-bit codes in float16. low: 1024 + z; high: -(64 + z), for the planes read 16 times as big."""
+    return f"""{{
+        .reg .b32 upper, a, b, c, d, sixteenth, low, high;{setup}
         lop3.b32 a, $4, 0x000f000f, 0x64006400, 0xea;
         lop3.b32 b, $4, 0x00f000f0, 0x64006400, 0xea;
         shr.u32 upper, $4, 8;
         lop3.b32 c, upper, 0x000f000f, 0x64006400, 0xea;
         lop3.b32 d, upper, 0x00f000f0, 0x64006400, 0xea;
         mov.b32 sixteenth, 0x2c002c00;
-        sub.rn.f16x2 $0, a, $5;
-        fma.rn.f16x2 $1, b, sixteenth, $6;
-        sub.rn.f16x2 $2, c, $7;
-        fma.rn.f16x2 $3, d, sixteenth, $8;
-        }""",
+        sub.rn.f16x2 $0, a, {low0};
+        fma.rn.f16x2 $1, b, sixteenth, {high1};
+        sub.rn.f16x2 $2, c, {low2};
+        fma.rn.f16x2 $3, d, sixteenth, {high3};
+        }}"""
+
+
+def _subtract4_bf16_text(lows: Sequence[str], setup: str = "") -> str:
+    """Planes of 4-bit codes in bfloat16. lows: -(128 + z). fma, because sub.bf16x2 needs sm_90."""
+    planes = "".join(
+        f"""
+        shr.u32 t, $4, {4 * plane};
+        lop3.b32 t, t, 0x000f000f, 0x43004300, 0xea;
+        fma.rn.bf16x2 ${plane}, t, one, {low};"""
+        for plane, low in enumerate(lows)
+    )
+    return f"""{{
+        .reg .b32 t, one, low;
+        mov.b32 one, 0x3f803f80;{setup}{planes}
+        }}"""
+
+
+def _subtract2_f16_text(low0: str, low1: str, setup: str = "") -> str:
+    """Planes of 8-bit codes in float16. low: 1024 + z."""
+    return f"""{{
+        .reg .b32 t, a, b, low;{setup}
+        lop3.b32 a, $2, 0x00ff00ff, 0x64006400, 0xea;
+        shr.u32 t, $2, 8;
+        lop3.b32 b, t, 0x00ff00ff, 0x64006400, 0xea;
+        sub.rn.f16x2 $0, a, {low0};
+        sub.rn.f16x2 $1, b, {low1};
+        }}"""
+
+
+def _subtract2_bf16_text(low: int, high: int) -> str:
+    """Planes of 8-bit codes in bfloat16, whose mantissa cannot hold 128 + q.
+
+    Each half of a code, less its half of the zero point (low, high), is exact, and so is their sum.
+    """
+    planes = "".join(
+        f"""
+        shr.u32 t, $2, {8 * plane};
+        lop3.b32 a, t, 0x000f000f, 0x43004300, 0xea;
+        fma.rn.bf16x2 a, a, one, low;
+        shr.u32 t, $2, {8 * plane + 4};
+        lop3.b32 b, t, 0x000f000f, 0x43004300, 0xea;
+        fma.rn.bf16x2 b, b, sixteen, high;
+        fma.rn.bf16x2 ${plane}, b, one, a;"""
+        for plane in range(2)
+    )
+    return f"""{{
+        .reg .b32 t, a, b, one, sixteen, low, high;
+        mov.b32 one, 0x3f803f80;
+        mov.b32 sixteen, 0x41804180;{_move("low", -128 - low, is_bfloat16=True)}
+        {_move("high", -16 * (128 + high), is_bfloat16=True).strip()}{planes}
+        }}"""
+
+
+SUBTRACT4_F16 = tl.constexpr(_subtract4_f16_text("$5", "$6", "$7", "$8"))
+SUBTRACT4_BF16 = tl.constexpr(_subtract4_bf16_text(("$5", "$6", "$7", "$8")))
+SUBTRACT2_F16 = tl.constexpr(_subtract2_f16_text("$3", "$4"))
+
+
+@triton.jit
+def _subtract4_f16(words, low0, high1, low2, high3):
+    return tl.inline_asm_elementwise(
+        SUBTRACT4_F16,
         "=r,=r,=r,=r,r,r,r,r,r",
         [words, low0, high1, low2, high3],
         dtype=(tl.float16, tl.float16, tl.float16, tl.float16),
@@ -64,23 +137,8 @@ def _subtract4_f16(words, low0, high1, low2, high3):
 
 @triton.jit
 def _subtract4_bf16(words, low0, low1, low2, low3):
-    """Planes of 4-bit codes in bfloat16. low: -(128 + z). fma, because sub.bf16x2 needs sm_90."""
     return tl.inline_asm_elementwise(
-        """{
-        .reg .b32 t, a, b, c, d, one;
-        lop3.b32 a, $4, 0x000f000f, 0x43004300, 0xea;
-        shr.u32 t, $4, 4;
-        lop3.b32 b, t, 0x000f000f, 0x43004300, 0xea;
-        shr.u32 t, $4, 8;
-        lop3.b32 c, t, 0x000f000f, 0x43004300, 0xea;
-        shr.u32 t, $4, 12;
-        lop3.b32 d, t, 0x000f000f, 0x43004300, 0xea;
-        mov.b32 one, 0x3f803f80;
-        fma.rn.bf16x2 $0, a, one, $5;
-        fma.rn.bf16x2 $1, b, one, $6;
-        fma.rn.bf16x2 $2, c, one, $7;
-        fma.rn.bf16x2 $3, d, one, $8;
-        }""",
+        SUBTRACT4_BF16,
         "=r,=r,=r,=r,r,r,r,r,r",
         [words, low0, low1, low2, low3],
         dtype=(tl.bfloat16, tl.bfloat16, tl.bfloat16, tl.bfloat16),
@@ -91,16 +149,8 @@ def _subtract4_bf16(words, low0, low1, low2, low3):
 
 @triton.jit
 def _subtract2_f16(words, low0, low1):
-    """Planes of 8-bit codes in float16. low: 1024 + z."""
     return tl.inline_asm_elementwise(
-        """{
-        .reg .b32 t, a, b;
-        lop3.b32 a, $2, 0x00ff00ff, 0x64006400, 0xea;
-        shr.u32 t, $2, 8;
-        lop3.b32 b, t, 0x00ff00ff, 0x64006400, 0xea;
-        sub.rn.f16x2 $0, a, $3;
-        sub.rn.f16x2 $1, b, $4;
-        }""",
+        SUBTRACT2_F16,
         "=r,=r,r,r,r",
         [words, low0, low1],
         dtype=(tl.float16, tl.float16),
@@ -123,77 +173,13 @@ def assembly_for(scheme: Scheme) -> str:
 
 def constant_assembly(bits: int, zero: int, *, is_bfloat16: bool) -> str:
     """The assembly that turns a register of two words into 16 / bits planes ``q - zero``."""
+    if bits == 8 and is_bfloat16:
+        return _subtract2_bf16_text(zero % 16, zero // 16)
     if bits == 8:
-        return _constant2_bf16(zero) if is_bfloat16 else _constant2_f16(zero)
-    return _constant4_bf16(zero) if is_bfloat16 else _constant4_f16(zero)
-
-
-def _constant4_f16(zero: int) -> str:
-    low, high = _pair(1024 + zero), _pair(-64 - zero)
-    return f"""{{
-        .reg .b32 upper, a, b, c, d, sixteenth, low, high;
-        lop3.b32 a, $4, 0x000f000f, 0x64006400, 0xea;
-        lop3.b32 b, $4, 0x00f000f0, 0x64006400, 0xea;
-        shr.u32 upper, $4, 8;
-        lop3.b32 c, upper, 0x000f000f, 0x64006400, 0xea;
-        lop3.b32 d, upper, 0x00f000f0, 0x64006400, 0xea;
-        mov.b32 sixteenth, 0x2c002c00;
-        mov.b32 low, {low};
-        mov.b32 high, {high};
-        sub.rn.f16x2 $0, a, low;
-        fma.rn.f16x2 $1, b, sixteenth, high;
-        sub.rn.f16x2 $2, c, low;
-        fma.rn.f16x2 $3, d, sixteenth, high;
-        }}"""
-
-
-def _constant4_bf16(zero: int) -> str:
-    planes = "".join(
-        f"""
-        shr.u32 t, $4, {4 * plane};
-        lop3.b32 t, t, 0x000f000f, 0x43004300, 0xea;
-        fma.rn.bf16x2 ${plane}, t, one, low;"""
-        for plane in range(4)
-    )
-    return f"""{{
-        .reg .b32 t, one, low;
-        mov.b32 one, 0x3f803f80;
-        mov.b32 low, {_pair(-128 - zero, is_bfloat16=True)};{planes}
-        }}"""
-
-
-def _constant2_f16(zero: int) -> str:
-    return f"""{{
-        .reg .b32 t, a, b, low;
-        lop3.b32 a, $2, 0x00ff00ff, 0x64006400, 0xea;
-        shr.u32 t, $2, 8;
-        lop3.b32 b, t, 0x00ff00ff, 0x64006400, 0xea;
-        mov.b32 low, {_pair(1024 + zero)};
-        sub.rn.f16x2 $0, a, low;
-        sub.rn.f16x2 $1, b, low;
-        }}"""
-
-
-def _constant2_bf16(zero: int) -> str:
-    """Seven bits of mantissa cannot hold 128 + q: each half of a code, less its half of the zero point, is exact."""
-    planes = "".join(
-        f"""
-        shr.u32 t, $2, {8 * plane};
-        lop3.b32 a, t, 0x000f000f, 0x43004300, 0xea;
-        fma.rn.bf16x2 a, a, one, low;
-        shr.u32 t, $2, {8 * plane + 4};
-        lop3.b32 b, t, 0x000f000f, 0x43004300, 0xea;
-        fma.rn.bf16x2 b, b, sixteen, high;
-        fma.rn.bf16x2 ${plane}, b, one, a;"""
-        for plane in range(2)
-    )
-    return f"""{{
-        .reg .b32 t, a, b, one, sixteen, low, high;
-        mov.b32 one, 0x3f803f80;
-        mov.b32 sixteen, 0x41804180;
-        mov.b32 low, {_pair(-128 - zero % 16, is_bfloat16=True)};
-        mov.b32 high, {_pair(-16 * (128 + zero // 16), is_bfloat16=True)};{planes}
-        }}"""
+        return _subtract2_f16_text("low", "low", _move("low", 1024 + zero))
+    if is_bfloat16:
+        return _subtract4_bf16_text(("low",) * 4, _move("low", -128 - zero, is_bfloat16=True))
+    return _subtract4_f16_text("low", "high", "low", "high", _move("low", 1024 + zero) + _move("high", -64 - zero))
 
 
 def look_up_assembly(codebook: Sequence[float], *, is_bfloat16: bool) -> str:
@@ -239,18 +225,6 @@ def _byte_tables(codebook: Sequence[float], *, is_bfloat16: bool) -> list[tuple[
             low, high = struct.unpack("<II", data)
             tables.append((f"0x{low:08x}", f"0x{high:08x}"))
     return tables
-
-
-def _pair(value: float, *, is_bfloat16: bool = False) -> str:
-    """A value twice, in the halves of an immediate."""
-    return f"0x{_float_bits(value, is_bfloat16=is_bfloat16) * 0x10001:08x}"
-
-
-def _float_bits(value: float, *, is_bfloat16: bool) -> int:
-    """The 16 bits of a value that the type holds (the layout rounds codebooks before they come here)."""
-    if is_bfloat16:
-        return int.from_bytes(struct.pack("<f", value), "little") >> 16
-    return int.from_bytes(struct.pack("<e", value), "little")
 
 
 @triton.jit

@@ -1,0 +1,170 @@
+"""What a compiled variant costs, held against what its card has and what it was allowed: one row, and its verdict.
+
+Budgets are instructions per weight in the main loop, in a committed table (`budgets.json`) with one row per
+configuration and one column per architecture. Invariant: a variant without a budget is a failure, so that nothing
+becomes selectable unseen. Nothing is compiled here.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Iterable, Mapping
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from quant_kernels.compiled.cross_compile import Compiled
+from quant_kernels.compiled.sass import Loop, main_loop, whole
+from quant_kernels.compiled.variants import Variant
+from quant_kernels.linear.p16.layout import ZeroKind
+from quant_kernels.tuning.card import SHARED_PER_BLOCK
+
+BUDGETS = Path(__file__).with_name("budgets.json")
+#: LOP3 per 4-bit weight: one makes two weights, and a step has a few of its own.
+MAX_LOP3 = 0.55
+#: PRMT and I2F per weight: what is done per group and column stays below it, what is done per weight does not.
+MAX_MOVES = 0.15
+#: A new budget lies this much above what was measured, so that no release of the compiler fails by one of them.
+SLACK = 1.02
+
+Budgets = Mapping[str, Mapping[str, float]]
+
+
+@dataclass(frozen=True, slots=True)
+class Resources:
+    """One row of the table. Bytes of shared memory per program, of spills per thread; the rest per weight."""
+
+    kernel: str
+    config: str
+    arch: int
+    shared_bytes: int
+    shared_limit: int
+    registers: int
+    spill_bytes: int
+    instr_per_weight: float | None
+    budget: float | None
+    lop3_per_weight: float | None
+    prmt_per_weight: float | None
+    i2f_per_weight: float | None
+    ok: bool
+    problems: tuple[str, ...]
+
+    def to_json(self) -> dict[str, Any]:
+        return {**asdict(self), "problems": list(self.problems)}
+
+
+def measure(variant: Variant, compiled: Compiled) -> dict[str, Any]:
+    """The plain figures of a compiled variant: what is worth caching."""
+    figures: dict[str, Any] = {
+        "shared_bytes": compiled.shared_bytes,
+        "registers": compiled.registers,
+        "spill_bytes": compiled.spill_bytes,
+    }
+    if variant.scheme is None:
+        return figures
+    loop = whole(compiled.sass) if variant.tile is None else main_loop(compiled.sass)
+    if loop is not None:
+        figures |= _per_weight(loop, variant.weights_per_thread)
+    return figures
+
+
+def _per_weight(loop: Loop, weights: float) -> dict[str, float]:
+    return {
+        "instr_per_weight": loop.num_instructions / weights,
+        "lop3_per_weight": loop.count("LOP3") / weights,
+        "prmt_per_weight": loop.count("PRMT") / weights,
+        "i2f_per_weight": loop.count("I2F") / weights,
+    }
+
+
+def judge(variant: Variant, figures: Mapping[str, Any], budgets: Budgets) -> Resources:
+    """The row of a variant, with everything that is wrong with it."""
+    limit = SHARED_PER_BLOCK[variant.arch]
+    budget = budgets.get(budget_key(variant), {}).get(str(variant.arch))
+    problems = []
+    if figures["shared_bytes"] > limit:
+        problems.append(f"needs {figures['shared_bytes']} bytes of shared memory, sm_{variant.arch} has {limit}")
+    if figures["spill_bytes"]:
+        problems.append(f"spills {figures['spill_bytes']} bytes of registers per thread")
+    if variant.scheme is not None:
+        problems += _loop_problems(variant, figures, budget)
+    return Resources(
+        kernel=variant.kernel,
+        config=variant.config,
+        arch=variant.arch,
+        shared_bytes=figures["shared_bytes"],
+        shared_limit=limit,
+        registers=figures["registers"],
+        spill_bytes=figures["spill_bytes"],
+        instr_per_weight=_rounded(figures.get("instr_per_weight")),
+        budget=budget,
+        lop3_per_weight=_rounded(figures.get("lop3_per_weight")),
+        prmt_per_weight=_rounded(figures.get("prmt_per_weight")),
+        i2f_per_weight=_rounded(figures.get("i2f_per_weight")),
+        ok=not problems,
+        problems=tuple(problems),
+    )
+
+
+def _loop_problems(variant: Variant, figures: Mapping[str, Any], budget: float | None) -> list[str]:
+    instr = figures.get("instr_per_weight")
+    if instr is None:
+        return ["has no loop on the tensor cores"]
+    problems = []
+    if budget is None:
+        problems.append("has no budget; look at it, then run with --new-budgets")
+    elif instr > budget:
+        problems.append(f"takes {instr:.2f} instructions per weight, the budget is {budget:.2f}")
+    scheme = variant.scheme
+    assert scheme is not None, "only kernels that read weights come here"
+    if variant.tile is not None and scheme.bits == 4 and scheme.zero != ZeroKind.CODEBOOK:
+        if figures["lop3_per_weight"] > MAX_LOP3:
+            problems.append(f"takes {figures['lop3_per_weight']:.2f} LOP3 per weight, at most {MAX_LOP3} are needed")
+        for name in ("prmt", "i2f"):
+            if figures[f"{name}_per_weight"] > MAX_MOVES:
+                problems.append(f"has {figures[f'{name}_per_weight']:.2f} {name.upper()} per weight in its main loop")
+    return problems
+
+
+def budget_key(variant: Variant) -> str:
+    """The row of a variant in the table of budgets."""
+    return f"{variant.kernel} {variant.config}"
+
+
+def read_budgets(path: Path = BUDGETS) -> dict[str, dict[str, float]]:
+    """The table of budgets; empty where there is none yet."""
+    if not path.is_file():
+        return {}
+    table: dict[str, dict[str, float]] = json.loads(path.read_text(encoding="utf-8"))
+    return table
+
+
+def lowered_budgets(
+    budgets: Budgets, measured: Iterable[tuple[Variant, Mapping[str, Any]]], *, add_new: bool
+) -> dict[str, dict[str, float]]:
+    """The budgets with every row lowered to what was measured, where that is less; rows of nothing measured go.
+
+    Args:
+        add_new: give variants without a budget one.
+    """
+    table: dict[str, dict[str, float]] = {}
+    for variant, figures in measured:
+        if "instr_per_weight" not in figures:
+            continue
+        key, arch = budget_key(variant), str(variant.arch)
+        old = budgets.get(key, {}).get(arch)
+        new = math.ceil(figures["instr_per_weight"] * SLACK * 100) / 100
+        if old is not None or add_new:
+            table.setdefault(key, {})[arch] = new if old is None else min(old, new)
+    return table
+
+
+def budgets_text(table: Budgets) -> str:
+    """The table as JSON, one configuration a line."""
+    rows = [f"  {json.dumps(key)}: {json.dumps(table[key])}" for key in sorted(table)]
+    return "{\n" + ",\n".join(rows) + "\n}\n"
+
+
+def _rounded(value: float | None) -> float | None:
+    return None if value is None else round(value, 3)

@@ -1,0 +1,220 @@
+"""What every kernel costs on every card, with no card there: `python -m quant_kernels.resources`.
+
+Compiles each configuration that `tuning` can select for every architecture, reads shared memory, registers, spills and
+the main loop's instructions from the machine code, and prints a table. Exit code 1 if one does not fit its card,
+spills, or takes more instructions per weight than its budget: so a change that would make a kernel slow fails where
+nobody has a GPU. docs/kernels.md explains the columns. It runs no kernel.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import shutil
+import sys
+import tempfile
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from concurrent.futures import ProcessPoolExecutor, as_completed
+from pathlib import Path
+from typing import Any
+
+import triton
+
+from quant_kernels.compiled.cache import FigureCache
+from quant_kernels.compiled.cross_compile import cross_compile
+from quant_kernels.compiled.report import (
+    BUDGETS,
+    Resources,
+    budgets_text,
+    judge,
+    lowered_budgets,
+    measure,
+    read_budgets,
+)
+from quant_kernels.compiled.variants import ARCHS, Variant, all_variants, compile_arguments
+
+DEFAULT_CACHE = Path.home() / ".cache" / "qengine" / "resources"
+_INTERRUPTED = 130
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run the command.
+
+    Returns:
+        0; 1 if a configuration exceeds its card or its budget; 2 for wrong input; 130 after Ctrl-C.
+    """
+    options = _parse(argv)
+    if triton.knobs.runtime.interpret:
+        sys.stderr.write("error: TRITON_INTERPRET is set, and an interpreted kernel cannot be compiled; unset it\n")
+        return 2
+    variants = [v for v in all_variants() if v.arch in options.arch and options.only in f"{v.kernel} {v.config}"]
+    if not variants:
+        sys.stderr.write(f"error: no configuration has '{options.only}' in its name; try without --only\n")
+        return 2
+    try:
+        measured = measure_all(variants, FigureCache(options.cache, triton.__version__), options.jobs, _progress())
+    except KeyboardInterrupt:
+        sys.stderr.write("\ninterrupted; what is compiled is kept for the next run\n")
+        return _INTERRUPTED
+    if options.lower_budgets or options.new_budgets:
+        _write_budgets(measured, add_new=options.new_budgets)
+    budgets = read_budgets()
+    rows = [judge(variant, figures, budgets) for variant, figures in measured]
+    sys.stdout.write(table_text(rows, everything=options.all))
+    if options.json is not None:
+        options.json.write_text(json.dumps([row.to_json() for row in rows], indent=1) + "\n", encoding="utf-8")
+    return 0 if all(row.ok for row in rows) else 1
+
+
+def measure_all(
+    variants: Sequence[Variant], cache: FigureCache, jobs: int, progress: Callable[[int, int], None]
+) -> list[tuple[Variant, dict[str, Any]]]:
+    """The figures of every variant, in order; compiles what the cache does not know, in `jobs` processes."""
+    missing = [v for v in variants if cache.get(v) is None]
+    try:
+        for done, (variant, figures) in enumerate(_compile(missing, jobs), start=1):
+            cache.put(variant, figures)
+            progress(done, len(missing))
+    finally:
+        if missing:
+            cache.save()
+    found = ((v, cache.get(v)) for v in variants)
+    return [(variant, figures) for variant, figures in found if figures is not None]
+
+
+def _compile(variants: Sequence[Variant], jobs: int) -> Iterator[tuple[Variant, dict[str, Any]]]:
+    if not variants:
+        return
+    # Triton keeps what it compiles, a megabyte per kernel: here only the figures are wanted.
+    folder = tempfile.mkdtemp(prefix="qengine-resources-")
+    pool = ProcessPoolExecutor(jobs, initializer=_use_cache, initargs=(folder,))
+    try:
+        futures = [pool.submit(measure_one, variant) for variant in variants]
+        for future in as_completed(futures):
+            yield future.result()
+    finally:
+        pool.shutdown(wait=False, cancel_futures=True)
+        shutil.rmtree(folder, ignore_errors=True)
+
+
+def _use_cache(folder: str) -> None:
+    triton.knobs.cache.dir = folder
+
+
+def measure_one(variant: Variant) -> tuple[Variant, dict[str, Any]]:
+    """Compile one variant and read its figures."""
+    kernel, types, constants, options = compile_arguments(variant)
+    compiled = cross_compile(kernel, variant.arch, types, constants, options)
+    return variant, measure(variant, compiled)
+
+
+def table_text(rows: Sequence[Resources], *, everything: bool) -> str:
+    """The table: a row per configuration, instructions per weight by architecture; then what is wrong."""
+    kinds: dict[tuple[str, str], dict[int, Resources]] = {}
+    for row in rows:
+        kinds.setdefault((row.kernel, row.config), {})[row.arch] = row
+    archs = sorted({row.arch for row in rows})
+    header = ["kernel", "configuration", "shared KB", "registers", *(f"sm_{arch}" for arch in archs), "budget"]
+    shown = [key for key, of in kinds.items() if everything or not all(r.ok for r in of.values()) or _is_headline(key)]
+    lines = [header, *(_line(key, kinds[key], archs) for key in shown)]
+    text = _aligned(lines)
+    failed = [row for row in rows if not row.ok]
+    hidden = len(kinds) - len(shown)
+    text += (
+        f"\n{len(rows)} compiled kernels of {len(kinds)} configurations; instructions per weight in the main loop.\n"
+    )
+    if hidden:
+        text += f"{hidden} configurations that are within their limits are not shown (--all shows them).\n"
+    for row in failed:
+        text += "".join(f"FAILED sm_{row.arch} {row.kernel} {row.config}: {problem}\n" for problem in row.problems)
+    return text + ("" if failed else "All fit their cards and their budgets; none spills.\n")
+
+
+def _is_headline(key: tuple[str, str]) -> bool:
+    """4-bit float16 weights with the usual group: one line per tile."""
+    kernel, config = key
+    return kernel in ("matmul", "gate_up") and config.startswith("w4 float16 g128 const") and "odd" not in config
+
+
+def _line(key: tuple[str, str], of: dict[int, Resources], archs: Sequence[int]) -> list[str]:
+    rows = of.values()
+    budgets = [row.budget for row in rows if row.budget is not None]
+    return [
+        *key,
+        _range(f"{row.shared_bytes / 1024:.0f}" for row in rows),
+        _range(str(row.registers) for row in rows),
+        *(_figure(of.get(arch)) for arch in archs),
+        f"{max(budgets):.2f}" if budgets else "-",
+    ]
+
+
+def _figure(row: Resources | None) -> str:
+    if row is None or row.instr_per_weight is None:
+        return "-"
+    return f"{row.instr_per_weight:.2f}{'' if row.ok else ' !'}"
+
+
+def _range(values: Iterable[str]) -> str:
+    found = sorted(set(values), key=float)
+    return found[0] if len(found) == 1 else f"{found[0]}-{found[-1]}"
+
+
+def _aligned(lines: Sequence[Sequence[str]]) -> str:
+    widths = [max(len(line[i]) for line in lines) for i in range(len(lines[0]))]
+    text = ""
+    for number, line in enumerate(lines):
+        cells = [c.ljust(w) if i < 2 else c.rjust(w) for i, (c, w) in enumerate(zip(line, widths, strict=True))]
+        text += "  ".join(cells).rstrip() + "\n"
+        if number == 0:
+            text += "-" * (sum(widths) + 2 * (len(widths) - 1)) + "\n"
+    return text
+
+
+def _write_budgets(measured: Iterable[tuple[Variant, dict[str, Any]]], *, add_new: bool) -> None:
+    table = lowered_budgets(read_budgets(), measured, add_new=add_new)
+    BUDGETS.write_text(budgets_text(table), encoding="utf-8")
+
+
+def _progress() -> Callable[[int, int], None]:
+    """A line on stderr that counts; in a log, every hundredth."""
+    is_terminal = sys.stderr.isatty()
+
+    def report(done: int, total: int) -> None:
+        if is_terminal:
+            sys.stderr.write(f"\rcompiling kernels: {done} of {total}{chr(10) if done == total else ''}")
+            sys.stderr.flush()
+        elif done % 100 == 0 or done == total:
+            sys.stderr.write(f"compiled {done} of {total} kernels\n")
+
+    return report
+
+
+def _parse(argv: Sequence[str] | None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(
+        prog="python -m quant_kernels.resources",
+        description="Compile every kernel for every card, with none there, and check what each one costs.",
+    )
+    parser.add_argument("--json", type=Path, metavar="FILE", help="write all rows as JSON")
+    parser.add_argument("--all", action="store_true", help="show every configuration, not only the usual ones")
+    parser.add_argument("--only", default="", metavar="TEXT", help="only configurations with TEXT in their name")
+    parser.add_argument(
+        "--arch", type=int, action="append", choices=ARCHS, metavar="CC", help=f"only this one of {ARCHS}; repeatable"
+    )
+    parser.add_argument(
+        "--jobs", type=int, default=len(os.sched_getaffinity(0)), metavar="N", help="processes (default: one per core)"
+    )
+    parser.add_argument(
+        "--cache", type=Path, default=DEFAULT_CACHE, metavar="DIR", help="where figures are kept (%(default)s)"
+    )
+    parser.add_argument("--lower-budgets", action="store_true", help="lower the committed budgets to what was measured")
+    parser.add_argument("--new-budgets", action="store_true", help="the same, and give new configurations a budget")
+    options = parser.parse_args(argv)
+    options.arch = options.arch or ARCHS
+    if (options.lower_budgets or options.new_budgets) and (options.only or options.arch != ARCHS):
+        parser.error("budgets are written for all configurations at once; leave --only and --arch out")
+    return options
+
+
+if __name__ == "__main__":
+    sys.exit(main())
