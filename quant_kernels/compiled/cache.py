@@ -1,7 +1,9 @@
 """Figures of variants that have been compiled before, on disk outside the repository.
 
-Keyed by the text of every source file that a kernel is made of, by the compiler's version, and by the variant; so it
-never answers for other code. Invariant: a damaged or unwritable cache costs time, never correctness.
+Keyed by all that decides about machine code: the kernel's source with everything it calls (Triton's own key), types,
+constants, options, architecture and the compiler's version; and by the code that counts. So it never answers for
+another kernel, and an edit elsewhere costs nothing. Invariant: a damaged or unwritable cache costs time, never
+correctness.
 """
 
 from __future__ import annotations
@@ -12,30 +14,31 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
-from quant_kernels.compiled.variants import Variant
+from quant_kernels.compiled import cross_compile, report, sass
+from quant_kernels.compiled.variants import Variant, compile_arguments
 
-_PACKAGE = Path(__file__).resolve().parent.parent
-#: What decides about machine code and about how it is counted.
-_SOURCES = ("linear/p16", "elementwise", "compiled", "tuning/tile.py")
-#: Files of earlier sources that are kept.
+#: Files of other compilers or counters that are kept.
 _KEPT = 4
 
 
 class FigureCache:
-    """Figures by variant for the present sources. `save` writes what `put` added."""
+    """Figures by variant. `save` writes what `put` added."""
 
     def __init__(self, folder: Path, compiler: str) -> None:
         self.path = folder / f"{_fingerprint(compiler)}.json"
         self._figures: dict[str, dict[str, Any]] = _read(self.path)
+        self._keys: dict[Variant, str] = {}
 
     def get(self, variant: Variant) -> dict[str, Any] | None:
-        return self._figures.get(_key(variant))
+        """What was measured, or None."""
+        return self._figures.get(self._key(variant))
 
     def put(self, variant: Variant, figures: dict[str, Any]) -> None:
-        self._figures[_key(variant)] = figures
+        """Remember what was measured."""
+        self._figures[self._key(variant)] = figures
 
     def save(self) -> None:
-        """Write the file whole, and drop those of older sources."""
+        """Write the file whole, and drop the oldest of the others."""
         try:
             self.path.parent.mkdir(parents=True, exist_ok=True)
             with tempfile.NamedTemporaryFile("w", dir=self.path.parent, suffix=".part", delete=False) as part:
@@ -47,9 +50,12 @@ class FigureCache:
         except OSError:
             return
 
-
-def _key(variant: Variant) -> str:
-    return f"{variant!r}"
+    def _key(self, variant: Variant) -> str:
+        if variant not in self._keys:
+            kernel, types, constants, options = compile_arguments(variant)
+            parts = (kernel.cache_key, variant.arch, variant.weights_per_thread, types, constants, options)
+            self._keys[variant] = hashlib.sha256(repr(parts).encode()).hexdigest()[:24]
+        return self._keys[variant]
 
 
 def _read(path: Path) -> dict[str, dict[str, Any]]:
@@ -62,8 +68,7 @@ def _read(path: Path) -> dict[str, dict[str, Any]]:
 
 def _fingerprint(compiler: str) -> str:
     digest = hashlib.sha256(compiler.encode())
-    for name in _SOURCES:
-        place = _PACKAGE / name
-        for file in sorted(place.glob("*.py")) if place.is_dir() else [place]:
-            digest.update(file.read_bytes())
+    for module in (cross_compile, report, sass):
+        assert module.__file__ is not None, "our own modules are files"
+        digest.update(Path(module.__file__).read_bytes())
     return digest.hexdigest()[:20]

@@ -15,7 +15,7 @@ from typing import Any
 
 import torch
 
-from quant_kernels.elementwise.rms_norm import add_rms_norm_kernel, num_warps
+from quant_kernels.elementwise.rms_norm import add_rms_norm_kernel, norm_options
 from quant_kernels.elementwise.silu_mul import BLOCK as SILU_BLOCK
 from quant_kernels.elementwise.silu_mul import NUM_WARPS as SILU_WARPS
 from quant_kernels.elementwise.silu_mul import silu_mul_kernel
@@ -80,8 +80,9 @@ class Variant:
 
     @property
     def weights_per_thread(self) -> float:
-        """Weights that a thread unpacks per turn of the main loop, or in all where there is none."""
-        assert self.scheme is not None, "elementwise kernels have no weights"
+        """Weights that a thread unpacks per turn of the main loop, or in all where there is none; 0 without weights."""
+        if self.scheme is None:
+            return 0.0
         if self.tile is None:
             return PLANE_ROWS * self.scheme.planes * expand.BLOCK_N / (32 * expand.NUM_WARPS)
         halves = 2 if self.kernel == "gate_up" else 1
@@ -136,7 +137,7 @@ def _of_scheme(scheme: Scheme, arch: int) -> Iterator[Variant]:
             if tile.scale_weight and arch in (86, 89, 120) and scheme.dtype == torch.float16 and is_common:
                 yield Variant("matmul", scheme, _with_half_sums(tile), arch, scheme.dtype)
         fused = gate_up_tile(rows, scheme)
-        if fused is not None and scheme.bits == 4 and scheme.codebook is None:
+        if fused is not None:
             yield Variant("gate_up", scheme, fused, arch, scheme.dtype)
     yield Variant("expand", scheme, None, arch, scheme.dtype)
 
@@ -209,7 +210,7 @@ def _elementwise_arguments(variant: Variant) -> tuple[Any, dict[str, str], dict[
     if variant.kernel == "silu_mul":
         return silu_mul_kernel, types, values, warp_options(SILU_WARPS)
     types |= {"residual_ptr": stored, "weight_ptr": stored, "eps": "fp32"}
-    return add_rms_norm_kernel, types, values, warp_options(num_warps(variant.width))
+    return add_rms_norm_kernel, types, values, norm_options(variant.width)
 
 
 def _sizes(*names: Iterable[str]) -> dict[str, str]:

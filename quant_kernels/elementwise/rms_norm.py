@@ -8,11 +8,14 @@ Specification: `reference.add_rms_norm`. Invariant: y is made of the sum before 
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 import triton
 import triton.language as tl
 
-from quant_kernels.linear.p16.launch import stored_dtype, warp_options
+from quant_kernels.linear.p16.launch import MAX_REGISTERS, stored_dtype, warp_options
+from quant_kernels.tuning.card import REGISTERS_PER_SM
 
 #: Columns a program can hold in registers.
 MAX_COLUMNS = 16384
@@ -82,13 +85,14 @@ def add_rms_norm(
         SPLIT_K=splits,
         PERMUTED=places is not None,
         BLOCK=block,
-        **warp_options(num_warps(block)),
+        **norm_options(block),
     )
     if running is not residual:
         residual.copy_(running)
     return out.to(residual.dtype)
 
 
-def num_warps(block: int) -> int:
-    """Warps for rows of `block` numbers."""
-    return 4 if block <= 4096 else 8
+def norm_options(block: int) -> dict[str, Any]:
+    """Triton's options for rows of `block` numbers, which stay in registers from the sum to the store."""
+    num_warps = 4 if block <= 4096 else 8 if block <= 8192 else 16
+    return warp_options(num_warps, min(MAX_REGISTERS, REGISTERS_PER_SM // (32 * num_warps)))

@@ -103,14 +103,14 @@ def select_gate_up(problem: Problem, card: Card, table: TuningTable) -> Choice |
 
 
 def can_fuse_gate_up(problem: Problem) -> bool:
-    """Whether the fused kernel exists for the shape: few rows, 4 bits, halves of whole tiles."""
+    """Whether the fused kernel exists for the shape: few rows, a common scheme, halves of whole tiles."""
     fits = problem.out_features % (2 * _GATE_UP_COLUMNS) == 0
-    return fits and problem.scheme.bits == 4 and problem.scheme.codebook is None and problem.rows <= _GATE_UP_ROWS
+    return fits and _is_common(problem.scheme) and problem.rows <= _GATE_UP_ROWS
 
 
 def gate_up_tile(rows: int, scheme: Scheme) -> Tile | None:
     """The fused kernel's tile for a regime, or None where it has none."""
-    if rows > _GATE_UP_ROWS:
+    if rows > _GATE_UP_ROWS or not _is_common(scheme):
         return None
     if rows <= REGIMES[0]:
         return Tile(16, _GATE_UP_COLUMNS)
@@ -126,7 +126,7 @@ def matmul_tiles(arch: int, rows: int, scheme: Scheme) -> dict[str, Tile]:
         if _is_common(scheme):
             tiles["wide"] = Tile(16, 256, num_warps=8)
         return tiles
-    medium = Tile(32, 128, num_stages=3, scale_weight=scheme.groups > 1, max_registers=168)
+    medium = Tile(32, 128, num_stages=3, scale_weight=scheme.groups > 1)
     if rows <= REGIMES[1]:
         return {"base": medium}
     if arch == 90:
@@ -164,7 +164,7 @@ def choose_split(tile: Tile, problem: Problem, card: Card) -> int:
 def programs_per_sm(tile: Tile, scheme: Scheme, card: Card) -> int:
     """Programs that share a multiprocessor, by shared memory and registers; at least one."""
     by_shared = card.shared_per_sm // (tile.shared_bytes(scheme.bits) + KB)
-    registers = tile.max_registers or _REGISTERS[tile.block_m]
+    registers = min(tile.max_registers, _REGISTERS[tile.block_m])
     by_registers = REGISTERS_PER_SM // (registers * 32 * tile.num_warps)
     return max(1, min(by_shared, by_registers))
 

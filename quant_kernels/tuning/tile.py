@@ -20,7 +20,8 @@ class Tile:
         group_m: bands of this many row tiles run through all columns together, so that their weights stay in L2.
         scale_weight: scale the weights instead of the sums: cheaper for tall tiles, one rounding more per weight.
         half_sums: add a step up in float16. Twice as fast on GeForce tensor cores; may overflow. Never the default.
-        max_registers: limit for the compiler, where its own choice spills.
+        max_registers: what a thread may take. Said aloud, since the assembler left to itself aims at a rounder number
+            and spills to get there.
     """
 
     block_m: int
@@ -31,7 +32,7 @@ class Tile:
     group_m: int = 8
     scale_weight: bool = False
     half_sums: bool = False
-    max_registers: int | None = None
+    max_registers: int = 255
 
     def __post_init__(self) -> None:
         if self.word_rows not in (PLANE_ROWS, PLANE_ROWS // 2):
@@ -49,7 +50,8 @@ class Tile:
     def name(self) -> str:
         """Short, e.g. "16x128 r32 w4 s4": rows x columns, rows of words per step, warps, stages."""
         text = f"{self.block_m}x{self.block_n} r{self.word_rows} w{self.num_warps} s{self.num_stages}"
-        flags = [("+sw", self.scale_weight), ("+half", self.half_sums), (f" g{self.group_m}", self.group_m != 8)]
+        others = [(f" g{self.group_m}", self.group_m != 8), (f" reg{self.max_registers}", self.max_registers != 255)]
+        flags = [("+sw", self.scale_weight), ("+half", self.half_sums), *others]
         return text + "".join(flag for flag, is_on in flags if is_on)
 
     def shared_bytes(self, bits: int) -> int:

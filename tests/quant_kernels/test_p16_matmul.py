@@ -153,9 +153,7 @@ def test_wrong_calls_are_our_bugs(device: torch.device) -> None:
 @pytest.mark.parametrize("kind", [*KINDS, "codebook"])
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize(("rows", "in_features", "group"), [(1, 256, 128), (17, 160, 32), (3, 256, 256)])
-def test_gate_up(
-    kind: str, dtype: torch.dtype, rows: int, in_features: int, group: int, device: torch.device
-) -> None:
+def test_gate_up(kind: str, dtype: torch.dtype, rows: int, in_features: int, group: int, device: torch.device) -> None:
     record = random_record(in_features, 128, group, kind=kind, bias=True)
     packed = pack(record, dtype, device)
     x = inputs(rows, record, dtype, device)

@@ -5,9 +5,16 @@ from __future__ import annotations
 import pytest
 import torch
 
-from quant_kernels.packed_weight import PackedWeight
-from quant_kernels.packing import can_concat, concat_outputs, pack_codes, unpack_codes
-from quant_kernels.reference import dequantize
+from quant_kernels.packed_weight import DenseWeight, PackedWeight
+from quant_kernels.packing import (
+    can_concat,
+    concat_outputs,
+    fold_input_order,
+    pack_codes,
+    select_outputs,
+    unpack_codes,
+)
+from quant_kernels.reference import dequantize, linear
 from tests.quant_kernels.records import KINDS, random_record
 
 
@@ -102,3 +109,32 @@ def test_a_contradicting_record_is_refused() -> None:
         PackedWeight(4, record.codes.long(), record.scales, 32, 64, 16, zero_const=8)
     with pytest.raises(ValueError, match="4 or 8 bits"):
         PackedWeight(3, record.codes, record.scales, 32, 64, 16, zero_const=8)
+
+
+@pytest.mark.parametrize("kind", [*KINDS, "codebook"])
+def test_outputs_in_another_order(kind: str) -> None:
+    record = random_record(64, 24, 32, kind=kind, bias=True)
+    order = torch.randperm(24, generator=torch.Generator().manual_seed(0))
+    x = torch.randn(3, 64, generator=torch.Generator().manual_seed(1))
+    assert torch.equal(linear(x, select_outputs(record, order)), linear(x, record)[:, order])
+    dense = DenseWeight(torch.randn(24, 64), torch.randn(24))
+    assert torch.allclose(linear(x, select_outputs(dense, order)), linear(x, dense)[:, order])
+
+
+def test_folding_an_order_changes_nothing() -> None:
+    down = random_record(96, 16, 32, act_order=True, bias=True)
+    gate, up = random_record(64, 96, 32, seed=1, bias=True), DenseWeight(torch.randn(96, 64))
+    x = torch.randn(5, 64, generator=torch.Generator().manual_seed(1))
+    expected = linear(linear(x, gate) * linear(x, up), down)
+    folded, (new_gate, new_up) = fold_input_order(down, [gate, up])
+    assert isinstance(folded, PackedWeight)
+    assert folded.perm is None
+    got = linear(linear(x, new_gate) * linear(x, new_up), folded)
+    assert torch.allclose(got, expected, rtol=1e-5, atol=1e-5)
+
+
+def test_nothing_is_folded_without_an_order() -> None:
+    down, gate = random_record(96, 16, 32), random_record(64, 96, 32)
+    folded, producers = fold_input_order(down, [gate])
+    assert folded is down
+    assert producers == [gate]

@@ -16,6 +16,8 @@ from quant_kernels.linear.p16.layout import Scheme, ZeroKind
 from quant_kernels.linear.p16.planes import assembly_for
 from quant_kernels.tuning.tile import Tile
 
+#: What a thread can have at most.
+MAX_REGISTERS = 255
 _TYPES = {torch.float16: tl.float16, torch.bfloat16: tl.bfloat16}
 
 
@@ -59,14 +61,13 @@ def constants(scheme: Scheme, tile: Tile, *, twin: bool = False) -> dict[str, An
 def launch_options(tile: Tile) -> dict[str, Any]:
     """Triton's options for a tile."""
     options = {"num_stages": tile.num_stages}
-    if tile.max_registers is not None:
-        options["maxnreg"] = tile.max_registers
-    return {} if interpreting() else {**warp_options(tile.num_warps), **options}
+    return {} if interpreting() else {**warp_options(tile.num_warps, tile.max_registers), **options}
 
 
-def warp_options(num_warps: int) -> dict[str, Any]:
+def warp_options(num_warps: int, max_registers: int = MAX_REGISTERS) -> dict[str, Any]:
     """Triton's options for a kernel without a pipeline; none in the interpreter.
 
     Contraction of products and sums is asked for by name: its default differs by version.
     """
-    return {} if interpreting() else {"num_warps": num_warps, "enable_fp_fusion": True}
+    options = {"num_warps": num_warps, "maxnreg": max_registers, "enable_fp_fusion": True}
+    return {} if interpreting() else options

@@ -1,0 +1,89 @@
+"""One part of the matmul benchmark: every contender on every shape and number of rows of a workload.
+
+Contenders take turns, five rounds of all of them, so that a clock that falls hurts all; each round replays a graph with
+cold weights (`timing`). One record per shape, rows and contender: the median, lowest and highest time per call.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+import torch
+
+from benchmarks.common import Spread
+from benchmarks.gpu.contenders import CUDA, DTYPES, Case, Contender, Own, random_weight
+from benchmarks.gpu.problems import SHAPES, Shape, Workload
+from benchmarks.gpu.timing import TimedGraph
+from quant_kernels.reference import linear as reference_linear
+from quant_kernels.tolerance import error
+from quant_kernels.tuning.select import Problem, Selector
+
+REPLAYS_PER_ROUND = 5
+
+
+def measure(workload: Workload, selector: Selector, everyone: Sequence[Contender]) -> Iterator[dict[str, Any]]:
+    """Records of one workload, shape by shape, as they come."""
+    for shape in SHAPES[workload.shapes]:
+        case = Case(shape, workload, random_weight(shape, workload), selector.card.l2_bytes)
+        own = Own(selector).linears(case)[0]
+        for rows in workload.rows:
+            x = torch.randn(rows, shape.in_features, dtype=DTYPES[workload.dtype], device=CUDA)
+            choice = own.choice(rows)
+            scheme = own.weight.scheme
+            base = {
+                "shape": shape.name,
+                "in_features": shape.in_features,
+                "out_features": shape.out_features,
+                "rows": rows,
+                "dtype": workload.dtype,
+                "group_size": scheme.group_size,
+                "zero": workload.zero,
+                "bytes": traffic(shape, rows, own.weight.bytes_per_pass, choice.split_k),
+                "flop": 2 * rows * shape.num_weights,
+                "configuration": "expand + cuBLAS" if choice.tile is None else choice.tile.name,
+                "split_k": choice.split_k,
+                "reason": choice.reason,
+                "error": check(own, x, case),
+            }
+            for name, times in _contest(case, x, everyone):
+                yield {**base, "contender": name, **times}
+            torch.cuda.empty_cache()
+
+
+def _contest(case: Case, x: torch.Tensor, everyone: Sequence[Contender]) -> Iterator[tuple[str, dict[str, Any]]]:
+    """Each contender's times, or the reason why it has none."""
+    graphs: dict[str, TimedGraph] = {}
+    for contender in everyone:
+        reason = contender.unavailable(case)
+        if reason is None:
+            try:
+                graphs[contender.name] = TimedGraph(contender.calls(case, x))
+            except (RuntimeError, ValueError, AssertionError) as problem:
+                reason = f"{type(problem).__name__}: {str(problem).splitlines()[0][:160] if str(problem) else ''}"
+        if reason is not None:
+            yield contender.name, {"status": "unavailable", "why": reason}
+    readings: dict[str, list[float]] = {name: [] for name in graphs}
+    for _ in range(case.workload.rounds):
+        for name, graph in graphs.items():
+            readings[name] += graph.microseconds(REPLAYS_PER_ROUND)
+    for name, values in readings.items():
+        spread = Spread.of(values)
+        yield name, {"status": "measured", "us": spread.median, "us_min": spread.low, "us_max": spread.high}
+
+
+def traffic(shape: Shape, rows: int, weight_bytes: int, split_k: int) -> int:
+    """Bytes that must move: the packed weight, x once, and the result or its partial sums."""
+    out = rows * shape.out_features * (2 if split_k == 1 else 4 * split_k)
+    return weight_bytes + 2 * rows * shape.in_features + out
+
+
+def check(own: Any, x: torch.Tensor, case: Case) -> float:
+    """The worst error of our result against the reference on the first 16 rows, relative as in `tolerance`."""
+    expected = reference_linear(x[:16], case.record)
+    return error(own(x)[:16], expected).worst
+
+
+def problem_of(case: Case, rows: int, own: Any) -> Problem:
+    """The problem that `tuning` sees."""
+    return Problem(rows, case.shape.in_features, case.shape.out_features, own.weight.scheme)

@@ -1,0 +1,216 @@
+"""Everything that needs a GPU, in one command: `make gpu-check`, or `python -m benchmarks.gpu_check`.
+
+Runs the tests that carry the `gpu` marker, then the matmul benchmarks, in parts of under eight minutes each, and writes
+benchmarks/results/<gpu>-<date>.json and a Markdown table beside it after every part. Run it again and it goes on where
+it stopped; parts that have run on this card with these sources are not repeated. It needs torch, triton, numpy and
+pytest alone.
+
+Exit codes: 0 when everything has run and passed; 1 when a test failed or a part broke; 2 for wrong input or no GPU;
+75 when time was up and parts are left; 130 after Ctrl-C.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import shlex
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Mapping, Sequence
+from datetime import datetime, timezone
+from pathlib import Path
+from typing import Any
+
+from benchmarks.common import REPOSITORY, BenchmarkError, InputError, check_writable, write_text
+from benchmarks.gpu.parts import PART_SECONDS, PARTS, Part, State, fingerprint
+from benchmarks.gpu.report import BENCHMARK, SCHEMA, load_results, markdown_report
+from benchmarks.machine import environment_record, package_version, publishable
+
+DEFAULT_STATE = REPOSITORY / "build" / "gpu-check"
+DEFAULT_RESULTS = REPOSITORY / "benchmarks" / "results"
+_LEFT = 75
+_INTERRUPTED = 130
+_TAIL_LINES = 40
+
+#: Runs a part and returns its record; tests put their own in its place.
+Runner = Callable[[Part, Mapping[str, Any]], dict[str, Any]]
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run the command; the exit codes are those of the module."""
+    arguments = list(sys.argv[1:] if argv is None else argv)
+    options = _parse(arguments)
+    try:
+        if options.show is not None:
+            print(markdown_report(load_results(options.show)), end="")
+            return 0
+        card = _card()
+        check_writable(options.results / "probe.json")
+        state = State(options.state, fingerprint(), card["name"])
+        return run(options, arguments, card, state, run_part)
+    except BenchmarkError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return error.exit_code
+    except KeyboardInterrupt:
+        print("\ninterrupted; what has run is kept, run it again to go on", file=sys.stderr)
+        return _INTERRUPTED
+
+
+def run(
+    options: argparse.Namespace, arguments: Sequence[str], card: Mapping[str, Any], state: State, runner: Runner
+) -> int:
+    """Run what is pending, as far as the time goes, and write the results after every part."""
+    chosen = [p for p in PARTS if not options.parts or any(name in p.name for name in options.parts)]
+    if not chosen:
+        known = ", ".join(p.name for p in PARTS)
+        raise InputError(f"no part is called {' or '.join(options.parts)}; there are {known}")
+    begun = time.monotonic()
+    todo = list(chosen) if options.fresh else state.pending(chosen)
+    for number, part in enumerate(todo, start=1):
+        left = options.limit - (time.monotonic() - begun)
+        if number > 1 and part.seconds > left:
+            break
+        print(f"[{number}/{len(todo)}] {part.name} (about {part.seconds} s)", flush=True)
+        extras = {"gemlite": options.gemlite, "marlin": options.marlin}
+        record = runner(part, {k: None if v is None else str(v) for k, v in extras.items()})
+        state.save(part, record)
+        print(f"        {record['summary']}", flush=True)
+        write_results(options.results, arguments, card, state)
+    results = write_results(options.results, arguments, card, state)
+    print("\n" + markdown_report(results))
+    broken = [p.name for p in chosen if (r := state.record_of(p)) is not None and r["status"] != "ok"]
+    left = [p.name for p in chosen if state.record_of(p) is None]
+    if left:
+        print(f"{len(left)} parts are left ({', '.join(left)}); run it again to go on")
+    if broken:
+        print(f"failed: {', '.join(broken)}; run it again to repeat them", file=sys.stderr)
+        return 1
+    return _LEFT if left else 0
+
+
+def run_part(part: Part, extras: Mapping[str, Any]) -> dict[str, Any]:
+    """Run one part in a process of its own."""
+    begun = time.monotonic()
+    if part.kind == "tests":
+        command = [sys.executable, "-m", "pytest", "-q", "--no-header", "-p", "no:cacheprovider", *part.arguments]
+    else:
+        workload = None if part.workload is None else part.workload.to_json()
+        spec = json.dumps({"kind": part.kind, "workload": workload, **extras})
+        command = [sys.executable, "-m", "benchmarks.gpu.worker", spec]
+    try:
+        done = subprocess.run(command, capture_output=True, text=True, timeout=PART_SECONDS, cwd=REPOSITORY)
+        code, out, err = done.returncode, done.stdout, done.stderr
+    except subprocess.TimeoutExpired as late:
+        code, out, err = -1, _text(late.stdout), _text(late.stderr) + f"\nended after {PART_SECONDS} s"
+    seconds = round(time.monotonic() - begun, 1)
+    if part.kind == "tests":
+        return _test_record(code, out, err, seconds)
+    records = [json.loads(line) for line in out.splitlines() if line.startswith("{")]
+    summary = f"{len(records)} records in {seconds} s"
+    record = {"status": "ok" if code == 0 else "failed", "seconds": seconds, "records": records, "summary": summary}
+    if code != 0:
+        record |= {"summary": f"failed after {summary}: {_last_line(err)}", "output": _tail(err)}
+    return record
+
+
+def _test_record(code: int, out: str, err: str, seconds: float) -> dict[str, Any]:
+    summary = _last_line(out) or _last_line(err)
+    record: dict[str, Any] = {"status": "ok" if code == 0 else "failed", "seconds": seconds, "records": []}
+    record["summary"] = summary
+    if code != 0:
+        record["output"] = _tail(out + err)
+        print(record["output"], file=sys.stderr)
+    return record
+
+
+def write_results(folder: Path, arguments: Sequence[str], card: Mapping[str, Any], state: State) -> dict[str, Any]:
+    """Write everything known of this card and these sources; returns it."""
+    records = {p.name: r for p in PARTS if (r := state.record_of(p)) is not None}
+    command = shlex.join(["python", "-m", "benchmarks.gpu_check", *publishable(arguments)])
+    bandwidth = [m["copy_bytes_per_s"] for r in records.values() if r["kind"] == "bandwidth" for m in r["records"]]
+    results = {
+        "benchmark": BENCHMARK,
+        "schema": SCHEMA,
+        "card": dict(card),
+        "environment": {**environment_record(command), "triton": package_version("triton")},
+        "copy_bytes_per_s": bandwidth[0] if bandwidth else None,
+        "tests": [
+            {"part": name, "status": r["status"], "summary": r["summary"]}
+            for name, r in records.items()
+            if r["kind"] == "tests"
+        ],
+        "matmul": [m for r in records.values() if r["kind"] == "matmul" for m in r["records"]],
+        "pending": [p.name for p in PARTS if p.name not in records],
+    }
+    stem = f"{card['slug']}-{datetime.now(timezone.utc):%Y-%m-%d}"
+    write_text(folder / f"{stem}.json", json.dumps(results, indent=1) + "\n")
+    write_text(folder / f"{stem}.md", markdown_report(results))
+    return results
+
+
+def _card() -> dict[str, Any]:
+    """Facts of the device, asked in a process of its own: this one stays small and never holds the device."""
+    code = (
+        "import json, torch; from dataclasses import asdict; from quant_kernels.tuning.card import card_of;"
+        "card = card_of(torch.device('cuda')); print(json.dumps({**asdict(card), 'slug': card.slug}))"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=REPOSITORY)
+    if done.returncode:
+        raise InputError(
+            f"no CUDA device can be used ({_last_line(done.stderr)}); this check is for machines with an NVIDIA GPU. "
+            "Without one, `make test` checks the kernels as far as a CPU can"
+        )
+    card: dict[str, Any] = json.loads(done.stdout)
+    return card
+
+
+def _text(output: str | bytes | None) -> str:
+    return output.decode(errors="replace") if isinstance(output, bytes) else output or ""
+
+
+def _last_line(text: str) -> str:
+    lines = [line for line in text.splitlines() if line.strip()]
+    return lines[-1].strip()[:200] if lines else ""
+
+
+def _tail(text: str) -> str:
+    return "\n".join(text.splitlines()[-_TAIL_LINES:])
+
+
+def _parse(arguments: Sequence[str]) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(
+        prog="python -m benchmarks.gpu_check",
+        description="Test and measure the kernels on this machine's NVIDIA GPU, in parts that can be continued.",
+    )
+    parser.add_argument("parts", nargs="*", help="only parts with this in their name, e.g. tests or matmul-8b")
+    parser.add_argument("--list", action="store_true", help="list the parts and stop")
+    parser.add_argument(
+        "--limit",
+        type=int,
+        default=480,
+        metavar="S",
+        help="begin no part that would end later (%(default)s)",
+    )
+    parser.add_argument("--fresh", action="store_true", help="repeat parts that have run")
+    parser.add_argument("--gemlite", type=Path, metavar="DIR", help="folder that holds GemLite's package, as a peer")
+    parser.add_argument("--marlin", type=Path, metavar="DIR", help="folder that holds Marlin, built, as a peer")
+    parser.add_argument("--results", type=Path, default=DEFAULT_RESULTS, metavar="DIR", help="where results go")
+    parser.add_argument(
+        "--state", type=Path, default=DEFAULT_STATE, metavar="DIR", help="where finished parts are kept"
+    )
+    parser.add_argument("--show", type=Path, metavar="FILE", help="print the Markdown of a results file and stop")
+    options = parser.parse_args(arguments)
+    for name in ("gemlite", "marlin"):
+        folder = getattr(options, name)
+        if folder is not None and not folder.is_dir():
+            parser.error(f"--{name}: no folder '{folder}'")
+    if options.list:
+        for part in PARTS:
+            print(f"{part.name:<34} about {part.seconds} s")
+        parser.exit()
+    return options
+
+
+if __name__ == "__main__":
+    sys.exit(main())
