@@ -16,20 +16,27 @@ PY := $(VENV)/bin/python
 PIP := $(PY) -m pip --disable-pip-version-check
 HAS_GPU = $(shell nvidia-smi -L 2>/dev/null | grep -q GPU && echo yes)
 CONSTRAINTS ?= $(if $(HAS_GPU),,constraints.txt)
+# GPU_PY names a Python that has torch, triton, numpy and pytest, where nothing shall be installed.
+GPU_PY ?= $(PY)
+GPU_STAMP = $(if $(filter $(PY),$(GPU_PY)),$(VENV)/stamp-test)
 CONSTRAINED = $(if $(CONSTRAINTS),--constraint "$(CONSTRAINTS)")
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help demo test lint format bench clean distclean
+.PHONY: help demo test lint resources format bench gpu-check tune clean distclean
 
 help:  ## this list
-	@awk -F ':.*## ' '/^[a-z]+:.*## /{printf "  make %-10s %s\n", $$1, $$2}' Makefile
+	@awk -F ':.*## ' '/^[a-z-]+:.*## /{printf "  make %-10s %s\n", $$1, $$2}' Makefile
 
 demo: $(VENV)/stamp-install  ## serve the bundled model at http://127.0.0.1:8000 (MODEL=..., PORT=..., ARGS=...)
 	@$(PY) -m qengine serve $(if $(MODEL),"$(MODEL)") --port "$(PORT)" $(ARGS)
 
-test: lint  ## lint, then the whole test suite (ARGS=... goes to pytest)
+test: lint resources  ## lint, compile the GPU kernels, then the whole test suite (ARGS=... goes to pytest)
 	@$(PY) -m pytest $(ARGS)
+
+resources: $(VENV)/stamp-test  ## compile every GPU kernel, with no GPU, and check what it costs (docs/kernels.md)
+	@if $(PY) -c 'import triton' 2>/dev/null; then $(PY) -m quant_kernels.resources; \
+	  else echo "triton is not installed on this system: the GPU kernels are not checked"; fi
 
 lint: $(VENV)/stamp-test  ## ruff and mypy
 	@$(PY) -m ruff check .
@@ -42,6 +49,12 @@ format: $(VENV)/stamp-test  ## let ruff rewrite the source
 
 bench: $(VENV)/stamp-install  ## measure this machine (ARGS=... as in benchmarks/README.md)
 	@$(PY) -m benchmarks.offline $(ARGS)
+
+gpu-check: $(GPU_STAMP)  ## test and measure the kernels on this machine's GPU, in parts that continue (ARGS=...)
+	@$(GPU_PY) -m benchmarks.gpu_check $(ARGS)
+
+tune: $(GPU_STAMP)  ## write the tuning table of this machine's GPU (ARGS=...)
+	@$(GPU_PY) -m benchmarks.tune $(ARGS)
 
 clean:  ## remove caches and build output
 	rm -rf build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis

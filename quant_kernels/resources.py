@@ -27,15 +27,19 @@ from quant_kernels.compiled.report import (
     BUDGETS,
     Resources,
     budgets_text,
+    issue_share,
     judge,
     lowered_budgets,
     measure,
     read_budgets,
 )
 from quant_kernels.compiled.variants import ARCHS, Variant, all_variants, compile_arguments
+from quant_kernels.tuning.card import KNOWN_CARDS
+from quant_kernels.tuning.tile import Tile
 
 DEFAULT_CACHE = Path.home() / ".cache" / "qengine" / "resources"
 _INTERRUPTED = 130
+_DECODE_TILE = Tile(16, 128).name
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -58,10 +62,14 @@ def main(argv: Sequence[str] | None = None) -> int:
         sys.stderr.write("\ninterrupted; what is compiled is kept for the next run\n")
         return _INTERRUPTED
     if options.lower_budgets or options.new_budgets:
-        _write_budgets(measured, add_new=options.new_budgets)
-    budgets = read_budgets()
-    rows = [judge(variant, figures, budgets) for variant, figures in measured]
+        old = read_budgets(options.budgets)
+        new = lowered_budgets(old, measured, triton.__version__, add_new=options.new_budgets)
+        options.budgets.write_text(budgets_text(new), encoding="utf-8")
+    budgets = read_budgets(options.budgets)
+    rows = [judge(variant, figures, budgets, triton.__version__) for variant, figures in measured]
     sys.stdout.write(table_text(rows, everything=options.all))
+    if budgets.compiler != triton.__version__:
+        sys.stdout.write(f"Budgets are for triton {budgets.compiler}; {triton.__version__} may take 15 % more.\n")
     if options.json is not None:
         options.json.write_text(json.dumps([row.to_json() for row in rows], indent=1) + "\n", encoding="utf-8")
     return 0 if all(row.ok for row in rows) else 1
@@ -126,9 +134,28 @@ def table_text(rows: Sequence[Resources], *, everything: bool) -> str:
     )
     if hidden:
         text += f"{hidden} configurations that are within their limits are not shown (--all shows them).\n"
+    text += _predictions(rows)
     for row in failed:
         text += "".join(f"FAILED sm_{row.arch} {row.kernel} {row.config}: {problem}\n" for problem in row.problems)
     return text + ("" if failed else "All fit their cards and their budgets; none spills.\n")
+
+
+def _predictions(rows: Sequence[Resources]) -> str:
+    """What the figures mean for cards that are not here."""
+    lines = []
+    for card in KNOWN_CARDS.values():
+        shares = [
+            f"{issue_share(card, row):.0%} {dtype}"
+            for dtype in ("float16", "bfloat16")
+            for row in rows
+            if row.arch == card.arch
+            and row.kernel == "matmul"
+            and row.config == f"w4 {dtype} g128 const {_DECODE_TILE}"
+        ]
+        if shares:
+            lines.append(f"  {card.name:<26} {', '.join(shares)}\n")
+    head = "Issue slots that decoding would take at full memory bandwidth (computed from published figures):\n"
+    return head + "".join(lines) if lines else ""
 
 
 def _is_headline(key: tuple[str, str]) -> bool:
@@ -171,11 +198,6 @@ def _aligned(lines: Sequence[Sequence[str]]) -> str:
     return text
 
 
-def _write_budgets(measured: Iterable[tuple[Variant, dict[str, Any]]], *, add_new: bool) -> None:
-    table = lowered_budgets(read_budgets(), measured, add_new=add_new)
-    BUDGETS.write_text(budgets_text(table), encoding="utf-8")
-
-
 def _progress() -> Callable[[int, int], None]:
     """A line on stderr that counts; in a log, every hundredth."""
     is_terminal = sys.stderr.isatty()
@@ -207,12 +229,17 @@ def _parse(argv: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument(
         "--cache", type=Path, default=DEFAULT_CACHE, metavar="DIR", help="where figures are kept (%(default)s)"
     )
+    parser.add_argument(
+        "--budgets", type=Path, default=BUDGETS, metavar="FILE", help="the table of budgets (the committed one)"
+    )
     parser.add_argument("--lower-budgets", action="store_true", help="lower the committed budgets to what was measured")
     parser.add_argument("--new-budgets", action="store_true", help="the same, and give new configurations a budget")
     options = parser.parse_args(argv)
     options.arch = options.arch or ARCHS
     if (options.lower_budgets or options.new_budgets) and (options.only or options.arch != ARCHS):
         parser.error("budgets are written for all configurations at once; leave --only and --arch out")
+    if options.budgets != BUDGETS and not options.budgets.is_file():
+        parser.error(f"--budgets: no file '{options.budgets}'")
     return options
 
 

@@ -1,8 +1,9 @@
 """What a compiled variant costs, held against what its card has and what it was allowed: one row, and its verdict.
 
 Budgets are instructions per weight in the main loop, in a committed table (`budgets.json`) with one row per
-configuration and one column per architecture. Invariant: a variant without a budget is a failure, so that nothing
-becomes selectable unseen. Nothing is compiled here.
+configuration and one column per architecture. They were made with one version of the compiler, and hold with some air
+for others. Invariant: a variant without a budget is a failure, so that nothing becomes selectable unseen. Nothing is
+compiled here.
 """
 
 from __future__ import annotations
@@ -18,7 +19,7 @@ from quant_kernels.compiled.cross_compile import Compiled
 from quant_kernels.compiled.sass import Loop, main_loop, whole
 from quant_kernels.compiled.variants import Variant
 from quant_kernels.linear.p16.layout import ZeroKind
-from quant_kernels.tuning.card import SHARED_PER_BLOCK
+from quant_kernels.tuning.card import SHARED_PER_BLOCK, Card
 
 BUDGETS = Path(__file__).with_name("budgets.json")
 #: LOP3 per 4-bit weight: one makes two weights, and a step has a few of its own.
@@ -27,8 +28,23 @@ MAX_LOP3 = 0.55
 MAX_MOVES = 0.15
 #: A new budget lies this much above what was measured, so that no release of the compiler fails by one of them.
 SLACK = 1.02
+#: What another version of the compiler may take on top.
+OTHER_COMPILER = 1.15
 
-Budgets = Mapping[str, Mapping[str, float]]
+
+@dataclass(frozen=True, slots=True)
+class Budgets:
+    """Instructions per weight by configuration and architecture, and the compiler's version that they were made with."""
+
+    compiler: str
+    rows: Mapping[str, Mapping[str, float]]
+
+    def find(self, variant: Variant, compiler: str) -> float | None:
+        """The budget of a variant for a compiler."""
+        budget = self.rows.get(budget_key(variant), {}).get(str(variant.arch))
+        if budget is None or compiler == self.compiler:
+            return budget
+        return round(budget * OTHER_COMPILER, 2)
 
 
 @dataclass(frozen=True, slots=True)
@@ -78,10 +94,10 @@ def _per_weight(loop: Loop, weights: float) -> dict[str, float]:
     }
 
 
-def judge(variant: Variant, figures: Mapping[str, Any], budgets: Budgets) -> Resources:
-    """The row of a variant, with everything that is wrong with it."""
+def judge(variant: Variant, figures: Mapping[str, Any], budgets: Budgets, compiler: str) -> Resources:
+    """The row of a variant that `compiler` made, with everything that is wrong with it."""
     limit = SHARED_PER_BLOCK[variant.arch]
-    budget = budgets.get(budget_key(variant), {}).get(str(variant.arch))
+    budget = budgets.find(variant, compiler)
     problems = []
     if figures["shared_bytes"] > limit:
         problems.append(f"needs {figures['shared_bytes']} bytes of shared memory, sm_{variant.arch} has {limit}")
@@ -132,20 +148,21 @@ def budget_key(variant: Variant) -> str:
     return f"{variant.kernel} {variant.config}"
 
 
-def read_budgets(path: Path = BUDGETS) -> dict[str, dict[str, float]]:
+def read_budgets(path: Path = BUDGETS) -> Budgets:
     """The table of budgets; empty where there is none yet."""
     if not path.is_file():
-        return {}
-    table: dict[str, dict[str, float]] = json.loads(path.read_text(encoding="utf-8"))
-    return table
+        return Budgets("", {})
+    record = json.loads(path.read_text(encoding="utf-8"))
+    return Budgets(record["compiler"], record["budgets"])
 
 
 def lowered_budgets(
-    budgets: Budgets, measured: Iterable[tuple[Variant, Mapping[str, Any]]], *, add_new: bool
-) -> dict[str, dict[str, float]]:
+    budgets: Budgets, measured: Iterable[tuple[Variant, Mapping[str, Any]]], compiler: str, *, add_new: bool
+) -> Budgets:
     """The budgets with every row lowered to what was measured, where that is less; rows of nothing measured go.
 
     Args:
+        compiler: the version that measured.
         add_new: give variants without a budget one.
     """
     table: dict[str, dict[str, float]] = {}
@@ -153,18 +170,30 @@ def lowered_budgets(
         if "instr_per_weight" not in figures:
             continue
         key, arch = budget_key(variant), str(variant.arch)
-        old = budgets.get(key, {}).get(arch)
+        old = budgets.rows.get(key, {}).get(arch)
         new = math.ceil(figures["instr_per_weight"] * SLACK * 100) / 100
         if old is not None or add_new:
             table.setdefault(key, {})[arch] = new if old is None else min(old, new)
-    return table
+    return Budgets(compiler, table)
 
 
-def budgets_text(table: Budgets) -> str:
+def budgets_text(budgets: Budgets) -> str:
     """The table as JSON, one configuration a line."""
-    rows = [f"  {json.dumps(key)}: {json.dumps(table[key])}" for key in sorted(table)]
-    return "{\n" + ",\n".join(rows) + "\n}\n"
+    rows = [f"  {json.dumps(key)}: {json.dumps(budgets.rows[key])}" for key in sorted(budgets.rows)]
+    head = f'{{\n "compiler": {json.dumps(budgets.compiler)},\n "budgets": {{\n'
+    return head + ",\n".join(rows) + "\n }\n}\n"
 
 
 def _rounded(value: float | None) -> float | None:
     return None if value is None else round(value, 3)
+
+
+def issue_share(card: Card, row: Resources, group_size: int = 128) -> float:
+    """The part of a card's issue slots that decoding takes at full memory bandwidth: below 1, memory is the limit.
+
+    A computation from published figures, not a measurement: bandwidth over bytes per weight (4 bits and its share of a
+    16-bit scale) times instructions per weight, over the instructions that the card can issue.
+    """
+    assert row.instr_per_weight is not None, "asked for kernels that read weights"
+    weights_per_s = card.bytes_per_s / (0.5 + 2 / group_size)
+    return weights_per_s * row.instr_per_weight / card.issue_slots_per_s

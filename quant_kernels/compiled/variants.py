@@ -15,7 +15,7 @@ from typing import Any
 
 import torch
 
-from quant_kernels.elementwise.rms_norm import add_rms_norm_kernel, norm_options
+from quant_kernels.elementwise.rms_norm import MAX_BLOCK, add_rms_norm_kernel, norm_options
 from quant_kernels.elementwise.silu_mul import BLOCK as SILU_BLOCK
 from quant_kernels.elementwise.silu_mul import NUM_WARPS as SILU_WARPS
 from quant_kernels.elementwise.silu_mul import silu_mul_kernel
@@ -161,7 +161,8 @@ def _elementwise(arch: int, dtype: torch.dtype) -> Iterator[Variant]:
     for splits in (1, 4):
         yield Variant("add_rms_norm", None, None, arch, dtype, splits=splits, width=4096)
         yield Variant("silu_mul", None, None, arch, dtype, splits=splits, width=SILU_BLOCK)
-    yield Variant("add_rms_norm", None, None, arch, dtype, splits=16, width=16384)
+    for splits, width in ((8, MAX_BLOCK), (16, 2 * MAX_BLOCK)):
+        yield Variant("add_rms_norm", None, None, arch, dtype, splits=splits, width=width)
 
 
 def compile_arguments(variant: Variant) -> tuple[Any, dict[str, str], dict[str, Any], dict[str, Any]]:
@@ -206,11 +207,13 @@ def _elementwise_arguments(variant: Variant) -> tuple[Any, dict[str, str], dict[
     stored = _POINTERS[variant.dtype]
     sums = stored if variant.splits == 1 else _POINTERS[torch.float32]
     types = {"x_ptr": sums, "places_ptr": "*i32", "out_ptr": stored, **_sizes(_COUNTS, ("stride_split",))}
-    values = {"SPLIT_K": variant.splits, "PERMUTED": True, "BLOCK": variant.width}
+    values = {"SPLIT_K": variant.splits, "PERMUTED": True}
     if variant.kernel == "silu_mul":
-        return silu_mul_kernel, types, values, warp_options(SILU_WARPS)
+        return silu_mul_kernel, types, {**values, "BLOCK": variant.width}, warp_options(SILU_WARPS)
     types |= {"residual_ptr": stored, "weight_ptr": stored, "eps": "fp32"}
-    return add_rms_norm_kernel, types, values, norm_options(variant.width)
+    block = min(MAX_BLOCK, variant.width)
+    values |= {"BLOCK": block, "CHUNKS": variant.width // block}
+    return add_rms_norm_kernel, types, values, norm_options(block)
 
 
 def _sizes(*names: Iterable[str]) -> dict[str, str]:

@@ -3,7 +3,8 @@
 ``residual += sum_s x[s]; y = residual / sqrt(mean(residual^2) + eps) * weight``, one program a row, in float32 (the
 norm: Zhang and Sennrich 2019). The order of the columns of y is free, which is where an activation order disappears.
 
-Specification: `reference.add_rms_norm`. Invariant: y is made of the sum before it is rounded to the residual's dtype.
+Specification: `reference.add_rms_norm`. Invariant: the mean is that of the sum before it is rounded to the residual's
+dtype; a row of up to 8,192 numbers stays in registers throughout, a longer one is read back for the second half.
 """
 
 from __future__ import annotations
@@ -17,8 +18,18 @@ import triton.language as tl
 from quant_kernels.linear.p16.launch import MAX_REGISTERS, stored_dtype, warp_options
 from quant_kernels.tuning.card import REGISTERS_PER_SM
 
-#: Columns a program can hold in registers.
-MAX_COLUMNS = 16384
+#: Columns that a program holds in registers at once.
+MAX_BLOCK = 8192
+
+
+@triton.jit
+def _add_partial_sums(total, x_ptrs, mask, stride_split, SPLIT_K: tl.constexpr):
+    # Some loads at once hide their latency; all of them would not fit the registers.
+    TOGETHER: tl.constexpr = 4 if SPLIT_K % 4 == 0 else 1
+    for first in tl.range(0, SPLIT_K, TOGETHER, num_stages=1):
+        for i in tl.static_range(TOGETHER):
+            total += tl.load(x_ptrs + (first + i) * stride_split, mask=mask, other=0.0).to(tl.float32)
+    return total
 
 
 @triton.jit
@@ -34,21 +45,31 @@ def add_rms_norm_kernel(
     SPLIT_K: tl.constexpr,
     PERMUTED: tl.constexpr,
     BLOCK: tl.constexpr,
+    CHUNKS: tl.constexpr,
 ):
     """x [SPLIT_K, M, H], residual [M, H] read and written, out [M, H]; column c goes to places[c]."""
     row = tl.program_id(0).to(tl.int64) * num_columns
-    columns = tl.arange(0, BLOCK)
-    mask = columns < num_columns
-    total = tl.load(residual_ptr + row + columns, mask=mask, other=0.0).to(tl.float32)
-    for split in tl.static_range(SPLIT_K):
-        total += tl.load(x_ptr + split * stride_split + row + columns, mask=mask, other=0.0).to(tl.float32)
-    tl.store(residual_ptr + row + columns, total.to(residual_ptr.dtype.element_ty), mask=mask)
-    scale = 1.0 / tl.sqrt(tl.sum(total * total, axis=0) / num_columns + eps)
-    normed = total * scale * tl.load(weight_ptr + columns, mask=mask, other=0.0).to(tl.float32)
-    places = columns
-    if PERMUTED:
-        places = tl.load(places_ptr + columns, mask=mask, other=0)
-    tl.store(out_ptr + row + places, normed.to(out_ptr.dtype.element_ty), mask=mask)
+    squares = 0.0
+    for chunk in tl.static_range(CHUNKS):
+        columns = chunk * BLOCK + tl.arange(0, BLOCK)
+        mask = columns < num_columns
+        total = tl.load(residual_ptr + row + columns, mask=mask, other=0.0).to(tl.float32)
+        total = _add_partial_sums(total, x_ptr + row + columns, mask, stride_split, SPLIT_K)
+        squares += tl.sum(total * total, axis=0)
+        tl.store(residual_ptr + row + columns, total.to(residual_ptr.dtype.element_ty), mask=mask)
+    scale = 1.0 / tl.sqrt(squares / num_columns + eps)
+    if CHUNKS > 1:
+        tl.debug_barrier()
+    for chunk in tl.static_range(CHUNKS):
+        columns = chunk * BLOCK + tl.arange(0, BLOCK)
+        mask = columns < num_columns
+        if CHUNKS > 1:
+            total = tl.load(residual_ptr + row + columns, mask=mask, other=0.0).to(tl.float32)
+        normed = total * scale * tl.load(weight_ptr + columns, mask=mask, other=0.0).to(tl.float32)
+        places = columns
+        if PERMUTED:
+            places = tl.load(places_ptr + columns, mask=mask, other=0)
+        tl.store(out_ptr + row + places, normed.to(out_ptr.dtype.element_ty), mask=mask)
 
 
 def add_rms_norm(
@@ -66,13 +87,11 @@ def add_rms_norm(
         [M, H] in the residual's dtype.
     """
     splits, rows, columns = x.shape
-    if columns > MAX_COLUMNS:
-        raise ValueError(f"rows of {columns} numbers, expected at most {MAX_COLUMNS}")
     assert x.is_contiguous() and residual.is_contiguous(), "rows must lie side by side"  # noqa: PT018
     dtype = stored_dtype(residual.dtype)
     running = residual.to(dtype)
     out = torch.empty_like(running)
-    block = triton.next_power_of_2(columns)
+    block = min(MAX_BLOCK, triton.next_power_of_2(columns))
     add_rms_norm_kernel[(rows,)](
         x,
         running,
@@ -85,6 +104,7 @@ def add_rms_norm(
         SPLIT_K=splits,
         PERMUTED=places is not None,
         BLOCK=block,
+        CHUNKS=triton.cdiv(columns, block),
         **norm_options(block),
     )
     if running is not residual:
@@ -93,6 +113,6 @@ def add_rms_norm(
 
 
 def norm_options(block: int) -> dict[str, Any]:
-    """Triton's options for rows of `block` numbers, which stay in registers from the sum to the store."""
-    num_warps = 4 if block <= 4096 else 8 if block <= 8192 else 16
+    """Triton's options for `block` numbers at once: 16 of them a thread."""
+    num_warps = min(16, max(4, block // 512))
     return warp_options(num_warps, min(MAX_REGISTERS, REGISTERS_PER_SM // (32 * num_warps)))

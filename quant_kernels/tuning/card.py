@@ -26,6 +26,8 @@ class Card:
         shared_per_block, shared_per_sm: bytes of shared memory.
         l2_bytes: bytes of the second-level cache.
         is_geforce: whether tensor cores add up in float16 twice as fast as in float32.
+        bytes_per_s, clock_hz: memory bandwidth and boost clock as published; 0 if not known, as for a device that was
+            asked.
     """
 
     name: str
@@ -35,6 +37,13 @@ class Card:
     shared_per_sm: int
     l2_bytes: int
     is_geforce: bool = False
+    bytes_per_s: float = 0.0
+    clock_hz: float = 0.0
+
+    @property
+    def issue_slots_per_s(self) -> float:
+        """Instructions that all threads together can issue per second: four schedulers a multiprocessor, 32 lanes."""
+        return self.num_sms * 4 * 32 * self.clock_hz
 
     @property
     def slug(self) -> str:
@@ -47,18 +56,28 @@ SHARED_PER_BLOCK: Mapping[int, int] = {80: 163 * KB, 86: 99 * KB, 89: 99 * KB, 9
 REGISTERS_PER_SM = 65536
 
 
-def _card(name: str, arch: int, num_sms: int, l2_mb: int) -> Card:
+def _card(name: str, arch: int, num_sms: int, l2_mb: int, gb_per_s: int, clock_mhz: int) -> Card:
     per_block = SHARED_PER_BLOCK[arch]
-    return Card(name, arch, num_sms, per_block, per_block + KB, l2_mb * KB * KB, "GeForce" in name)
+    return Card(
+        name=name,
+        arch=arch,
+        num_sms=num_sms,
+        shared_per_block=per_block,
+        shared_per_sm=per_block + KB,
+        l2_bytes=l2_mb * KB * KB,
+        is_geforce="GeForce" in name,
+        bytes_per_s=gb_per_s * 1e9,
+        clock_hz=clock_mhz * 1e6,
+    )
 
 
-#: Multiprocessors and L2 from NVIDIA's architecture white papers.
+#: Multiprocessors, L2, bandwidth and boost clock from NVIDIA's architecture white papers and data sheets.
 KNOWN_CARDS: Mapping[str, Card] = {
-    "3090": _card("NVIDIA GeForce RTX 3090", 86, 82, 6),
-    "4090": _card("NVIDIA GeForce RTX 4090", 89, 128, 72),
-    "5090": _card("NVIDIA GeForce RTX 5090", 120, 170, 96),
-    "a100": _card("NVIDIA A100-SXM4-80GB", 80, 108, 40),
-    "h100": _card("NVIDIA H100 80GB HBM3", 90, 132, 50),
+    "3090": _card("NVIDIA GeForce RTX 3090", 86, 82, 6, 936, 1695),
+    "4090": _card("NVIDIA GeForce RTX 4090", 89, 128, 72, 1008, 2520),
+    "5090": _card("NVIDIA GeForce RTX 5090", 120, 170, 96, 1792, 2407),
+    "a100": _card("NVIDIA A100-SXM4-80GB", 80, 108, 40, 2039, 1410),
+    "h100": _card("NVIDIA H100 80GB HBM3", 90, 132, 50, 3350, 1755),
 }
 
 

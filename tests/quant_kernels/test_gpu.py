@@ -167,7 +167,9 @@ def test_elementwise_at_real_sizes(dtype: torch.dtype, columns: int) -> None:
     residual, scale = random_x(33, columns, dtype), random_x(1, columns, dtype)[0]
     perm = torch.randperm(columns, device=CUDA)
     expected, total = reference.add_rms_norm(sums, residual, scale, 1e-5, perm)
-    check(add_rms_norm(sums, residual, scale, 1e-5, torch.argsort(perm).int()), expected, rounding)
+    normed = add_rms_norm(sums, residual, scale, 1e-5, torch.argsort(perm).int())
+    # A row that does not fit the registers is read back rounded.
+    check(normed, expected, Error(2 * rounding.worst, 2 * rounding.mean))
     check(residual, total, rounding)
     gates = torch.randn(4, 33, 2 * columns, device=CUDA)
     check(silu_mul(gates, dtype, torch.argsort(perm).int()), reference.silu_mul(gates, perm), rounding)

@@ -1,0 +1,192 @@
+"""The GPU check without a GPU: parts that continue, results that are written after each, tables and aims."""
+
+from __future__ import annotations
+
+import argparse
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from benchmarks import gpu_check
+from benchmarks.common import InputError
+from benchmarks.gpu.parts import PART_SECONDS, PARTS, Part, State, fingerprint
+from benchmarks.gpu.problems import ROWS, SHAPES, Workload, num_copies
+from benchmarks.gpu.report import check_results, markdown_report, ratios, target_lines
+
+CARD = {"name": "Test Card", "slug": "test-card", "arch": 90, "num_sms": 132, "l2_bytes": 50 * 2**20}
+
+
+def options(tmp_path: Path, **changes: Any) -> argparse.Namespace:
+    values = {
+        "parts": [], "limit": 10**6, "fresh": False, "gemlite": None, "marlin": None, "results": tmp_path / "results",
+    }  # fmt: skip
+    return argparse.Namespace(**{**values, **changes})
+
+
+def measured(contender: str, us: float, rows: int = 1, **changes: Any) -> dict[str, Any]:
+    return {
+        "shape": "8B o", "in_features": 4096, "out_features": 4096, "rows": rows, "dtype": "float16", "group_size": 128,
+        "zero": "const", "bytes": 9_000_000, "flop": 2 * rows * 4096**2, "configuration": "16x128 r32 w4 s4",
+        "split_k": 4, "reason": "rule", "error": 1e-4, "contender": contender, "status": "measured", "us": us,
+        "us_min": us, "us_max": us, **changes,
+    }  # fmt: skip
+
+
+class FakeRunner:
+    """Stands for `run_part`: says what it was asked and answers by kind."""
+
+    def __init__(self, failing: str = "") -> None:
+        self.ran: list[str] = []
+        self.failing = failing
+
+    def __call__(self, part: Part, extras: Mapping[str, Any]) -> dict[str, Any]:
+        self.ran.append(part.name)
+        if part.name == self.failing:
+            return {"status": "failed", "seconds": 1, "records": [], "summary": "1 failed"}
+        records: list[dict[str, Any]] = []
+        if part.kind == "bandwidth":
+            records = [{"copy_bytes_per_s": 3e12}]
+        elif part.kind == "matmul":
+            records = [measured("qengine", 8.0), measured("cuBLAS", 20.0)]
+            records.append({**measured("Marlin", 0), "status": "unavailable", "why": "no built copy given (--marlin)"})
+        return {"status": "ok", "seconds": 1, "records": records, "summary": "3 passed"}
+
+
+def state(tmp_path: Path, sources: str = "a", card: str = "Test Card") -> State:
+    return State(tmp_path / "state", sources, card)
+
+
+def test_everything_runs_once_and_is_written(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    runner = FakeRunner()
+    assert gpu_check.run(options(tmp_path), [], CARD, state(tmp_path), runner) == 0
+    assert runner.ran == [part.name for part in PARTS]
+    again = FakeRunner()
+    assert gpu_check.run(options(tmp_path), [], CARD, state(tmp_path), again) == 0
+    assert again.ran == []
+    (file,) = (tmp_path / "results").glob("test-card-*.json")
+    results = check_results(json.loads(file.read_text()))
+    assert results["pending"] == []
+    assert results["copy_bytes_per_s"] == 3e12
+    assert len(results["tests"]) == 3
+    text = file.with_suffix(".md").read_text()
+    assert text == markdown_report(results)
+    assert "| 8B o | 1 | 8.0 | 1125 | 38% |" in text
+    assert "2.50x" in text
+    assert "Marlin: no built copy given" in text
+    assert "parts are left" not in capsys.readouterr().out
+
+
+def test_other_sources_or_another_card_begin_anew(tmp_path: Path) -> None:
+    gpu_check.run(options(tmp_path), [], CARD, state(tmp_path), FakeRunner())
+    for other in (state(tmp_path, sources="b"), state(tmp_path, card="Other Card")):
+        assert len(other.pending(PARTS)) == len(PARTS)
+    runner = FakeRunner()
+    gpu_check.run(options(tmp_path, fresh=True), [], CARD, state(tmp_path), runner)
+    assert len(runner.ran) == len(PARTS)
+
+
+def test_time_runs_out_and_the_next_call_goes_on(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    first = FakeRunner()
+    assert gpu_check.run(options(tmp_path, limit=1), [], CARD, state(tmp_path), first) == 75
+    assert first.ran == [PARTS[0].name]
+    assert f"{len(PARTS) - 1} parts are left" in capsys.readouterr().out
+    (file,) = (tmp_path / "results").glob("*.json")
+    assert json.loads(file.read_text())["pending"] == [part.name for part in PARTS[1:]]
+    second = FakeRunner()
+    assert gpu_check.run(options(tmp_path), [], CARD, state(tmp_path), second) == 0
+    assert second.ran == [part.name for part in PARTS[1:]]
+
+
+def test_a_failed_part_fails_the_check_and_is_repeated(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    name = PARTS[1].name
+    assert gpu_check.run(options(tmp_path), [], CARD, state(tmp_path), FakeRunner(failing=name)) == 1
+    assert f"failed: {name}" in capsys.readouterr().err
+    runner = FakeRunner()
+    assert gpu_check.run(options(tmp_path), [], CARD, state(tmp_path), runner) == 0
+    assert runner.ran == [name]
+
+
+def test_parts_by_name(tmp_path: Path) -> None:
+    runner = FakeRunner()
+    gpu_check.run(options(tmp_path, parts=["8b-float16"]), [], CARD, state(tmp_path), runner)
+    assert runner.ran
+    assert all("8b-float16" in name for name in runner.ran)
+    with pytest.raises(InputError, match="no part is called nothing"):
+        gpu_check.run(options(tmp_path, parts=["nothing"]), [], CARD, state(tmp_path), runner)
+
+
+def test_parts_are_short_and_their_files_exist() -> None:
+    assert len({part.name for part in PARTS}) == len(PARTS)
+    for part in PARTS:
+        assert part.seconds <= PART_SECONDS < 480
+        for argument in part.arguments:
+            assert not argument.endswith(".py") or (gpu_check.REPOSITORY / argument).is_file()
+
+
+def test_a_part_that_breaks_says_how(monkeypatch: pytest.MonkeyPatch) -> None:
+    def fails(*arguments: Any, **options: Any) -> Any:
+        return argparse.Namespace(returncode=1, stdout='{"us": 1}\nnoise\n', stderr="trace\nRuntimeError: no memory\n")
+
+    monkeypatch.setattr(gpu_check.subprocess, "run", fails)
+    record = gpu_check.run_part(PARTS[-1], {})
+    assert record["status"] == "failed"
+    assert record["records"] == [{"us": 1}]
+    assert "RuntimeError: no memory" in record["summary"]
+    tests = gpu_check.run_part(PARTS[0], {})
+    assert tests["status"] == "failed"
+
+
+def test_without_a_gpu_it_says_what_to_do(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
+    assert gpu_check.main([]) == 2
+    message = capsys.readouterr().err
+    assert "no CUDA device" in message
+    assert "make test" in message
+
+
+def test_wrong_options(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    for arguments in (["--marlin", str(tmp_path / "none")], ["--limit", "soon"]):
+        with pytest.raises(SystemExit) as caught:
+            gpu_check.main(arguments)
+        assert caught.value.code == 2
+    assert "no folder" in capsys.readouterr().err
+    bad = tmp_path / "bad.json"
+    bad.write_text("{}")
+    assert gpu_check.main(["--show", str(bad)]) == 2
+    assert "not a results file" in capsys.readouterr().err
+    assert gpu_check.main(["--show", str(tmp_path / "none.json")]) == 2
+    assert "cannot read" in capsys.readouterr().err
+
+
+def test_aims_name_the_worst_problem() -> None:
+    records = [
+        measured("qengine", 10.0, 8), measured("torch int4", 12.0, 8), measured("cuBLAS", 30.0, 8),
+        measured("qengine", 10.0, 16), measured("torch int4", 9.0, 16), measured("cuBLAS", 30.0, 16),
+        measured("qengine", 10.0, 2), measured("torch int4", 1.0, 2),
+    ]  # fmt: skip
+    assert sorted(r for _, name, r in ratios(records) if name == "torch int4") == [0.1, 0.9, 1.2]
+    lines = target_lines(records)
+    assert lines[0].startswith("M 4 to 16: 1.0x torch int4 on 1 of 2 problems; lowest 0.90x (8B o, M 16")
+    assert lines[1].startswith("M 1 to 16: 2.0x cuBLAS on 2 of 2 problems; lowest 3.00x")
+    assert len(lines) == 2
+
+
+def test_copies_defeat_the_cache() -> None:
+    assert num_copies(8 * 2**20, 50 * 2**20) == 20
+    assert num_copies(2**30, 50 * 2**20) == 2
+
+
+def test_workloads_survive_json() -> None:
+    for part in PARTS:
+        if part.workload is not None:
+            assert Workload.from_json(json.loads(json.dumps(part.workload.to_json()))) == part.workload
+            assert part.workload.shapes in SHAPES
+    assert ROWS[0] == 1
+
+
+def test_the_fingerprint_follows_the_sources() -> None:
+    assert fingerprint() == fingerprint()
+    assert len(fingerprint()) == 16

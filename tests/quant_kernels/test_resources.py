@@ -1,0 +1,250 @@
+"""The gate that keeps kernels fast without a GPU: what it reads, what it refuses, and what may be selected at all.
+
+The compiler cannot run in this process, where kernels are interpreted, so the command runs in one of its own.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from collections.abc import Mapping
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import triton
+
+from quant_kernels.compiled import sass
+from quant_kernels.compiled.cache import FigureCache
+from quant_kernels.compiled.report import (
+    MAX_LOP3,
+    Budgets,
+    Resources,
+    budget_key,
+    budgets_text,
+    issue_share,
+    lowered_budgets,
+    read_budgets,
+)
+from quant_kernels.compiled.report import judge as judge_with
+from quant_kernels.compiled.variants import ARCHS, Variant, all_variants, make_scheme
+from quant_kernels.linear.p16.layout import ZeroKind
+from quant_kernels.tuning.card import KNOWN_CARDS
+from quant_kernels.tuning.tile import Tile
+
+SCHEME = make_scheme(4, 128, ZeroKind.CONST, torch.float16)
+VARIANT = Variant("matmul", SCHEME, Tile(16, 128), 86, torch.float16)
+GOOD = {
+    "shared_bytes": 37376, "registers": 120, "spill_bytes": 0, "instr_per_weight": 2.16, "lop3_per_weight": 0.5,
+    "prmt_per_weight": 0.02, "i2f_per_weight": 0.0,
+}  # fmt: skip
+BUDGET = Budgets("3.9.0", {budget_key(VARIANT): {"86": 2.2}})
+
+#: A loop of five instructions on the tensor cores, one without them, and padding.
+LISTING = """
+        /*0000*/                   MOV R1, c[0x0][0x28] ;
+        /*0010*/                   LDG.E R2, [R4.64] ;
+        /*0020*/              @!P0 BRA 0x10 ;
+        /*0030*/                   LOP3.LUT R3, R2, 0xf000f, RZ, 0xc0, !PT ;
+        /*0040*/                   HMMA.16816.F32 R8, R4, R6, R8 ;
+        /*0050*/                   I2FP.F32.S32 R3, R3 ;
+        /*0060*/                   NOP ;
+        /*0070*/              @P1  BRA 0x30 ;
+        /*0080*/                   EXIT ;
+        /*0090*/                   BRA 0x90;
+"""
+
+
+def judge(variant: Variant, figures: Mapping[str, Any], budgets: Budgets, compiler: str = "3.9.0") -> Resources:
+    return judge_with(variant, figures, budgets, compiler)
+
+
+def one_budget(variant: Variant, budget: float) -> Budgets:
+    return Budgets("3.9.0", {budget_key(variant): {str(variant.arch): budget}})
+
+
+def test_loops_are_read() -> None:
+    loops = sass.loops(LISTING)
+    assert [loop.num_instructions for loop in loops] == [2, 4]
+    main = sass.main_loop(LISTING)
+    assert main is not None
+    assert (main.num_tensor, main.count("LOP3"), main.count("I2F"), main.count("NOP")) == (1, 1, 1, 0)
+    assert sass.main_loop(LISTING.replace("HMMA", "FFMA")) is None
+    assert sass.whole(LISTING).num_instructions == 9
+
+
+def test_a_good_kernel_passes() -> None:
+    row = judge(VARIANT, GOOD, BUDGET)
+    assert row.ok
+    assert row.problems == ()
+    record = row.to_json()
+    for name in (
+        *("kernel", "config", "arch", "shared_bytes", "shared_limit", "registers", "spill_bytes"),
+        *("instr_per_weight", "budget", "lop3_per_weight", "ok"),
+    ):
+        assert name in record
+
+
+@pytest.mark.parametrize(
+    ("change", "word"),
+    [
+        ({"shared_bytes": 99 * 1024 + 1}, "sm_86 has 101376"),
+        ({"spill_bytes": 8}, "spills 8 bytes"),
+        ({"instr_per_weight": 2.21}, "the budget is 2.20"),
+        ({"lop3_per_weight": MAX_LOP3 + 0.01}, "LOP3 per weight"),
+        ({"prmt_per_weight": 0.5}, "0.50 PRMT per weight"),
+        ({"i2f_per_weight": 1.0}, "1.00 I2F per weight"),
+    ],
+)
+def test_what_is_wrong_is_said(change: Mapping[str, Any], word: str) -> None:
+    row = judge(VARIANT, {**GOOD, **change}, BUDGET)
+    assert not row.ok
+    assert word in " ".join(row.problems)
+
+
+def test_without_a_budget_or_a_loop_it_fails() -> None:
+    nothing = Budgets("3.9.0", {})
+    assert "has no budget" in judge(VARIANT, GOOD, nothing).problems[0]
+    assert (
+        "no loop" in judge(VARIANT, {k: GOOD[k] for k in ("shared_bytes", "registers", "spill_bytes")}, {}).problems[0]
+    )
+
+
+def test_codebooks_may_look_up() -> None:
+    book = replace(VARIANT, scheme=make_scheme(4, 64, ZeroKind.CODEBOOK, torch.float16))
+    figures = {**GOOD, "prmt_per_weight": 2.25, "lop3_per_weight": 1.0}
+    assert judge(book, figures, one_budget(book, 6.0)).ok
+
+
+def test_shared_memory_by_architecture() -> None:
+    big = {**GOOD, "shared_bytes": 120_000}
+    variants = [replace(VARIANT, arch=arch) for arch in ARCHS]
+    fits = {v.arch: judge(v, big, one_budget(v, 3.0)).ok for v in variants}
+    assert fits == {80: True, 86: False, 89: False, 90: True, 120: False}
+
+
+def test_what_the_figures_mean_for_a_card() -> None:
+    # 936e9 / 0.515625 bytes a weight x 2.16 instructions, of 82 x 128 lanes at 1.695 GHz.
+    assert issue_share(KNOWN_CARDS["3090"], judge(VARIANT, GOOD, BUDGET)) == pytest.approx(0.2204, rel=1e-3)
+
+
+def test_budgets_are_lowered_and_never_raised() -> None:
+    nothing = Budgets("", {})
+    lower = [(VARIANT, {**GOOD, "instr_per_weight": 2.0})]
+    higher = [(VARIANT, {**GOOD, "instr_per_weight": 3.0})]
+    assert lowered_budgets(BUDGET, lower, "3.9.0", add_new=False) == one_budget(VARIANT, 2.04)
+    assert lowered_budgets(BUDGET, higher, "3.9.0", add_new=True) == BUDGET
+    assert lowered_budgets(nothing, lower, "3.9.0", add_new=False).rows == {}
+    assert lowered_budgets(nothing, lower, "3.9.0", add_new=True) == one_budget(VARIANT, 2.04)
+
+
+def test_budgets_survive_their_file(tmp_path: Path) -> None:
+    file = tmp_path / "budgets.json"
+    file.write_text(budgets_text(BUDGET))
+    assert read_budgets(file) == BUDGET
+    assert read_budgets(tmp_path / "none").rows == {}
+
+
+def test_another_compiler_has_some_air() -> None:
+    more = {**GOOD, "instr_per_weight": 2.4}
+    assert not judge(VARIANT, more, BUDGET).ok
+    assert judge(VARIANT, more, BUDGET, "3.6.0").ok
+    assert not judge(VARIANT, {**GOOD, "instr_per_weight": 2.6}, BUDGET, "3.6.0").ok
+
+
+def test_everything_that_can_be_selected_has_a_budget() -> None:
+    budgets = read_budgets()
+    missing = [
+        f"{budget_key(v)} sm_{v.arch}"
+        for v in all_variants()
+        if v.scheme is not None and budgets.find(v, budgets.compiler) is None
+    ]
+    assert not missing, "\n".join(missing)
+
+
+def allowed_at_start(variant: Variant) -> float:
+    """The highest budget that a row for M up to 16 may have had when it was first written."""
+    assert variant.scheme is not None
+    scheme = variant.scheme
+    by_group = {32: 3.1, 64: 2.6}.get(scheme.group_size, 2.3)
+    allowed = by_group + (0.5 if variant.tile is not None and variant.tile.block_n == 64 else 0.0)
+    if scheme.zero == ZeroKind.INTEGER:
+        allowed += 0.1
+    if scheme.dtype == torch.bfloat16:
+        allowed += 0.3 if by_group == 2.3 and scheme.zero == ZeroKind.CONST else 0.4
+    return allowed
+
+
+def test_budgets_of_decode_are_as_low_as_was_asked() -> None:
+    budgets = read_budgets()
+    rows = [
+        v
+        for v in all_variants()
+        if v.kernel == "matmul" and v.scheme is not None and v.scheme.bits == 4 and v.tile is not None
+        and v.tile.block_m == 16 and not v.odd and v.scheme.zero in (ZeroKind.CONST, ZeroKind.INTEGER)
+    ]  # fmt: skip
+    assert len(rows) > 100
+    high = [(budget_key(v), v.arch) for v in rows if budgets.rows[budget_key(v)][str(v.arch)] > allowed_at_start(v)]
+    assert not high
+
+
+def test_figures_are_remembered_and_damage_is_survived(tmp_path: Path) -> None:
+    cache = FigureCache(tmp_path, "3.9")
+    assert cache.get(VARIANT) is None
+    cache.put(VARIANT, dict(GOOD))
+    cache.save()
+    assert FigureCache(tmp_path, "3.9").get(VARIANT) == GOOD
+    assert FigureCache(tmp_path, "3.9").get(replace(VARIANT, arch=90)) is None
+    assert FigureCache(tmp_path, "3.10").get(VARIANT) is None
+    cache.path.write_text("{")
+    assert FigureCache(tmp_path, "3.9").get(VARIANT) is None
+    blocked = FigureCache(tmp_path / "file", "3.9")
+    (tmp_path / "file").write_text("")
+    blocked.put(VARIANT, dict(GOOD))
+    blocked.save()
+
+
+def run(*arguments: str, interpret: bool = False) -> subprocess.CompletedProcess[str]:
+    environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
+    if interpret:
+        environment["TRITON_INTERPRET"] = "1"
+    command = [sys.executable, "-m", "quant_kernels.resources", "--jobs", "1", *arguments]
+    return subprocess.run(command, capture_output=True, text=True, timeout=300, env=environment)
+
+
+@pytest.fixture(scope="module")
+def cache_folder(tmp_path_factory: pytest.TempPathFactory) -> str:
+    return str(tmp_path_factory.mktemp("resources"))
+
+
+def test_the_command_compiles_and_judges(tmp_path: Path, cache_folder: str) -> None:
+    file = tmp_path / "rows.json"
+    only = ("--only", "matmul w4 float16 g128 const 16x64", "--arch", "86", "--arch", "90", "--cache", cache_folder)
+    done = run(*only, "--json", str(file))
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert "All fit their cards" in done.stdout
+    rows = json.loads(file.read_text())
+    assert {row["arch"] for row in rows} == {86, 90}
+    assert all(row["ok"] and row["spill_bytes"] == 0 and row["instr_per_weight"] < 2.4 for row in rows)
+    tight = tmp_path / "budgets.json"
+    table = {f"{r['kernel']} {r['config']}": {str(a): 1.0 for a in ARCHS} for r in rows}
+    tight.write_text(budgets_text(Budgets(triton.__version__, table)))
+    again = run(*only, "--budgets", str(tight))
+    assert again.returncode == 1
+    assert "the budget is 1.00" in again.stdout
+    assert "compiled" not in again.stderr  # The figures were remembered.
+
+
+def test_wrong_calls_of_the_command() -> None:
+    interpreted = run(interpret=True)
+    assert interpreted.returncode == 2
+    assert "TRITON_INTERPRET" in interpreted.stderr
+    nothing = run("--only", "no such kernel")
+    assert nothing.returncode == 2
+    assert "no configuration" in nothing.stderr
+    assert run("--arch", "75").returncode == 2
+    assert "all configurations at once" in run("--new-budgets", "--only", "x").stderr
