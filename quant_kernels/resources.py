@@ -23,6 +23,7 @@ import triton
 
 from quant_kernels.compiled.cache import FigureCache
 from quant_kernels.compiled.cross_compile import cross_compile
+from quant_kernels.compiled.figures import measure
 from quant_kernels.compiled.report import (
     BUDGETS,
     Resources,
@@ -30,7 +31,6 @@ from quant_kernels.compiled.report import (
     issue_share,
     judge,
     lowered_budgets,
-    measure,
     read_budgets,
 )
 from quant_kernels.compiled.variants import ARCHS, Variant, all_variants, compile_arguments

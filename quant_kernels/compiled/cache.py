@@ -14,7 +14,7 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
-from quant_kernels.compiled import cross_compile, report, sass
+from quant_kernels.compiled import cross_compile, figures, sass
 from quant_kernels.compiled.variants import Variant, compile_arguments
 
 #: Files of other compilers or counters that are kept.
@@ -33,9 +33,9 @@ class FigureCache:
         """What was measured, or None."""
         return self._figures.get(self._key(variant))
 
-    def put(self, variant: Variant, figures: dict[str, Any]) -> None:
+    def put(self, variant: Variant, found: dict[str, Any]) -> None:
         """Remember what was measured."""
-        self._figures[self._key(variant)] = figures
+        self._figures[self._key(variant)] = found
 
     def save(self) -> None:
         """Write the file whole, and drop the oldest of the others."""
@@ -68,7 +68,7 @@ def _read(path: Path) -> dict[str, dict[str, Any]]:
 
 def _fingerprint(compiler: str) -> str:
     digest = hashlib.sha256(compiler.encode())
-    for module in (cross_compile, report, sass):
+    for module in (cross_compile, figures, sass):
         assert module.__file__ is not None, "our own modules are files"
         digest.update(Path(module.__file__).read_bytes())
     return digest.hexdigest()[:20]

@@ -15,8 +15,6 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from quant_kernels.compiled.cross_compile import Compiled
-from quant_kernels.compiled.sass import Loop, main_loop, whole
 from quant_kernels.compiled.variants import Variant
 from quant_kernels.linear.p16.layout import ZeroKind
 from quant_kernels.tuning.card import SHARED_PER_BLOCK, Card
@@ -34,7 +32,7 @@ OTHER_COMPILER = 1.15
 
 @dataclass(frozen=True, slots=True)
 class Budgets:
-    """Instructions per weight by configuration and architecture, and the compiler's version that they were made with."""
+    """Instructions per weight by configuration and architecture, and the compiler's version they were made with."""
 
     compiler: str
     rows: Mapping[str, Mapping[str, float]]
@@ -68,30 +66,6 @@ class Resources:
 
     def to_json(self) -> dict[str, Any]:
         return {**asdict(self), "problems": list(self.problems)}
-
-
-def measure(variant: Variant, compiled: Compiled) -> dict[str, Any]:
-    """The plain figures of a compiled variant: what is worth caching."""
-    figures: dict[str, Any] = {
-        "shared_bytes": compiled.shared_bytes,
-        "registers": compiled.registers,
-        "spill_bytes": compiled.spill_bytes,
-    }
-    if variant.scheme is None:
-        return figures
-    loop = whole(compiled.sass) if variant.tile is None else main_loop(compiled.sass)
-    if loop is not None:
-        figures |= _per_weight(loop, variant.weights_per_thread)
-    return figures
-
-
-def _per_weight(loop: Loop, weights: float) -> dict[str, float]:
-    return {
-        "instr_per_weight": loop.num_instructions / weights,
-        "lop3_per_weight": loop.count("LOP3") / weights,
-        "prmt_per_weight": loop.count("PRMT") / weights,
-        "i2f_per_weight": loop.count("I2F") / weights,
-    }
 
 
 def judge(variant: Variant, figures: Mapping[str, Any], budgets: Budgets, compiler: str) -> Resources:

@@ -6,7 +6,8 @@ Invariant: every weight gets a prepared linear, and nothing slower than the best
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+import logging
+from dataclasses import dataclass, replace
 from typing import Protocol
 
 import torch
@@ -18,6 +19,8 @@ from quant_kernels.linear.dense import DenseLinear
 from quant_kernels.linear.p16 import layout
 from quant_kernels.packed_weight import DenseWeight, PackedWeight
 from quant_kernels.tuning.select import Selector
+
+logger = logging.getLogger(__name__)
 
 P16 = "p16"
 #: Triton's tensor-core path needs asynchronous copies and bfloat16.
@@ -53,13 +56,34 @@ class Target:
     selector: Selector | None = None
 
     @classmethod
-    def of(cls, device: torch.device, dtype: torch.dtype) -> Target:
+    def of(cls, device: torch.device, dtype: torch.dtype, *, half_sums: bool = False) -> Target:
         """The target with everything that the device offers.
+
+        Args:
+            half_sums: let GeForce cards add up in float16 where there are many rows: faster, and it may overflow.
 
         Raises:
             ValueError: if the tuning table of the device is damaged.
         """
-        return cls(device, dtype, Selector.of(device) if device.type == "cuda" else None)
+        if device.type != "cuda":
+            return cls(device, dtype)
+        return checked(cls(device, dtype, replace(Selector.of(device), half_sums=half_sums)))
+
+
+def checked(target: Target) -> Target:
+    """The target, set to plain Triton if the assembly does not give the right bits on it."""
+    selector = target.selector
+    module = try_import("quant_kernels.linear.p16.self_test")
+    if selector is None or module is None or selector.card.arch < MIN_ARCH or target.dtype not in layout.SCALE_DTYPES:
+        return target
+    if module.assembly_is_right(target.device, target.dtype):
+        return target
+    logger.warning(
+        "the kernels' assembly gives wrong results on %s with this triton; running plain Triton, which is slower. "
+        "Please report it with the output of `python -m benchmarks.gpu_check tests`",
+        selector.card.name,
+    )
+    return replace(target, selector=replace(selector, twin=True))
 
 
 def choose(weight: PackedWeight | DenseWeight, target: Target) -> tuple[str, str]:

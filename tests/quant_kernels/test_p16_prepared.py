@@ -9,6 +9,7 @@ from __future__ import annotations
 import subprocess
 import sys
 from dataclasses import replace
+from typing import Any
 
 import pytest
 import torch
@@ -17,7 +18,9 @@ import torch.nn.functional as F
 from converters.open import open_checkpoint
 from converters.source import LinearSlot
 from quant_kernels.elementwise.rms_norm import add_rms_norm
-from quant_kernels.linear.dispatch import P16, Target, choose, prepare
+from quant_kernels.linear.dispatch import P16, Target, checked, choose, prepare
+from quant_kernels.linear.p16 import self_test
+from quant_kernels.linear.p16.matmul import matmul
 from quant_kernels.linear.p16.prepared import P16Linear
 from quant_kernels.packed_weight import DenseWeight, PackedWeight
 from quant_kernels.packing import concat_outputs, fold_input_order
@@ -170,6 +173,30 @@ def test_memory_is_counted(device: torch.device) -> None:
     made = prepared(random_record(256, 128, 128, kind="const", act_order=True), torch.float16, device)
     # Words of 4 bits a weight; two rows of scales and one of zeros; the order twice, as it came and inverted.
     assert made.num_bytes == 256 * 128 // 2 + 3 * 128 * 2 + 2 * 256 * 4
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_the_self_test_passes(dtype: torch.dtype, device: torch.device) -> None:
+    assert self_test.assembly_is_right(device, dtype)
+    target = Target(device, dtype, selector(device))
+    assert checked(target) is target
+
+
+def test_wrong_assembly_is_noticed_and_avoided(
+    device: torch.device, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    def broken(*arguments: Any, twin: bool = False) -> torch.Tensor:
+        return matmul(*arguments, twin=twin) + (0 if twin else 1)
+
+    monkeypatch.setattr(self_test, "matmul", broken)
+    target = checked(Target(device, torch.float16, selector(device)))
+    assert target.selector is not None
+    assert target.selector.twin
+    assert "gives wrong results" in caplog.text
+    # Where the kernels do not run anyway, nothing is tried.
+    old = Target(device, torch.float16, selector(device, replace(KNOWN_CARDS["3090"], arch=75)))
+    assert checked(old) is old
+    assert checked(Target(device, torch.float32, selector(device))).selector is not None
 
 
 def test_a_cpu_never_imports_triton() -> None:
