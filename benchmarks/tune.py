@@ -32,8 +32,9 @@ from benchmarks.machine import environment_record, package_version, publishable
 from quant_kernels.elementwise.silu_mul import silu_mul
 from quant_kernels.linear.p16.expand import expanded_matmul
 from quant_kernels.linear.p16.gate_up import gate_up
-from quant_kernels.linear.p16.layout import P16Weight, Scheme, pack
+from quant_kernels.linear.p16.layout import P16Weight, pack
 from quant_kernels.linear.p16.matmul import matmul
+from quant_kernels.scheme import Scheme
 from quant_kernels.tuning.card import Card, card_of
 from quant_kernels.tuning.select import (
     GATE_UP,

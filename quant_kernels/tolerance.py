@@ -19,7 +19,7 @@ from dataclasses import dataclass
 
 import torch
 
-from quant_kernels.linear.p16.layout import Scheme, ZeroKind
+from quant_kernels.scheme import Scheme, ZeroKind
 
 UNIT_ROUNDOFF = {torch.float16: 2.0**-11, torch.bfloat16: 2.0**-8, torch.float32: 0.0}
 _SUMS = 3e-5

@@ -1,8 +1,8 @@
 """Figures of variants that have been compiled before, on disk outside the repository.
 
-Keyed by all that decides about machine code: the kernel's source with everything it calls (Triton's own key), types,
-constants, options, architecture and the compiler's version; and by the code that counts. So it never answers for
-another kernel, and an edit elsewhere costs nothing. Invariant: a damaged or unwritable cache costs time, never
+Keyed by all that decides about machine code: the source of the kernel and of everything it calls, types, constants,
+options, architecture and the compiler's version; and by the code that counts. So it never answers for another kernel,
+and an edit elsewhere costs nothing. Invariant: a damaged or unwritable cache costs time, never
 correctness.
 """
 
@@ -13,6 +13,9 @@ import json
 import tempfile
 from pathlib import Path
 from typing import Any
+
+import triton
+import triton.language as tl
 
 from quant_kernels.compiled import cross_compile, figures, sass
 from quant_kernels.compiled.variants import Variant, compile_arguments
@@ -53,9 +56,22 @@ class FigureCache:
     def _key(self, variant: Variant) -> str:
         if variant not in self._keys:
             kernel, types, constants, options = compile_arguments(variant)
-            parts = (kernel.cache_key, variant.arch, variant.weights_per_thread, types, constants, options)
+            parts = (source_of(kernel), variant.arch, variant.weights_per_thread, types, constants, options)
             self._keys[variant] = hashlib.sha256(repr(parts).encode()).hexdigest()[:24]
         return self._keys[variant]
+
+
+def source_of(kernel: Any, seen: frozenset[str] = frozenset()) -> str:
+    """The text of a kernel, of those it calls and of the constants they use; Triton's own key has line numbers."""
+    text = [kernel.src]
+    function = kernel.fn
+    for name in sorted(set(function.__code__.co_names) - seen):
+        value = function.__globals__.get(name)
+        if isinstance(value, triton.JITFunction):
+            text.append(source_of(value, seen | {name}))
+        elif isinstance(value, tl.constexpr):
+            text.append(f"{name} = {value.value!r}")
+    return "\n".join(text)
 
 
 def _read(path: Path) -> dict[str, dict[str, Any]]:

@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from quant_kernels.compiled.variants import Variant
-from quant_kernels.linear.p16.layout import ZeroKind
+from quant_kernels.scheme import ZeroKind
 from quant_kernels.tuning.card import SHARED_PER_BLOCK, Card
 
 BUDGETS = Path(__file__).with_name("budgets.json")

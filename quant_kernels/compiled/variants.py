@@ -19,12 +19,13 @@ from quant_kernels.elementwise.rms_norm import MAX_BLOCK, add_rms_norm_kernel, n
 from quant_kernels.elementwise.silu_mul import BLOCK as SILU_BLOCK
 from quant_kernels.elementwise.silu_mul import NUM_WARPS as SILU_WARPS
 from quant_kernels.elementwise.silu_mul import silu_mul_kernel
+from quant_kernels.launching import launch_options
 from quant_kernels.linear.p16 import expand
+from quant_kernels.linear.p16.constants import matmul_constants, scheme_constants, tile_options
 from quant_kernels.linear.p16.expand import p16_expand_kernel
 from quant_kernels.linear.p16.gate_up import p16_gate_up_kernel
-from quant_kernels.linear.p16.launch import constants, launch_options, scheme_constants, warp_options
-from quant_kernels.linear.p16.layout import PLANE_ROWS, Scheme, ZeroKind
 from quant_kernels.linear.p16.matmul import p16_matmul_kernel
+from quant_kernels.scheme import PLANE_ROWS, Scheme, ZeroKind
 from quant_kernels.tuning.card import SHARED_PER_BLOCK
 from quant_kernels.tuning.select import EXPAND_FROM, REGIMES, gate_up_tile, matmul_tiles
 from quant_kernels.tuning.table import FOLDER, TunedKey, read_table
@@ -173,20 +174,20 @@ def compile_arguments(variant: Variant) -> tuple[Any, dict[str, str], dict[str, 
     pointers = _weight_types(scheme)
     if tile is None:
         block = {"BN": expand.BLOCK_N}
-        return p16_expand_kernel, pointers, {**scheme_constants(scheme), **block}, warp_options(expand.NUM_WARPS)
+        return p16_expand_kernel, pointers, {**scheme_constants(scheme), **block}, launch_options(expand.NUM_WARPS)
     values = {
-        **constants(scheme, tile),
+        **matmul_constants(scheme, tile),
         "EVEN_K": not variant.odd,
         "HAS_BIAS": variant.odd,
         "BM": tile.block_m,
         "BN": tile.block_n,
     }
     if variant.kernel == "gate_up":
-        return p16_gate_up_kernel, pointers, values, launch_options(tile)
+        return p16_gate_up_kernel, pointers, values, tile_options(tile)
     if variant.odd:
         pointers["out_ptr"] = _POINTERS[torch.float32]
     values |= {"ROWS": tile.word_rows, "GROUP_M": tile.group_m}
-    return p16_matmul_kernel, pointers, values, launch_options(tile)
+    return p16_matmul_kernel, pointers, values, tile_options(tile)
 
 
 def _weight_types(scheme: Scheme) -> dict[str, str]:
@@ -209,7 +210,7 @@ def _elementwise_arguments(variant: Variant) -> tuple[Any, dict[str, str], dict[
     types = {"x_ptr": sums, "places_ptr": "*i32", "out_ptr": stored, **_sizes(_COUNTS, ("stride_split",))}
     values = {"SPLIT_K": variant.splits, "PERMUTED": True}
     if variant.kernel == "silu_mul":
-        return silu_mul_kernel, types, {**values, "BLOCK": variant.width}, warp_options(SILU_WARPS)
+        return silu_mul_kernel, types, {**values, "BLOCK": variant.width}, launch_options(SILU_WARPS)
     types |= {"residual_ptr": stored, "weight_ptr": stored, "eps": "fp32"}
     block = min(MAX_BLOCK, variant.width)
     values |= {"BLOCK": block, "CHUNKS": variant.width // block}

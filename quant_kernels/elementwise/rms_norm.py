@@ -15,7 +15,7 @@ import torch
 import triton
 import triton.language as tl
 
-from quant_kernels.linear.p16.launch import MAX_REGISTERS, stored_dtype, warp_options
+from quant_kernels.launching import MAX_REGISTERS, launch_options, stored_dtype
 from quant_kernels.tuning.card import REGISTERS_PER_SM
 
 #: Columns that a program holds in registers at once.
@@ -115,4 +115,4 @@ def add_rms_norm(
 def norm_options(block: int) -> dict[str, Any]:
     """Triton's options for `block` numbers at once: 16 of them a thread."""
     num_warps = min(16, max(4, block // 512))
-    return warp_options(num_warps, min(MAX_REGISTERS, REGISTERS_PER_SM // (32 * num_warps)))
+    return launch_options(num_warps, max_registers=min(MAX_REGISTERS, REGISTERS_PER_SM // (32 * num_warps)))

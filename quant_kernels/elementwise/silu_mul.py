@@ -10,7 +10,7 @@ import torch
 import triton
 import triton.language as tl
 
-from quant_kernels.linear.p16.launch import stored_dtype, warp_options
+from quant_kernels.launching import launch_options, stored_dtype
 
 BLOCK = 1024
 NUM_WARPS = 4
@@ -68,6 +68,6 @@ def silu_mul(x: torch.Tensor, dtype: torch.dtype, places: torch.Tensor | None = 
         SPLIT_K=splits,
         PERMUTED=places is not None,
         BLOCK=BLOCK,
-        **warp_options(NUM_WARPS),
+        **launch_options(NUM_WARPS),
     )
     return out.to(dtype)

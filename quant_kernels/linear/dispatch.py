@@ -18,6 +18,7 @@ from quant_kernels.linear.cpu_int4 import CpuInt4Linear
 from quant_kernels.linear.dense import DenseLinear
 from quant_kernels.linear.p16 import layout
 from quant_kernels.packed_weight import DenseWeight, PackedWeight
+from quant_kernels.scheme import ACTIVATION_DTYPES
 from quant_kernels.tuning.select import Selector
 
 logger = logging.getLogger(__name__)
@@ -74,7 +75,7 @@ def checked(target: Target) -> Target:
     """The target, set to plain Triton if the assembly does not give the right bits on it."""
     selector = target.selector
     module = try_import("quant_kernels.linear.p16.self_test")
-    if selector is None or module is None or selector.card.arch < MIN_ARCH or target.dtype not in layout.SCALE_DTYPES:
+    if selector is None or module is None or selector.card.arch < MIN_ARCH or target.dtype not in ACTIVATION_DTYPES:
         return target
     if module.assembly_is_right(target.device, target.dtype):
         return target

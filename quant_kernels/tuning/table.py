@@ -17,7 +17,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from quant_kernels.linear.p16.layout import Scheme
+from quant_kernels.scheme import Scheme
 from quant_kernels.tuning.card import Card
 from quant_kernels.tuning.tile import Tile
 

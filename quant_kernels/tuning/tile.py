@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import asdict, dataclass, fields
 from typing import Any
 
-from quant_kernels.linear.p16.layout import PLANE_ROWS
+from quant_kernels.scheme import PLANE_ROWS
 
 
 @dataclass(frozen=True, slots=True)

@@ -11,7 +11,8 @@ import torch
 
 from benchmarks import tune
 from quant_kernels.compiled.variants import make_scheme
-from quant_kernels.linear.p16.layout import ZeroKind, pack
+from quant_kernels.linear.p16.layout import pack
+from quant_kernels.scheme import ZeroKind
 from quant_kernels.tuning.card import KNOWN_CARDS
 from quant_kernels.tuning.select import MATMUL, matmul_tiles
 from quant_kernels.tuning.table import TunedKey, load_table, table_path

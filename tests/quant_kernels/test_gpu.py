@@ -17,12 +17,13 @@ from quant_kernels.elementwise.rms_norm import add_rms_norm
 from quant_kernels.elementwise.silu_mul import silu_mul
 from quant_kernels.linear.p16.expand import expand
 from quant_kernels.linear.p16.gate_up import gate_up
-from quant_kernels.linear.p16.layout import Scheme, ZeroKind, pack, unpack
+from quant_kernels.linear.p16.layout import pack, unpack
 from quant_kernels.linear.p16.matmul import matmul
 from quant_kernels.linear.p16.prepared import P16Linear
 from quant_kernels.packed_weight import PackedWeight
 from quant_kernels.packing import pack_codes
 from quant_kernels.reference import linear
+from quant_kernels.scheme import Scheme, ZeroKind
 from quant_kernels.tolerance import UNIT_ROUNDOFF, Error, bound, error
 from quant_kernels.tuning.card import card_of
 from quant_kernels.tuning.select import EXPAND, Selector

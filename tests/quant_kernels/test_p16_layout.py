@@ -11,9 +11,10 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from quant_kernels.linear.p16 import layout
-from quant_kernels.linear.p16.layout import ZeroKind, can_pack, pack, unpack
+from quant_kernels.linear.p16.layout import can_pack, pack, unpack
 from quant_kernels.packed_weight import PackedWeight
 from quant_kernels.packing import unpack_codes
+from quant_kernels.scheme import ZeroKind
 from tests.quant_kernels.records import KINDS, random_record
 
 CPU = torch.device("cpu")

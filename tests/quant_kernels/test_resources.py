@@ -32,7 +32,7 @@ from quant_kernels.compiled.report import (
 )
 from quant_kernels.compiled.report import judge as judge_with
 from quant_kernels.compiled.variants import ARCHS, Variant, all_variants, make_scheme
-from quant_kernels.linear.p16.layout import ZeroKind
+from quant_kernels.scheme import ZeroKind
 from quant_kernels.tuning.card import KNOWN_CARDS
 from quant_kernels.tuning.tile import Tile
 

@@ -13,7 +13,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from quant_kernels.compiled.variants import Variant, all_variants, make_scheme, schemes
-from quant_kernels.linear.p16.layout import Scheme, ZeroKind
+from quant_kernels.scheme import Scheme, ZeroKind
 from quant_kernels.tuning.card import KNOWN_CARDS
 from quant_kernels.tuning.select import (
     EXPAND,

@@ -10,7 +10,8 @@ import torch
 import triton
 import triton.language as tl
 
-from quant_kernels.linear.p16.launch import scheme_constants, stored_dtype, warp_options
+from quant_kernels.launching import launch_options, stored_dtype
+from quant_kernels.linear.p16.constants import scheme_constants
 from quant_kernels.linear.p16.layout import P16Weight
 from quant_kernels.linear.p16.steps import PLANE_ROWS, load_row, scaled_plane, weight_planes
 
@@ -88,7 +89,7 @@ def expand(
         out.stride(0),
         BN=BLOCK_N,
         **scheme_constants(weight.scheme, twin=twin),
-        **warp_options(NUM_WARPS),
+        **launch_options(NUM_WARPS),
     )
     return out.to(weight.scheme.dtype)
 

@@ -13,10 +13,11 @@ import torch
 import triton
 import triton.language as tl
 
-from quant_kernels.linear.p16.launch import constants, launch_options, stored_dtype
-from quant_kernels.linear.p16.layout import PLANE_ROWS as _PLANE_ROWS
+from quant_kernels.launching import stored_dtype
+from quant_kernels.linear.p16.constants import matmul_constants, tile_options
 from quant_kernels.linear.p16.layout import P16Weight
 from quant_kernels.linear.p16.steps import PLANE_ROWS, load_planes, load_row, multiply_step
+from quant_kernels.scheme import PLANE_ROWS as _PLANE_ROWS
 from quant_kernels.tuning.tile import Tile
 
 
@@ -136,7 +137,7 @@ def gate_up(x: torch.Tensor, weight: P16Weight, tile: Tile, *, twin: bool = Fals
         HAS_BIAS=weight.bias is not None,
         BM=tile.block_m,
         BN=tile.block_n,
-        **constants(weight.scheme, tile, twin=twin),
-        **launch_options(tile),
+        **matmul_constants(weight.scheme, tile, twin=twin),
+        **tile_options(tile),
     )
     return out.to(x.dtype)

@@ -29,70 +29,18 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass, replace
-from enum import IntEnum
 
 import torch
 
 from quant_kernels.packed_weight import PackedWeight
 from quant_kernels.packing import pack_codes
+from quant_kernels.scheme import ACTIVATION_DTYPES, PLANE_ROWS, Scheme, ZeroKind
 
-#: Rows of words in a block, and inputs in a plane.
-PLANE_ROWS = 32
 #: N is padded to a multiple of this, the narrowest tile that divides every wider one.
 COLUMN_MULTIPLE = 128
 #: Columns that are converted at a time: the memory beside the result is a few times a slice.
 SLICE_COLUMNS = 4096
-SCALE_DTYPES = (torch.float16, torch.bfloat16)
 _TABLE_DTYPES = {2: torch.int32, 4: torch.int64}
-
-
-class ZeroKind(IntEnum):
-    """How a weight is made from its code; see `PackedWeight`."""
-
-    CONST = 0
-    INTEGER = 1
-    MIN = 2
-    CODEBOOK = 3
-
-
-@dataclass(frozen=True, slots=True)
-class Scheme:
-    """What a kernel is compiled for: everything about a weight but its sizes.
-
-    Attributes:
-        bits: 4 or 8.
-        groups: groups in a block of 32 words: 1, 2 or 4.
-        blocks_per_group: blocks that share a row of the tables; 0 if all of K is one group.
-        zero: how weights are made from codes.
-        zero_value: the constant zero point; for mins the code that they are centred on.
-        scale_dtype: float16 or bfloat16, of scales and mins.
-        dtype: float16 or bfloat16, of the activations, and of zero points and codebook.
-        codebook: 16 values that `dtype` holds, or None.
-    """
-
-    bits: int
-    groups: int
-    blocks_per_group: int
-    zero: ZeroKind
-    zero_value: int
-    scale_dtype: torch.dtype
-    dtype: torch.dtype
-    codebook: tuple[float, ...] | None = None
-
-    @property
-    def planes(self) -> int:
-        """Codes in a word."""
-        return 16 // self.bits
-
-    @property
-    def block_inputs(self) -> int:
-        """Inputs in a block."""
-        return PLANE_ROWS * self.planes
-
-    @property
-    def group_size(self) -> int:
-        """Inputs that share a scale, as the kernel sees them; 0 for all of K."""
-        return self.block_inputs // self.groups * self.blocks_per_group
 
 
 @dataclass(frozen=True, slots=True)
@@ -148,7 +96,7 @@ class Source:
 
 def can_pack(weight: PackedWeight, dtype: torch.dtype) -> tuple[bool, str]:
     """Whether P16 can hold the record for activations of `dtype`, and why not."""
-    if dtype not in SCALE_DTYPES:
+    if dtype not in ACTIVATION_DTYPES:
         return False, f"the tensor cores' path takes float16 and bfloat16, not {str(dtype).removeprefix('torch.')}"
     if weight.bits == 8 and zero_kind(weight) in (ZeroKind.MIN, ZeroKind.CODEBOOK):
         return False, f"8-bit codes with {'mins' if weight.mins is not None else 'a codebook'} have no kernel"
@@ -269,9 +217,9 @@ def _stored_group(weight: PackedWeight) -> int:
 
 def _table_dtype(values: torch.Tensor) -> torch.dtype | None:
     """The 16-bit float type that holds every value exactly, or None."""
-    if values.dtype in SCALE_DTYPES:
+    if values.dtype in ACTIVATION_DTYPES:
         return values.dtype
-    return next((d for d in SCALE_DTYPES if torch.equal(values.to(d).to(values.dtype), values)), None)
+    return next((d for d in ACTIVATION_DTYPES if torch.equal(values.to(d).to(values.dtype), values)), None)
 
 
 def _words(codes: torch.Tensor, bits: int, num_blocks: int) -> torch.Tensor:

@@ -14,10 +14,11 @@ import torch
 import triton
 import triton.language as tl
 
-from quant_kernels.linear.p16.launch import constants, launch_options, stored_dtype
-from quant_kernels.linear.p16.layout import PLANE_ROWS as _PLANE_ROWS
+from quant_kernels.launching import stored_dtype
+from quant_kernels.linear.p16.constants import matmul_constants, tile_options
 from quant_kernels.linear.p16.layout import P16Weight
 from quant_kernels.linear.p16.steps import PLANE_ROWS, load_planes, load_row, multiply_step
+from quant_kernels.scheme import PLANE_ROWS as _PLANE_ROWS
 from quant_kernels.tuning.tile import Tile
 
 
@@ -155,7 +156,7 @@ def matmul(x: torch.Tensor, weight: P16Weight, tile: Tile, split_k: int = 1, *, 
         BN=tile.block_n,
         ROWS=tile.word_rows,
         GROUP_M=tile.group_m,
-        **constants(weight.scheme, tile, twin=twin),
-        **launch_options(tile),
+        **matmul_constants(weight.scheme, tile, twin=twin),
+        **tile_options(tile),
     )
     return out if split_k > 1 else out.to(x.dtype)

@@ -29,7 +29,7 @@ import torch
 import triton
 import triton.language as tl
 
-from quant_kernels.linear.p16.layout import Scheme, ZeroKind
+from quant_kernels.scheme import Scheme, ZeroKind
 
 #: The values of the kernels' ZERO.
 ZERO_INTEGER = tl.constexpr(int(ZeroKind.INTEGER))

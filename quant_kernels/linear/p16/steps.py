@@ -12,7 +12,6 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from quant_kernels.linear.p16.layout import PLANE_ROWS as _PLANE_ROWS
 from quant_kernels.linear.p16.planes import (
     ZERO_CODEBOOK,
     ZERO_INTEGER,
@@ -22,6 +21,7 @@ from quant_kernels.linear.p16.planes import (
     planes4,
     planes4_codebook,
 )
+from quant_kernels.scheme import PLANE_ROWS as _PLANE_ROWS
 
 PLANE_ROWS = tl.constexpr(_PLANE_ROWS)
 
