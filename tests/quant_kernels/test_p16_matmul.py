@@ -133,6 +133,17 @@ def test_splits_repeat_bit_for_bit(device: torch.device) -> None:
     assert all(torch.equal(matmul(x, packed, BASE, 4), first) for _ in range(3))
 
 
+@pytest.mark.parametrize("group", [32, 128, 1152])
+def test_a_split_without_work_adds_nothing(group: int, device: torch.device) -> None:
+    """Nine blocks in eight shares of two: the last three shares are empty."""
+    record = random_record(1152, 64, group, bias=True)
+    packed = pack(record, torch.float16, device)
+    x = inputs(3, record, torch.float16, device)
+    sums = matmul(x, packed, BASE, 8)
+    assert not sums[5:].any()
+    check(sums.sum(0), linear(x.cpu(), record), bound(packed.scheme, torch.float32, scale_weight=False))
+
+
 def test_inputs_beyond_the_last_block_are_not_read(device: torch.device) -> None:
     record = random_record(160, 64, 32)
     packed = pack(record, torch.float16, device)

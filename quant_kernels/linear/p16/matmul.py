@@ -78,7 +78,8 @@ def p16_matmul_kernel(
     columns = within // band_rows * BN + tl.arange(0, BN)
     inner = tl.arange(0, ROWS)
 
-    first = split * steps_per_split
+    # Rounding up can leave a last split without work: it stays inside the tables and stores zeros.
+    first = tl.minimum(split * steps_per_split, num_steps)
     last = tl.minimum(first + steps_per_split, num_steps)
     first_input = first // STRIPS * BLOCK
     row_mask = rows[:, None] < M
