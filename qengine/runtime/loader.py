@@ -113,8 +113,15 @@ def load_decoder(
         return opened.source.read_linear(_linear_slot(shape))
 
     with bar, _load_errors(opened.location):
-        materials = Materials(read_tensor, read_linear, Target.of(device, dtype))
+        materials = Materials(read_tensor, read_linear, _target(device, dtype))
         return build(opened.config, materials, tied=opened.tied, max_position=max_position)
+
+
+def _target(device: torch.device, dtype: torch.dtype) -> Target:
+    try:
+        return Target.of(device, dtype)
+    except ValueError as error:
+        raise LoadError(str(error)) from error
 
 
 def _slot(shape: LinearShape | TensorShape) -> Slot:
