@@ -28,7 +28,7 @@ Invariant: `unpack(pack(w)) == w`, bit for bit. Nothing here computes with weigh
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 import torch
 
@@ -199,11 +199,6 @@ def unpack(packed: P16Weight) -> PackedWeight:
         bias=packed.bias,
         origin=source.origin,
     )
-
-
-def without_bias(packed: P16Weight) -> P16Weight:
-    """The same weight, sharing its tensors, for a caller that adds the bias itself."""
-    return replace(packed, bias=None)
 
 
 def _is_one_group(weight: PackedWeight) -> bool:
