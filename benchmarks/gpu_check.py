@@ -23,7 +23,7 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.common import REPOSITORY, BenchmarkError, InputError, check_writable, write_text
-from benchmarks.gpu.parts import PART_SECONDS, PARTS, Part, State, fingerprint
+from benchmarks.gpu.parts import PART_SECONDS, PARTS, Origin, Part, State, fingerprint
 from benchmarks.gpu.report import BENCHMARK, SCHEMA, load_results, markdown_report
 from benchmarks.machine import environment_record, package_version, publishable
 
@@ -32,6 +32,7 @@ DEFAULT_RESULTS = REPOSITORY / "benchmarks" / "results"
 _LEFT = 75
 _INTERRUPTED = 130
 _TAIL_LINES = 40
+_PEERS = ("gemlite", "marlin")
 
 #: Runs a part and returns its record; tests put their own in its place.
 Runner = Callable[[Part, Mapping[str, Any]], dict[str, Any]]
@@ -47,7 +48,8 @@ def main(argv: Sequence[str] | None = None) -> int:
             return 0
         card = _card()
         check_writable(options.results / "probe.json")
-        state = State(options.state, fingerprint(), card["name"])
+        peers = frozenset(name for name in _PEERS if getattr(options, name) is not None)
+        state = State(options.state, Origin(fingerprint(), card["name"], card["versions"], peers))
         return run(options, arguments, card, state, run_part)
     except BenchmarkError as error:
         print(f"error: {error}", file=sys.stderr)
@@ -72,28 +74,28 @@ def run(
         if number > 1 and part.seconds > left:
             break
         print(f"[{number}/{len(todo)}] {part.name} (about {part.seconds} s)", flush=True)
-        extras = {"gemlite": options.gemlite, "marlin": options.marlin}
-        record = runner(part, {k: None if v is None else str(v) for k, v in extras.items()})
+        folders = {name: getattr(options, name) for name in _PEERS}
+        record = runner(part, {name: None if folder is None else str(folder) for name, folder in folders.items()})
         state.save(part, record)
         print(f"        {record['summary']}", flush=True)
         write_results(options.results, arguments, card, state)
     results = write_results(options.results, arguments, card, state)
     print("\n" + markdown_report(results))
     broken = [p.name for p in chosen if (r := state.record_of(p)) is not None and r["status"] != "ok"]
-    left = [p.name for p in chosen if state.record_of(p) is None]
-    if left:
-        print(f"{len(left)} parts are left ({', '.join(left)}); run it again to go on")
+    missing = [p.name for p in chosen if state.record_of(p) is None]
+    if missing:
+        print(f"{len(missing)} parts are left ({', '.join(missing)}); run it again to go on")
     if broken:
         print(f"failed: {', '.join(broken)}; run it again to repeat them", file=sys.stderr)
         return 1
-    return _LEFT if left else 0
+    return _LEFT if missing else 0
 
 
 def run_part(part: Part, extras: Mapping[str, Any]) -> dict[str, Any]:
     """Run one part in a process of its own."""
     begun = time.monotonic()
     if part.kind == "tests":
-        command = [sys.executable, "-m", "pytest", "-q", "--no-header", "-p", "no:cacheprovider", *part.arguments]
+        command = [sys.executable, "-m", "pytest", "--no-header", "-p", "no:cacheprovider", *part.arguments]
     else:
         workload = None if part.workload is None else part.workload.to_json()
         spec = json.dumps({"kind": part.kind, "workload": workload, **extras})
@@ -116,9 +118,10 @@ def run_part(part: Part, extras: Mapping[str, Any]) -> dict[str, Any]:
 
 def _test_record(code: int, out: str, err: str, seconds: float) -> dict[str, Any]:
     summary = _last_line(out) or _last_line(err)
-    record: dict[str, Any] = {"status": "ok" if code == 0 else "failed", "seconds": seconds, "records": []}
+    passed = code == 0 and " passed" in f" {summary}"
+    record: dict[str, Any] = {"status": "ok" if passed else "failed", "seconds": seconds, "records": []}
     record["summary"] = summary
-    if code != 0:
+    if not passed:
         record["output"] = _tail(out + err)
         print(record["output"], file=sys.stderr)
     return record
@@ -152,8 +155,10 @@ def write_results(folder: Path, arguments: Sequence[str], card: Mapping[str, Any
 def _card() -> dict[str, Any]:
     """Facts of the device, asked in a process of its own: this one stays small and never holds the device."""
     code = (
-        "import json, torch; from dataclasses import asdict; from quant_kernels.tuning.card import card_of;"
-        "card = card_of(torch.device('cuda')); print(json.dumps({**asdict(card), 'slug': card.slug}))"
+        "import json, torch, triton; from dataclasses import asdict; from quant_kernels.tuning.card import card_of;"
+        "card = card_of(torch.device('cuda'));"
+        "versions = f'torch {torch.__version__}, triton {triton.__version__}, CUDA {torch.version.cuda}';"
+        "print(json.dumps({**asdict(card), 'slug': card.slug, 'versions': versions}))"
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=REPOSITORY)
     if done.returncode:
@@ -162,7 +167,17 @@ def _card() -> dict[str, Any]:
             "Without one, `make test` checks the kernels as far as a CPU can"
         )
     card: dict[str, Any] = json.loads(done.stdout)
-    return card
+    return {**card, "driver_and_clocks": _driver_and_clocks()}
+
+
+def _driver_and_clocks() -> str | None:
+    """What nvidia-smi says of driver and clocks, or None where it is not there."""
+    query = "--query-gpu=driver_version,clocks.max.sm,clocks.sm,clocks.mem,power.limit"
+    try:
+        done = subprocess.run(["nvidia-smi", query, "--format=csv,noheader"], capture_output=True, text=True)
+    except OSError:
+        return None
+    return _last_line(done.stdout) or None
 
 
 def _text(output: str | bytes | None) -> str:
@@ -201,7 +216,7 @@ def _parse(arguments: Sequence[str]) -> argparse.Namespace:
     )
     parser.add_argument("--show", type=Path, metavar="FILE", help="print the Markdown of a results file and stop")
     options = parser.parse_args(arguments)
-    for name in ("gemlite", "marlin"):
+    for name in _PEERS:
         folder = getattr(options, name)
         if folder is not None and not folder.is_dir():
             parser.error(f"--{name}: no folder '{folder}'")

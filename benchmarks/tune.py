@@ -1,9 +1,9 @@
 """Writes the tuning table of this machine's GPU: `make tune`, or `python -m benchmarks.tune`.
 
 For every linear of the models in `gpu.problems` and every regime of M it times the tiles and splits that could win,
-with cold weights as in the benchmark, and writes the fastest to quant_kernels/tuning/<gpu>.json. What a run measured
-replaces what the table said of it; the rest stays. Review the file like code: `python -m quant_kernels.resources
---new-budgets` then shows what the new configurations cost on other cards.
+with cold weights as in the benchmark, and writes the fastest to quant_kernels/tuning/<gpu>.json. Problems that the
+table knows are left as they are unless --fresh is given, so a run that ends early is continued by the next. Review the
+file like code: `python -m quant_kernels.resources --new-budgets` then shows what the new configurations cost.
 
 Exit codes: 0; 2 for wrong input or no GPU; 130 after Ctrl-C, with what was measured written.
 """
@@ -18,7 +18,7 @@ import shlex
 import statistics
 import sys
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Container, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -73,7 +73,7 @@ def candidates(card: Card, rows: int, scheme: Scheme) -> list[Tile]:
         found[Tile(32, 256, num_warps=8, num_stages=3, scale_weight=several)] = None
         for columns, warps in ((128, 4), (256, 8)):
             found[Tile(64, columns, 16, warps, scale_weight=True)] = None
-    fits = (t for t in found if t.num_stages >= 2 and t.shared_bytes(scheme.bits) <= card.shared_per_block)
+    fits = (t for t in found if t.num_stages >= 2 and t.shared_bytes(scheme.bits, card.arch) <= card.shared_per_block)
     return list(fits)
 
 
@@ -89,7 +89,7 @@ def merge(old: Mapping[str, Any] | None, card: Card, new: Sequence[Mapping[str, 
     """The table with what was measured now in place of what it said of the same problems."""
     kept: dict[TunedKey, Mapping[str, Any]] = {}
     for entry in [*(old["choices"] if old else []), *new]:
-        kept[TunedKey(**{name: entry[name] for name in TunedKey.__dataclass_fields__})] = entry
+        kept[_key(entry)] = entry
     order = sorted(kept, key=lambda k: (k.kernel, k.bits, k.dtype, k.group_size, k.zero, k.in_features, k.out_features))
     return {
         "card": card.name,
@@ -136,70 +136,106 @@ def entrants(card: Card, rows: int, weight: P16Weight) -> list[Entrant]:
     return [*ways, *([Entrant(None, 1)] if rows > REGIMES[1] else [])]
 
 
-def fastest(shape: Shape, workload: Workload, rows: int, card: Card) -> dict[str, Any]:
-    """The table's entry for one problem: every entrant timed once, the best few again in turns."""
-    case = Case(shape, workload, random_weight(shape, workload), card.l2_bytes)
-    weight = pack(case.record, case.dtype, CUDA)
-    copies = copies_of(weight, case.copies(8 * weight.bytes_per_pass / shape.num_weights))
-    x = torch.randn(rows, shape.in_features, dtype=DTYPES[workload.dtype], device=CUDA)
-    graphs: dict[Entrant, TimedGraph] = {}
-    first: dict[Entrant, float] = {}
-    for way in entrants(card, rows, weight):
-        graphs[way] = TimedGraph([way.call(copy, x) for copy in copies])
-        first[way] = min(graphs[way].microseconds(3))
-        for slow in sorted(graphs, key=lambda w: first[w])[_FINALISTS:]:
-            del graphs[slow]
-    finals: dict[Entrant, list[float]] = {way: [] for way in graphs}
+@dataclasses.dataclass(frozen=True, slots=True)
+class Contest:
+    """One weight in enough copies, and x of one height: what entrants are timed on."""
+
+    shape: Shape
+    workload: Workload
+    rows: int
+    card: Card
+    x: torch.Tensor
+    copies: Sequence[P16Weight]
+
+    @property
+    def weight(self) -> P16Weight:
+        return self.copies[0]
+
+    @classmethod
+    def on(cls, shape: Shape, workload: Workload, rows: int, card: Card) -> Contest:
+        """Make the weight and its copies on the device."""
+        case = Case(shape, workload, random_weight(shape, workload), card.l2_bytes)
+        weight = pack(case.record, case.dtype, CUDA)
+        copies = copies_of(weight, case.copies(8 * weight.bytes_per_pass / shape.num_weights))
+        x = torch.randn(rows, shape.in_features, dtype=DTYPES[workload.dtype], device=CUDA)
+        return cls(shape, workload, rows, card, x, copies)
+
+    def graph(self, way: Callable[[P16Weight, torch.Tensor], Call]) -> TimedGraph | None:
+        """A graph of one way of running it, or None (and a line) where that way does not run."""
+        try:
+            return TimedGraph([way(copy, self.x) for copy in self.copies])
+        except Exception as problem:  # noqa: BLE001  A compiler's failure costs one entrant, not the table.
+            print(f"  left out: {type(problem).__name__}: {str(problem).splitlines()[:1]}", flush=True)
+            return None
+
+    def entry(self, kernel: str, tile: Tile | None, split_k: int, name: str, times: Sequence[float]) -> dict[str, Any]:
+        """The table's entry for the winner; says it too."""
+        us = statistics.median(times)
+        print(f"{self.shape.name:<14} M {self.rows:<5} {self.workload.dtype:<9} {name:<32} {us:8.1f} us", flush=True)
+        key = key_of(kernel, self.shape, self.workload, self.rows)
+        record = None if tile is None else tile.to_json()
+        return {**dataclasses.asdict(key), "tile": record, "split_k": split_k, "microseconds": round(us, 2)}
+
+
+def key_of(kernel: str, shape: Shape, workload: Workload, rows: int) -> TunedKey:
+    """What the table files a problem under."""
+    zero = "const" if workload.zero == "const" else "integer"
+    sizes = (shape.in_features, shape.out_features, rows)
+    return TunedKey(kernel, 4, workload.dtype, workload.group_size, zero, *sizes)
+
+
+def race(graphs: Mapping[Any, TimedGraph]) -> dict[Any, list[float]]:
+    """Microseconds of each, taken in turns."""
+    times: dict[Any, list[float]] = {way: [] for way in graphs}
     for _ in range(_FINAL_ROUNDS):
         for way, graph in graphs.items():
-            finals[way] += graph.microseconds(5)
-    medians = {way: statistics.median(times) for way, times in finals.items()}
-    best = min(medians, key=lambda way: medians[way])
-    print(f"{shape.name:<14} M {rows:<5} {workload.dtype:<9} {best.name:<32} {medians[best]:8.1f} us", flush=True)
-    key = TunedKey.of(MATMUL, weight.scheme, shape.in_features, shape.out_features, rows)
-    tile = None if best.tile is None else best.tile.to_json()
-    return {**dataclasses.asdict(key), "tile": tile, "split_k": best.split_k, "microseconds": round(medians[best], 2)}
+            times[way] += graph.microseconds(5)
+    return times
 
 
-def fused_or_not(
-    shape: Shape, workload: Workload, rows: int, card: Card, entry: Mapping[str, Any]
-) -> Iterator[dict[str, Any]]:
+def fastest(contest: Contest) -> dict[str, Any]:
+    """The entry for a linear: every entrant timed once, the best few again in turns."""
+    graphs: dict[Entrant, TimedGraph] = {}
+    first: dict[Entrant, float] = {}
+    for way in entrants(contest.card, contest.rows, contest.weight):
+        graph = contest.graph(way.call)
+        if graph is None:
+            continue
+        graphs[way], first[way] = graph, min(graph.microseconds(3))
+        for slow in sorted(graphs, key=lambda w: first[w])[_FINALISTS:]:
+            del graphs[slow]
+    times = race(graphs)
+    best = min(times, key=lambda way: statistics.median(times[way]))
+    return contest.entry(MATMUL, best.tile, best.split_k, best.name, times[best])
+
+
+def fused_or_not(contest: Contest, entry: Mapping[str, Any]) -> Iterator[dict[str, Any]]:
     """The entry that says whether gate and up are faster in one kernel than as `entry` and silu_mul; if it exists."""
-    case = Case(shape, workload, random_weight(shape, workload), card.l2_bytes)
-    weight = pack(case.record, case.dtype, CUDA)
-    tile = gate_up_tile(rows, weight.scheme)
-    if tile is None or entry["tile"] is None or not can_fuse_gate_up(_problem(rows, weight)):
+    weight = contest.weight
+    problem = Problem(contest.rows, weight.in_features, weight.out_features, weight.scheme)
+    rule = gate_up_tile(contest.rows, weight.scheme)
+    if rule is None or entry["tile"] is None or not can_fuse_gate_up(problem):
         return
-    copies = copies_of(weight, case.copies(8 * weight.bytes_per_pass / shape.num_weights))
-    x = torch.randn(rows, shape.in_features, dtype=case.dtype, device=CUDA)
     apart = Entrant(Tile.from_json(entry["tile"]), entry["split_k"])
-    tiles: list[Tile | None] = [None, tile, dataclasses.replace(tile, num_stages=tile.num_stages + 1)]
-    if rows <= REGIMES[0]:
-        tiles += [dataclasses.replace(tile, num_warps=2), Tile(16, 128)]
-    graphs = {t: TimedGraph([_mlp_call(c, x, t, apart) for c in copies]) for t in tiles}
-    times: dict[Tile | None, list[float]] = {t: [] for t in tiles}
-    for _ in range(_FINAL_ROUNDS):
-        for t, graph in graphs.items():
-            times[t] += graph.microseconds(5)
-    best = min(tiles, key=lambda t: statistics.median(times[t]))
-    microseconds = statistics.median(times[best])
-    name = "two launches" if best is None else f"fused {best.name}"
-    print(f"{shape.name:<14} M {rows:<5} {workload.dtype:<9} {name:<32} {microseconds:8.1f} us", flush=True)
-    key = TunedKey.of(GATE_UP, weight.scheme, shape.in_features, shape.out_features, rows)
-    record = None if best is None else best.to_json()
-    yield {**dataclasses.asdict(key), "tile": record, "split_k": 1, "microseconds": round(microseconds, 2)}
+    tiles: list[Tile | None] = [None, rule, dataclasses.replace(rule, num_stages=rule.num_stages + 1)]
+    if contest.rows <= REGIMES[0]:
+        tiles += [dataclasses.replace(rule, num_warps=2), Tile(16, 128)]
+    made = {tile: contest.graph(_mlp(tile, apart)) for tile in tiles}
+    times = race({tile: graph for tile, graph in made.items() if graph is not None})
+    best = min(times, key=lambda tile: statistics.median(times[tile]))
+    yield contest.entry(GATE_UP, best, 1, "two launches" if best is None else f"fused {best.name}", times[best])
 
 
-def _mlp_call(weight: P16Weight, x: torch.Tensor, tile: Tile | None, apart: Entrant) -> Call:
+def _mlp(tile: Tile | None, apart: Entrant) -> Callable[[P16Weight, torch.Tensor], Call]:
     """silu(gate) * up, fused by `tile` or as a matmul and a launch of its own."""
-    if tile is not None:
-        return lambda: gate_up(x, weight, tile)
-    multiply = apart.call(weight, x)
-    return lambda: silu_mul(multiply(), x.dtype)
 
+    def call(weight: P16Weight, x: torch.Tensor) -> Call:
+        if tile is not None:
+            return lambda: gate_up(x, weight, tile)
+        multiply = apart.call(weight, x)
+        return lambda: silu_mul(multiply(), x.dtype)
 
-def _problem(rows: int, weight: P16Weight) -> Problem:
-    return Problem(rows, weight.in_features, weight.out_features, weight.scheme)
+    return call
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -219,32 +255,41 @@ def _tune(options: argparse.Namespace, command: str) -> int:
     card = card_of(torch.device("cuda"))
     path = table_path(card, options.out)
     old = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else None
+    known = set() if options.fresh or old is None else {_key(entry) for entry in old["choices"]}
     entries: list[dict[str, Any]] = []
-    interrupted = False
     try:
-        for entry in _measure(options, card):
+        for entry in _measure(options, card, known):
             entries.append(entry)
     except KeyboardInterrupt:
-        interrupted = True
-    if entries:
-        write_text(path, table_text(merge(old, card, entries, command)))
+        return _INTERRUPTED
+    finally:
+        if entries:
+            write_text(path, table_text(merge(old, card, entries, command)))
         print(f"{len(entries)} choices written to {path}")
-    return _INTERRUPTED if interrupted else 0
+    return 0
 
 
-def _measure(options: argparse.Namespace, card: Card) -> Iterator[dict[str, Any]]:
+def _measure(options: argparse.Namespace, card: Card, known: Container[TunedKey]) -> Iterator[dict[str, Any]]:
+    """The entries of all problems that the table does not know yet, as far as the time goes."""
     begun = time.monotonic()
     shapes = [shape for name in options.shapes for shape in SHAPES[name]]
     for dtype, group, zero, shape in itertools.product(options.dtype, options.group, options.zero, shapes):
         workload = Workload(options.shapes[0], dtype, group, zero)
         for rows in sorted({regime(m) for m in options.rows}):
+            if key_of(MATMUL, shape, workload, rows) in known:
+                continue
             if time.monotonic() - begun > options.limit:
-                print(f"{options.limit} s are over; run the rest with fewer --shapes or --rows")
+                print(f"{options.limit} s are over; run it again to go on")
                 return
-            entry = fastest(shape, workload, rows, card)
+            contest = Contest.on(shape, workload, rows, card)
+            entry = fastest(contest)
             yield entry
             if shape.name.endswith("gate_up"):
-                yield from fused_or_not(shape, workload, rows, card, entry)
+                yield from fused_or_not(contest, entry)
+
+
+def _key(entry: Mapping[str, Any]) -> TunedKey:
+    return TunedKey(**{name: entry[name] for name in TunedKey.__dataclass_fields__})
 
 
 def _parse(arguments: Sequence[str]) -> argparse.Namespace:
@@ -258,6 +303,7 @@ def _parse(arguments: Sequence[str]) -> argparse.Namespace:
     parser.add_argument("--group", nargs="+", type=int, default=[128], metavar="G", help="group sizes (128)")
     parser.add_argument("--zero", nargs="+", choices=("const", "integer"), default=["const", "integer"])
     parser.add_argument("--limit", type=int, default=480, metavar="S", help="begin no problem after S seconds (480)")
+    parser.add_argument("--fresh", action="store_true", help="time problems again that the table knows")
     parser.add_argument("--out", type=Path, default=FOLDER, metavar="DIR", help="where the table goes (%(default)s)")
     return parser.parse_args(arguments)
 

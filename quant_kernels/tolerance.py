@@ -58,8 +58,8 @@ def bound(scheme: Scheme, result: torch.dtype, *, scale_weight: bool, half_sums:
 def _weight_roundings(scheme: Scheme, *, scale_weight: bool) -> int:
     """How often each weight is rounded to the activations' type before it is multiplied."""
     roundings = 1 if scheme.zero == ZeroKind.CODEBOOK else 0
-    if scale_weight:
+    if scale_weight or scheme.zero == ZeroKind.MIN:
         roundings += 1 + (scheme.scale_dtype != scheme.dtype)
     if scheme.zero == ZeroKind.MIN:
-        roundings += 2
+        roundings += 2  # The centred min, and its addition.
     return roundings

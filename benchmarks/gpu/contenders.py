@@ -17,13 +17,14 @@ from typing import Protocol
 import torch
 
 from benchmarks.gpu.problems import Shape, Workload, num_copies
-from quant_kernels.linear.p16.layout import P16Weight, pack
+from quant_kernels.linear.p16.layout import P16Weight
 from quant_kernels.linear.p16.prepared import P16Linear
 from quant_kernels.packed_weight import PackedWeight
 from quant_kernels.tuning.select import Selector
 
 Call = Callable[[], torch.Tensor]
 CUDA = torch.device("cuda")
+_GEMLITE_ROWS = 16
 DTYPES = {"float16": torch.float16, "bfloat16": torch.bfloat16}
 
 
@@ -50,7 +51,7 @@ class Contender(Protocol):
 
     name: str
 
-    def unavailable(self, case: Case) -> str | None:
+    def unavailable(self, case: Case, rows: int) -> str | None:
         """Why it cannot take part, or None."""
         ...
 
@@ -99,18 +100,14 @@ class Own:
     def __init__(self, selector: Selector) -> None:
         self._selector = selector
 
-    def unavailable(self, case: Case) -> str | None:
+    def unavailable(self, case: Case, rows: int) -> str | None:
         return None
 
     def linears(self, case: Case) -> list[P16Linear]:
         """One linear per copy of the weight."""
-        first = P16Linear(case.record, case.dtype, CUDA, self._selector)
-        made = [first]
-        for weight in copies_of(first.weight, case.copies(8 * first.num_bytes / case.shape.num_weights))[1:]:
-            other = P16Linear.__new__(P16Linear)
-            other.__dict__.update({**first.__dict__, "weight": weight})
-            made.append(other)
-        return made
+        first = P16Linear.of(case.record, case.dtype, CUDA, self._selector).weight
+        count = case.copies(8 * first.bytes_per_pass / case.shape.num_weights)
+        return [P16Linear(weight, self._selector) for weight in copies_of(first, count)]
 
     def calls(self, case: Case, x: torch.Tensor) -> list[Call]:
         return [lambda linear=linear: linear.partial_sums(x) for linear in self.linears(case)]  # type: ignore[misc]
@@ -121,9 +118,6 @@ class Summed(Own):
 
     name = "qengine, summed"
 
-    def unavailable(self, case: Case) -> str | None:
-        return None
-
     def calls(self, case: Case, x: torch.Tensor) -> list[Call]:
         return [lambda linear=linear: linear(x) for linear in self.linears(case)]  # type: ignore[misc]
 
@@ -133,7 +127,7 @@ class Dense:
 
     name = "cuBLAS"
 
-    def unavailable(self, case: Case) -> str | None:
+    def unavailable(self, case: Case, rows: int) -> str | None:
         return None
 
     def calls(self, case: Case, x: torch.Tensor) -> list[Call]:
@@ -147,7 +141,7 @@ class TorchInt4:
 
     name = "torch int4"
 
-    def unavailable(self, case: Case) -> str | None:
+    def unavailable(self, case: Case, rows: int) -> str | None:
         if case.workload.dtype != "bfloat16":
             return "bfloat16 only"
         if case.workload.group_size not in (32, 64, 128, 256):
@@ -166,16 +160,21 @@ class TorchInt4:
 
 
 class GemLite:
-    """GemLite's Triton kernels, from an unpacked copy of its sources."""
+    """GemLite's Triton kernels, from an unpacked copy of its sources.
+
+    It tunes itself for every shape and number of rows, a minute each, so it takes part only where it is aimed at.
+    """
 
     name = "GemLite"
 
     def __init__(self, folder: Path | None) -> None:
         self._folder = folder
 
-    def unavailable(self, case: Case) -> str | None:
+    def unavailable(self, case: Case, rows: int) -> str | None:
         if self._folder is None:
             return "no copy given (--gemlite)"
+        if rows > _GEMLITE_ROWS:
+            return f"measured up to M {_GEMLITE_ROWS}"
         return _import_problem("gemlite", self._folder)
 
     def calls(self, case: Case, x: torch.Tensor) -> list[Call]:
@@ -185,7 +184,7 @@ class GemLite:
         codes = torch.randint(0, 16, (shape.out_features, shape.in_features), device=CUDA).to(torch.uint8)
         tables = (codes.numel() // group, 1)
         scales = torch.rand(tables, dtype=case.dtype, device=CUDA)
-        zeros = torch.full(tables, 8.0, dtype=case.dtype, device=CUDA)
+        zeros = 8 if case.workload.zero == "const" else torch.full(tables, 8.0, dtype=case.dtype, device=CUDA)
         calls: list[Call] = []
         for _ in range(case.copies(4 + 32 / group)):
             linear = gemlite.GemLiteLinear(
@@ -209,7 +208,7 @@ class Marlin:
     def __init__(self, folder: Path | None) -> None:
         self._folder = folder
 
-    def unavailable(self, case: Case) -> str | None:
+    def unavailable(self, case: Case, rows: int) -> str | None:
         if self._folder is None:
             return "no built copy given (--marlin)"
         if case.workload.dtype != "float16" or case.workload.group_size != 128 or case.workload.zero != "const":
@@ -245,8 +244,3 @@ def _import_problem(module: str, folder: Path) -> str | None:
     except ImportError as error:
         return f"cannot be imported from {folder.name}: {error}"
     return None
-
-
-def packed_bytes(case: Case) -> int:
-    """Bytes of one copy of our weight."""
-    return pack(case.record, case.dtype, CUDA).bytes_per_pass

@@ -12,12 +12,13 @@ from typing import Any
 import torch
 
 from benchmarks.common import Spread
-from benchmarks.gpu.contenders import CUDA, DTYPES, Case, Contender, Own, random_weight
+from benchmarks.gpu.contenders import CUDA, DTYPES, Case, Contender, random_weight
 from benchmarks.gpu.problems import SHAPES, Shape, Workload
 from benchmarks.gpu.timing import TimedGraph
+from quant_kernels.linear.p16.prepared import P16Linear
 from quant_kernels.reference import linear as reference_linear
-from quant_kernels.tolerance import error
-from quant_kernels.tuning.select import Problem, Selector
+from quant_kernels.tolerance import bound, error
+from quant_kernels.tuning.select import Selector
 
 REPLAYS_PER_ROUND = 5
 
@@ -26,7 +27,7 @@ def measure(workload: Workload, selector: Selector, everyone: Sequence[Contender
     """Records of one workload, shape by shape, as they come."""
     for shape in SHAPES[workload.shapes]:
         case = Case(shape, workload, random_weight(shape, workload), selector.card.l2_bytes)
-        own = Own(selector).linears(case)[0]
+        own = P16Linear.of(case.record, case.dtype, CUDA, selector)
         for rows in workload.rows:
             x = torch.randn(rows, shape.in_features, dtype=DTYPES[workload.dtype], device=CUDA)
             choice = own.choice(rows)
@@ -44,7 +45,7 @@ def measure(workload: Workload, selector: Selector, everyone: Sequence[Contender
                 "configuration": "expand + cuBLAS" if choice.tile is None else choice.tile.name,
                 "split_k": choice.split_k,
                 "reason": choice.reason,
-                "error": check(own, x, case),
+                **check(own, x, case),
             }
             for name, times in _contest(case, x, everyone):
                 yield {**base, "contender": name, **times}
@@ -55,11 +56,11 @@ def _contest(case: Case, x: torch.Tensor, everyone: Sequence[Contender]) -> Iter
     """Each contender's times, or the reason why it has none."""
     graphs: dict[str, TimedGraph] = {}
     for contender in everyone:
-        reason = contender.unavailable(case)
+        reason = contender.unavailable(case, x.shape[0])
         if reason is None:
             try:
                 graphs[contender.name] = TimedGraph(contender.calls(case, x))
-            except (RuntimeError, ValueError, AssertionError) as problem:
+            except Exception as problem:  # noqa: BLE001  A peer's failure, or a compiler's, ends its turn and no more.
                 reason = f"{type(problem).__name__}: {str(problem).splitlines()[0][:160] if str(problem) else ''}"
         if reason is not None:
             yield contender.name, {"status": "unavailable", "why": reason}
@@ -78,12 +79,9 @@ def traffic(shape: Shape, rows: int, weight_bytes: int, split_k: int) -> int:
     return weight_bytes + 2 * rows * shape.in_features + out
 
 
-def check(own: Any, x: torch.Tensor, case: Case) -> float:
-    """The worst error of our result against the reference on the first 16 rows, relative as in `tolerance`."""
+def check(own: P16Linear, x: torch.Tensor, case: Case) -> dict[str, float]:
+    """The worst error of our result against the reference on the first 16 rows, and what it may be."""
     expected = reference_linear(x[:16], case.record)
-    return error(own(x)[:16], expected).worst
-
-
-def problem_of(case: Case, rows: int, own: Any) -> Problem:
-    """The problem that `tuning` sees."""
-    return Problem(rows, case.shape.in_features, case.shape.out_features, own.weight.scheme)
+    allowed = bound(own.weight.scheme, x.dtype, scale_weight=True)
+    # One rounding more where partial sums are added up.
+    return {"error": error(own(x)[:16], expected).worst, "error_bound": 2 * allowed.worst}

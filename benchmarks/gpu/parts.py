@@ -1,8 +1,8 @@
 """The parts of a GPU check, each well under eight minutes, and what is known of those that have run.
 
 A part's record is a JSON file in the state folder, written whole when the part ends; so a check that is cut off goes
-on where it was. A record counts only for the sources and the card that made it. Later kinds of checks (attention,
-end to end, memory) are further entries of `PARTS`.
+on where it was. A record counts only for the sources, the card and the versions that made it. Later kinds of checks
+(attention, end to end, memory) are further entries of `PARTS`.
 """
 
 from __future__ import annotations
@@ -47,6 +47,7 @@ def _matmul(shapes: str, dtype: str, group: int = 128, zero: str = "const", seco
 
 
 _KERNEL_TESTS = "tests/quant_kernels"
+_REAL = f"{_KERNEL_TESTS}/test_gpu.py"
 PARTS: tuple[Part, ...] = (
     Part(
         "tests-kernels",
@@ -54,8 +55,9 @@ PARTS: tuple[Part, ...] = (
         150,
         tuple(f"{_KERNEL_TESTS}/{name}.py" for name in ("test_p16_matmul", "test_p16_prepared", "test_elementwise")),
     ),
-    Part("tests-real-sizes", "tests", 200, (f"{_KERNEL_TESTS}/test_gpu.py", "-m", "gpu and not every_tile")),
-    Part("tests-every-tile", "tests", 300, (f"{_KERNEL_TESTS}/test_gpu.py", "-m", "gpu and every_tile")),
+    Part("tests-real-sizes", "tests", 200, (_REAL, "-m", "gpu and not every_tile")),
+    Part("tests-every-tile-float16", "tests", 300, (_REAL, "-m", "every_tile", "-k", "every_tile and float16")),
+    Part("tests-every-tile-bfloat16", "tests", 300, (_REAL, "-m", "every_tile", "-k", "every_tile and bfloat16")),
     Part("bandwidth", "bandwidth", 15),
     _matmul("8b", "float16"),
     _matmul("8b", "bfloat16"),
@@ -78,31 +80,49 @@ def fingerprint() -> str:
     return digest.hexdigest()[:16]
 
 
+@dataclass(frozen=True, slots=True)
+class Origin:
+    """What a record must have been made with to count: sources, card, versions, and at least these peers."""
+
+    sources: str
+    card: str
+    versions: str
+    peers: frozenset[str] = frozenset()
+
+
 class State:
     """Records of finished parts, in a folder."""
 
-    def __init__(self, folder: Path, sources: str, card: str) -> None:
+    def __init__(self, folder: Path, origin: Origin) -> None:
         self._folder = folder
-        self._sources = sources
-        self._card = card
+        self._origin = origin
 
     def record_of(self, part: Part) -> dict[str, Any] | None:
-        """What a part found, if it has run for these sources on this card."""
+        """What a part found, if its record counts."""
         try:
             record = json.loads(self._path(part).read_text(encoding="utf-8"))
         except (OSError, ValueError):
             return None
-        valid = isinstance(record, dict) and record.get("sources") == self._sources and record.get("card") == self._card
-        return record if valid else None
+        if not isinstance(record, dict) or any(record.get(k) != v for k, v in self._facts().items()):
+            return None
+        lacks_peers = part.kind == "matmul" and not self._origin.peers <= set(record.get("peers", ()))
+        return None if lacks_peers else record
 
     def save(self, part: Part, record: dict[str, Any]) -> None:
         """Remember what a part found."""
-        whole = {**record, "part": part.name, "kind": part.kind, "sources": self._sources, "card": self._card}
+        peers = sorted(self._origin.peers)
+        whole = {**record, "part": part.name, "kind": part.kind, **self._facts(), "peers": peers}
         write_text(self._path(part), json.dumps(whole, indent=1) + "\n")
 
     def pending(self, parts: Sequence[Part]) -> list[Part]:
-        """Parts without a record, or whose last run failed."""
-        return [p for p in parts if (record := self.record_of(p)) is None or record["status"] != "ok"]
+        """Parts that have not run, then those whose last run failed: one that always fails holds nobody up."""
+        records = {p: self.record_of(p) for p in parts}
+        failed = [p for p, r in records.items() if r is not None and r["status"] != "ok"]
+        return [p for p, r in records.items() if r is None] + failed
+
+    def _facts(self) -> dict[str, str]:
+        origin = self._origin
+        return {"sources": origin.sources, "card": origin.card, "versions": origin.versions}
 
     def _path(self, part: Part) -> Path:
         return self._folder / f"{part.name}.json"

@@ -54,7 +54,7 @@ def markdown_report(results: Record) -> str:
     title = f"# {results['card']['name']}\n\nMeasured {environment['date'][:10]} by `{environment['command']}`."
     parts = [title, _facts(results), _tests(results)]
     parts += [_table(group, list(rows), results) for group, rows in _groups(results["matmul"])]
-    parts += [_targets(results["matmul"]), _pending(results)]
+    parts += [_targets(results["matmul"]), _wrong(results["matmul"]), _pending(results)]
     return "\n\n".join(part for part in parts if part) + "\n"
 
 
@@ -89,11 +89,12 @@ def target_lines(records: Sequence[Record]) -> list[str]:
 
 
 def _facts(results: Record) -> str:
-    card, environment = results["card"], results["environment"]
+    card = results["card"]
     bandwidth = results.get("copy_bytes_per_s")
     facts = [
         f"sm_{card['arch']}, {card['num_sms']} multiprocessors, {card['l2_bytes'] / 2**20:.0f} MB L2",
-        f"torch {environment['torch']}, triton {environment['triton']}",
+        card["versions"],
+        *([f"driver, clocks and power: {card['driver_and_clocks']}"] if card["driver_and_clocks"] else []),
     ]
     if bandwidth:
         facts.append(f"copies {bandwidth / 1e9:.0f} GB/s")
@@ -152,6 +153,13 @@ def _cells(own: Record, contenders: Mapping[str, Record], names: Sequence[str], 
 def _targets(records: Sequence[Record]) -> str:
     lines = target_lines(records)
     return "Aimed at:\n\n" + "\n".join(f"- {line}" for line in lines) if lines else ""
+
+
+def _wrong(records: Sequence[Record]) -> str:
+    """Problems whose result was off by more than its bound: their times mean nothing."""
+    wrong = [r for r in records if r["contender"] == OWN and r["error"] > r["error_bound"]]
+    lines = [f"- WRONG RESULT: {r['shape']}, M {r['rows']}, {r['dtype']}: error {r['error']:.1e}" for r in wrong]
+    return "\n".join(lines)
 
 
 def _pending(results: Record) -> str:

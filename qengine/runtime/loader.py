@@ -120,8 +120,8 @@ def load_decoder(
 def _target(device: torch.device, dtype: torch.dtype) -> Target:
     try:
         return Target.of(device, dtype)
-    except ValueError as error:
-        raise LoadError(str(error)) from error
+    except (ValueError, RuntimeError) as error:
+        raise LoadError(f"the kernels cannot run on {device}: {error}") from error
 
 
 def _slot(shape: LinearShape | TensorShape) -> Slot:

@@ -9,13 +9,14 @@ correctness.
 from __future__ import annotations
 
 import hashlib
+import inspect
 import json
 import tempfile
 from pathlib import Path
 from typing import Any
 
-import triton
 import triton.language as tl
+from triton.runtime.jit import KernelInterface
 
 from quant_kernels.compiled import cross_compile, figures, sass
 from quant_kernels.compiled.variants import Variant, compile_arguments
@@ -63,11 +64,11 @@ class FigureCache:
 
 def source_of(kernel: Any, seen: frozenset[str] = frozenset()) -> str:
     """The text of a kernel, of those it calls and of the constants they use; Triton's own key has line numbers."""
-    text = [kernel.src]
     function = kernel.fn
+    text = [getattr(kernel, "src", None) or inspect.getsource(function)]
     for name in sorted(set(function.__code__.co_names) - seen):
         value = function.__globals__.get(name)
-        if isinstance(value, triton.JITFunction):
+        if isinstance(value, KernelInterface):
             text.append(source_of(value, seen | {name}))
         elif isinstance(value, tl.constexpr):
             text.append(f"{name} = {value.value!r}")

@@ -1,15 +1,16 @@
 """Every kernel that can be launched: which weights, which tiles, which architectures.
 
 The list follows `tuning.select` and the tables beside it, so a configuration that can be chosen is a variant here.
-Sizes are no part of a variant, since kernels take them as arguments; two more variants stand for inputs that do not
-fill blocks, a bias, and partial sums. Nothing is compiled here.
+Sizes are no part of a variant, since kernels take them as arguments. What changes a kernel around its loop alone
+(inputs that do not fill blocks, a bias, partial sums) is compiled once per tile of the commonest weight, as `odd`.
+Nothing is compiled here.
 """
 
 from __future__ import annotations
 
 import itertools
 from collections.abc import Iterable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -25,14 +26,21 @@ from quant_kernels.linear.p16.constants import matmul_constants, scheme_constant
 from quant_kernels.linear.p16.expand import p16_expand_kernel
 from quant_kernels.linear.p16.gate_up import p16_gate_up_kernel
 from quant_kernels.linear.p16.matmul import p16_matmul_kernel
-from quant_kernels.scheme import PLANE_ROWS, Scheme, ZeroKind
-from quant_kernels.tuning.card import SHARED_PER_BLOCK
-from quant_kernels.tuning.select import EXPAND_FROM, REGIMES, gate_up_tile, matmul_tiles
-from quant_kernels.tuning.table import FOLDER, TunedKey, read_table
+from quant_kernels.scheme import ACTIVATION_DTYPES, PLANE_ROWS, Scheme, ZeroKind
+from quant_kernels.tuning.card import KNOWN_CARDS, SHARED_PER_BLOCK
+from quant_kernels.tuning.select import (
+    EXPAND_ABOVE,
+    REGIMES,
+    SPLITS,
+    Problem,
+    can_sum_in_half,
+    gate_up_tile,
+    matmul_tiles,
+)
+from quant_kernels.tuning.table import FOLDER, read_table
 from quant_kernels.tuning.tile import Tile
 
 ARCHS = tuple(SHARED_PER_BLOCK)
-DTYPES = (torch.float16, torch.bfloat16)
 #: Any codebook compiles alike; this is the 4-bit NormalFloat's (Dettmers et al. 2023, appendix E), rounded.
 _CODEBOOK = (
     *(-1.0, -0.6962, -0.5251, -0.3949, -0.2844, -0.1848, -0.0911, 0.0),
@@ -40,7 +48,7 @@ _CODEBOOK = (
 )
 _POINTERS = {torch.float16: "*fp16", torch.bfloat16: "*bf16", torch.float32: "*fp32"}
 _TABLES = {2: "*i32", 4: "*i64"}
-_COUNTS = ("M", "N", "K", "num_steps", "steps_per_split", "num_columns", "num_rows")
+_COUNTS = ("M", "N", "K", "num_steps", "steps_per_split", "num_columns")
 
 
 @dataclass(frozen=True, slots=True)
@@ -75,6 +83,8 @@ class Variant:
             return f"{dtype} {self.width} columns, {self.splits} sums"
         s = self.scheme
         parts = [f"w{s.bits}", dtype, f"g{s.group_size or 'K'}", s.zero.name.lower()]
+        if s.scale_dtype != s.dtype:
+            parts.append(f"{str(s.scale_dtype).removeprefix('torch.')} scales")
         if self.tile is not None:
             parts.append(self.tile.name)
         return " ".join([*parts, *(["odd"] if self.odd else [])])
@@ -94,7 +104,7 @@ class Variant:
 def all_variants(tables: Path = FOLDER) -> list[Variant]:
     """Everything that can be launched on any architecture, each once."""
     found: dict[Variant, None] = {}
-    for arch, dtype in itertools.product(ARCHS, DTYPES):
+    for arch, dtype in itertools.product(ARCHS, ACTIVATION_DTYPES):
         for scheme in schemes(dtype):
             found.update(dict.fromkeys(_of_scheme(scheme, arch)))
         found.update(dict.fromkeys(_elementwise(arch, dtype)))
@@ -129,41 +139,45 @@ def make_scheme(bits: int, group_size: int, zero: ZeroKind, dtype: torch.dtype) 
 
 
 def _of_scheme(scheme: Scheme, arch: int) -> Iterator[Variant]:
-    for rows in (*REGIMES, EXPAND_FROM[arch] - 1):
+    for rows in (*REGIMES, EXPAND_ABOVE[arch]):
         for name, tile in matmul_tiles(arch, rows, scheme).items():
-            yield Variant("matmul", scheme, tile, arch, scheme.dtype)
-            is_common = scheme.bits == 4 and scheme.zero == ZeroKind.CONST
-            if name == "base" and is_common and scheme.group_size == 128:
+            yield from _of_tile(scheme, tile, arch, rows)
+            if name == "base" and scheme.bits == 4 and scheme.zero == ZeroKind.CONST and scheme.group_size == 128:
                 yield Variant("matmul", scheme, tile, arch, scheme.dtype, odd=True)
-            if tile.scale_weight and arch in (86, 89, 120) and scheme.dtype == torch.float16 and is_common:
-                yield Variant("matmul", scheme, _with_half_sums(tile), arch, scheme.dtype)
+            if name == "base" and scheme.dtype == torch.bfloat16 and scheme.zero <= ZeroKind.INTEGER:
+                # Models in bfloat16 whose quantizer wrote float16 scales.
+                mixed = replace(scheme, scale_dtype=torch.float16)
+                yield Variant("matmul", mixed, tile, arch, scheme.dtype)
         fused = gate_up_tile(rows, scheme)
         if fused is not None:
             yield Variant("gate_up", scheme, fused, arch, scheme.dtype)
     yield Variant("expand", scheme, None, arch, scheme.dtype)
 
 
+def _of_tile(scheme: Scheme, tile: Tile, arch: int, rows: int) -> Iterator[Variant]:
+    """A tile as it is, and with float16 sums where they can be asked for."""
+    yield Variant("matmul", scheme, tile, arch, scheme.dtype)
+    for card in KNOWN_CARDS.values():
+        if card.arch == arch and can_sum_in_half(tile, Problem(rows, 0, 0, scheme), card):
+            yield Variant("matmul", scheme, replace(tile, half_sums=True), arch, scheme.dtype)
+
+
 def _of_tables(folder: Path) -> Iterator[Variant]:
     for path in sorted(folder.glob("*.json")):
         table = read_table(path)
         for key, tile in table.tiles():
-            yield Variant(key.kernel, _scheme_of(key), tile, table.arch, getattr(torch, key.dtype))
-
-
-def _scheme_of(key: TunedKey) -> Scheme:
-    return make_scheme(key.bits, key.group_size, ZeroKind[key.zero.upper()], getattr(torch, key.dtype))
-
-
-def _with_half_sums(tile: Tile) -> Tile:
-    return Tile.from_json({**tile.to_json(), "half_sums": True})
+            scheme = make_scheme(key.bits, key.group_size, ZeroKind[key.zero.upper()], getattr(torch, key.dtype))
+            if key.kernel == "matmul":
+                yield from _of_tile(scheme, tile, table.arch, key.rows)
+            else:
+                yield Variant(key.kernel, scheme, tile, table.arch, scheme.dtype)
 
 
 def _elementwise(arch: int, dtype: torch.dtype) -> Iterator[Variant]:
-    for splits in (1, 4):
-        yield Variant("add_rms_norm", None, None, arch, dtype, splits=splits, width=4096)
+    for splits in SPLITS:
         yield Variant("silu_mul", None, None, arch, dtype, splits=splits, width=SILU_BLOCK)
-    for splits, width in ((8, MAX_BLOCK), (16, 2 * MAX_BLOCK)):
-        yield Variant("add_rms_norm", None, None, arch, dtype, splits=splits, width=width)
+        for width in (MAX_BLOCK // 2, MAX_BLOCK, 2 * MAX_BLOCK):
+            yield Variant("add_rms_norm", None, None, arch, dtype, splits=splits, width=width)
 
 
 def compile_arguments(variant: Variant) -> tuple[Any, dict[str, str], dict[str, Any], dict[str, Any]]:

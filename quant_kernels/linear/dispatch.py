@@ -19,6 +19,7 @@ from quant_kernels.linear.dense import DenseLinear
 from quant_kernels.linear.p16 import layout
 from quant_kernels.packed_weight import DenseWeight, PackedWeight
 from quant_kernels.scheme import ACTIVATION_DTYPES
+from quant_kernels.tuning.card import SHARED_PER_BLOCK
 from quant_kernels.tuning.select import Selector
 
 logger = logging.getLogger(__name__)
@@ -77,6 +78,9 @@ def checked(target: Target) -> Target:
     module = try_import("quant_kernels.linear.p16.self_test")
     if selector is None or module is None or selector.card.arch < MIN_ARCH or target.dtype not in ACTIVATION_DTYPES:
         return target
+    if selector.card.arch not in SHARED_PER_BLOCK:
+        known = ", ".join(f"sm_{arch}" for arch in SHARED_PER_BLOCK)
+        logger.warning("the kernels were made for %s and have not been seen on sm_%d", known, selector.card.arch)
     if module.assembly_is_right(target.device, target.dtype):
         return target
     logger.warning(
@@ -113,7 +117,7 @@ def prepare(weight: PackedWeight | DenseWeight, target: Target) -> PreparedLinea
     if isinstance(weight, PackedWeight) and kernel == P16:
         module = try_import("quant_kernels.linear.p16.prepared")
         assert module is not None, "choose has looked for triton"
-        linear: PreparedLinear = module.P16Linear(weight, target.dtype, target.device, target.selector)
+        linear: PreparedLinear = module.P16Linear.of(weight, target.dtype, target.device, target.selector)
         return linear
     return DenseLinear(weight, target.dtype, target.device)
 

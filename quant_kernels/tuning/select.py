@@ -1,13 +1,12 @@
 """Which kernel and configuration run x [M, K] times a P16 weight on a card, and why.
 
 A reviewed table per GPU name answers for the shapes it was measured on, a rule for all others; nothing is timed here.
-The rule follows four regimes of M, because that is what decides how tall a tile must be::
+The rule follows regimes of M, because that is what decides how tall a tile must be: up to 16, 32 and 64 rows, and
+beyond, until expanding the weight for a dense matmul is cheaper.
 
-    M           up to 16    up to 32    up to 64    beyond
-    tile        16 x 128    32 x 128    64 x 128    64 x 256 (sm_90: 64 x 128), until expanding the weight is cheaper
-
-Invariant: what is chosen depends on M only through its regime, so a row's result does not depend on how many rows
-share its step within one. Every tile named here or in a table is compiled and checked by `quant_kernels.resources`.
+Invariant: what is chosen depends on M only through its regime, so that a kernel of ours gives a row the same bits
+whatever else shares its step within one (cuBLAS, which runs expanded weights, promises no such thing). Every tile named
+here or in a table is compiled and checked by `quant_kernels.resources`.
 """
 
 from __future__ import annotations
@@ -26,8 +25,8 @@ from quant_kernels.tuning.tile import Tile
 MATMUL, GATE_UP, EXPAND = "matmul", "gate_up", "expand"
 #: Upper ends of the regimes of M; beyond the last one every power of two is its own.
 REGIMES = (16, 32, 64)
-#: M from which expanding the weight for a dense matmul costs less than the fused kernel (docs/kernels.md, "Regimes").
-EXPAND_FROM: Mapping[int, int] = {80: 512, 86: 1024, 89: 2048, 90: 256, 120: 2048}
+#: Regimes of M above this one expand the weight for a dense matmul (docs/kernels.md, "Regimes").
+EXPAND_ABOVE: Mapping[int, int] = {80: 512, 86: 1024, 89: 2048, 90: 256, 120: 2048}
 SPLITS = (1, 2, 4, 8, 16)
 #: A split keeps at least this many blocks of K, or its programs end before their pipeline is full.
 MIN_BLOCKS_PER_SPLIT = 4
@@ -84,9 +83,16 @@ def select(problem: Problem, card: Card, table: TuningTable, *, half_sums: bool 
     """
     tuned = table.find(MATMUL, problem.scheme, problem.in_features, problem.out_features, regime(problem.rows))
     choice = _from_table(tuned, table) if tuned is not None else _by_rule(problem, card)
-    if half_sums and card.is_geforce and choice.tile is not None and choice.tile.scale_weight:
+    if half_sums and choice.tile is not None and can_sum_in_half(choice.tile, problem, card):
         return replace(choice, tile=replace(choice.tile, half_sums=True), reason=choice.reason + ", float16 sums")
     return choice
+
+
+def can_sum_in_half(tile: Tile, problem: Problem, card: Card) -> bool:
+    """Whether float16 sums may be asked for: common float16 weights and many rows, on cards that gain by it."""
+    scheme = problem.scheme
+    is_tall = regime(problem.rows) > REGIMES[2] and tile.scale_weight and scheme.blocks_per_group > 0
+    return is_tall and card.is_geforce and _is_common(scheme) and scheme.dtype == torch.float16
 
 
 def select_gate_up(problem: Problem, card: Card, table: TuningTable) -> Choice | None:
@@ -164,7 +170,7 @@ def choose_split(tile: Tile, problem: Problem, card: Card) -> int:
 
 def programs_per_sm(tile: Tile, scheme: Scheme, card: Card) -> int:
     """Programs that share a multiprocessor, by shared memory and registers; at least one."""
-    by_shared = card.shared_per_sm // (tile.shared_bytes(scheme.bits) + KB)
+    by_shared = card.shared_per_sm // (tile.shared_bytes(scheme.bits, card.arch) + KB)
     registers = min(tile.max_registers, _REGISTERS[tile.block_m])
     by_registers = REGISTERS_PER_SM // (registers * 32 * tile.num_warps)
     return max(1, min(by_shared, by_registers))
@@ -177,8 +183,9 @@ def _from_table(tuned: TunedChoice, table: TuningTable) -> Choice:
 
 def _by_rule(problem: Problem, card: Card) -> Choice:
     rows = regime(problem.rows)
-    if problem.rows >= EXPAND_FROM.get(card.arch, max(EXPAND_FROM.values())):
-        return Choice(EXPAND, None, 1, f"rule: from {EXPAND_FROM.get(card.arch)} rows on sm_{card.arch}")
+    most = EXPAND_ABOVE.get(card.arch, max(EXPAND_ABOVE.values()))
+    if rows > most:
+        return Choice(EXPAND, None, 1, f"rule: above {most} rows on sm_{card.arch}")
     tiles = matmul_tiles(card.arch, rows, problem.scheme)
     padded = problem.out_features + -problem.out_features % COLUMN_MULTIPLE
     name, tile = "base", tiles["base"]

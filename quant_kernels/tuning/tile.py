@@ -54,10 +54,12 @@ class Tile:
         flags = [("+sw", self.scale_weight), ("+half", self.half_sums), *others]
         return text + "".join(flag for flag, is_on in flags if is_on)
 
-    def shared_bytes(self, bits: int) -> int:
-        """Shared memory that the pipeline's buffers take, to within a kilobyte of what the compiler allots."""
-        stage = self.word_rows * self.block_n * 2 + self.block_m * self.word_rows * (16 // bits) * 2
-        return max(1, self.num_stages - 1) * stage + 1024
+    def shared_bytes(self, bits: int, arch: int) -> int:
+        """About what the compiler allots of shared memory: the pipeline's buffers, and wgmma's operands on sm_90."""
+        inputs = self.word_rows * (16 // bits)
+        stage = self.word_rows * self.block_n * 2 + self.block_m * inputs * 2
+        operands = 2 * inputs * (self.block_m + self.block_n) if arch == 90 and self.block_m >= 64 else 0
+        return max(1, self.num_stages - 1) * stage + operands + 1024
 
     def to_json(self) -> dict[str, Any]:
         """The fields that differ from the defaults, and the block sizes."""

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import argparse
 import json
-from collections.abc import Mapping
+import subprocess
+import sys
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -12,11 +14,14 @@ import pytest
 
 from benchmarks import gpu_check
 from benchmarks.common import InputError
-from benchmarks.gpu.parts import PART_SECONDS, PARTS, Part, State, fingerprint
+from benchmarks.gpu.parts import PART_SECONDS, PARTS, Origin, Part, State, fingerprint
 from benchmarks.gpu.problems import ROWS, SHAPES, Workload, num_copies
 from benchmarks.gpu.report import check_results, markdown_report, ratios, target_lines
 
-CARD = {"name": "Test Card", "slug": "test-card", "arch": 90, "num_sms": 132, "l2_bytes": 50 * 2**20}
+CARD = {
+    "name": "Test Card", "slug": "test-card", "arch": 90, "num_sms": 132, "l2_bytes": 50 * 2**20,
+    "versions": "torch 2, triton 3", "driver_and_clocks": None,
+}  # fmt: skip
 
 
 def options(tmp_path: Path, **changes: Any) -> argparse.Namespace:
@@ -30,8 +35,8 @@ def measured(contender: str, us: float, rows: int = 1, **changes: Any) -> dict[s
     return {
         "shape": "8B o", "in_features": 4096, "out_features": 4096, "rows": rows, "dtype": "float16", "group_size": 128,
         "zero": "const", "bytes": 9_000_000, "flop": 2 * rows * 4096**2, "configuration": "16x128 r32 w4 s4",
-        "split_k": 4, "reason": "rule", "error": 1e-4, "contender": contender, "status": "measured", "us": us,
-        "us_min": us, "us_max": us, **changes,
+        "split_k": 4, "reason": "rule", "error": 1e-4, "error_bound": 1e-3, "contender": contender,
+        "status": "measured", "us": us, "us_min": us, "us_max": us, **changes,
     }  # fmt: skip
 
 
@@ -55,8 +60,10 @@ class FakeRunner:
         return {"status": "ok", "seconds": 1, "records": records, "summary": "3 passed"}
 
 
-def state(tmp_path: Path, sources: str = "a", card: str = "Test Card") -> State:
-    return State(tmp_path / "state", sources, card)
+def state(
+    tmp_path: Path, sources: str = "a", card: str = "Test Card", versions: str = "1", peers: Sequence[str] = ()
+) -> State:
+    return State(tmp_path / "state", Origin(sources, card, versions, frozenset(peers)))
 
 
 def test_everything_runs_once_and_is_written(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -70,7 +77,7 @@ def test_everything_runs_once_and_is_written(tmp_path: Path, capsys: pytest.Capt
     results = check_results(json.loads(file.read_text()))
     assert results["pending"] == []
     assert results["copy_bytes_per_s"] == 3e12
-    assert len(results["tests"]) == 3
+    assert len(results["tests"]) == 4
     text = file.with_suffix(".md").read_text()
     assert text == markdown_report(results)
     assert "| 8B o | 1 | 8.0 | 1125 | 38% |" in text
@@ -81,8 +88,12 @@ def test_everything_runs_once_and_is_written(tmp_path: Path, capsys: pytest.Capt
 
 def test_other_sources_or_another_card_begin_anew(tmp_path: Path) -> None:
     gpu_check.run(options(tmp_path), [], CARD, state(tmp_path), FakeRunner())
-    for other in (state(tmp_path, sources="b"), state(tmp_path, card="Other Card")):
-        assert len(other.pending(PARTS)) == len(PARTS)
+    others = ({"sources": "b"}, {"card": "Other Card"}, {"versions": "2"})
+    for other in others:
+        assert len(state(tmp_path, **other).pending(PARTS)) == len(PARTS)
+    # Peers that were not there have to be measured; tests have nothing to do with them.
+    pending = state(tmp_path, peers=["marlin"]).pending(PARTS)
+    assert pending == [part for part in PARTS if part.kind == "matmul"]
     runner = FakeRunner()
     gpu_check.run(options(tmp_path, fresh=True), [], CARD, state(tmp_path), runner)
     assert len(runner.ran) == len(PARTS)
@@ -104,6 +115,10 @@ def test_a_failed_part_fails_the_check_and_is_repeated(tmp_path: Path, capsys: p
     name = PARTS[1].name
     assert gpu_check.run(options(tmp_path), [], CARD, state(tmp_path), FakeRunner(failing=name)) == 1
     assert f"failed: {name}" in capsys.readouterr().err
+    # What has not run goes first, so that a part that always fails holds nobody up.
+    other = State(tmp_path / "other", Origin("a", "Test Card", "1"))
+    other.save(PARTS[0], {"status": "failed", "summary": ""})
+    assert other.pending(PARTS) == [*PARTS[1:], PARTS[0]]
     runner = FakeRunner()
     assert gpu_check.run(options(tmp_path), [], CARD, state(tmp_path), runner) == 0
     assert runner.ran == [name]
@@ -124,6 +139,29 @@ def test_parts_are_short_and_their_files_exist() -> None:
         assert part.seconds <= PART_SECONDS < 480
         for argument in part.arguments:
             assert not argument.endswith(".py") or (gpu_check.REPOSITORY / argument).is_file()
+
+
+@pytest.mark.parametrize("part", [p for p in PARTS if p.kind == "tests"], ids=lambda p: p.name)
+def test_pytest_understands_every_part(part: Part) -> None:
+    command = [sys.executable, "-m", "pytest", "--collect-only", *part.arguments]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=120, cwd=gpu_check.REPOSITORY)
+    assert done.returncode == 0, done.stdout + done.stderr
+
+
+def test_a_part_in_which_nothing_passed_is_no_success(capsys: pytest.CaptureFixture[str]) -> None:
+    assert gpu_check._test_record(0, "3 passed, 1 skipped in 2 s\n", "", 2.0)["status"] == "ok"
+    assert gpu_check._test_record(0, "4 skipped in 2 s\n", "", 2.0)["status"] == "failed"
+    assert gpu_check._test_record(1, "1 failed, 3 passed in 2 s\n", "", 2.0)["status"] == "failed"
+    assert "4 skipped" in capsys.readouterr().err
+
+
+def test_a_wrong_result_is_flagged(tmp_path: Path) -> None:
+    gpu_check.run(options(tmp_path), [], CARD, state(tmp_path), FakeRunner())
+    (file,) = (tmp_path / "results").glob("*.json")
+    results = json.loads(file.read_text())
+    assert "WRONG" not in markdown_report(results)
+    results["matmul"][0]["error"] = 0.5
+    assert "WRONG RESULT: 8B o, M 1" in markdown_report(results)
 
 
 def test_a_part_that_breaks_says_how(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -29,7 +29,7 @@ def test_candidates_fit_the_card_and_include_the_rule(name: str, rows: int) -> N
     card = KNOWN_CARDS[name]
     found = tune.candidates(card, rows, SCHEME)
     assert set(matmul_tiles(card.arch, rows, SCHEME).values()) <= set(found)
-    assert all(tile.shared_bytes(4) <= card.shared_per_block for tile in found)
+    assert all(tile.shared_bytes(4, card.arch) <= card.shared_per_block for tile in found)
     assert len(found) < 40
 
 

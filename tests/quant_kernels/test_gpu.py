@@ -11,7 +11,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from quant_kernels.compiled.variants import all_variants, schemes
+from quant_kernels.compiled.variants import Variant, all_variants, schemes
 from quant_kernels.elementwise import reference
 from quant_kernels.elementwise.rms_norm import add_rms_norm
 from quant_kernels.elementwise.silu_mul import silu_mul
@@ -65,7 +65,7 @@ def weight(
 
 def of_scheme(scheme: Scheme, in_features: int, out_features: int) -> PackedWeight:
     kind = dict(zip(ZeroKind, KINDS, strict=True))[scheme.zero]
-    return weight(in_features, out_features, scheme.group_size or in_features, kind, scheme.dtype, scheme.bits)
+    return weight(in_features, out_features, scheme.group_size or in_features, kind, scheme.scale_dtype, scheme.bits)
 
 
 def random_x(rows: int, columns: int, dtype: torch.dtype) -> torch.Tensor:
@@ -93,7 +93,7 @@ def scheme_name(scheme: Scheme) -> str:
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_real_sizes(shape: tuple[int, int], kind: str, dtype: torch.dtype) -> None:
     record = weight(*shape, 128, kind, dtype)
-    made = P16Linear(record, dtype, CUDA, Selector.of(CUDA))
+    made = P16Linear.of(record, dtype, CUDA, Selector.of(CUDA))
     for rows in ROWS:
         x = random_x(rows, shape[0], dtype)
         choice = made.choice(rows)
@@ -118,37 +118,48 @@ def test_assembly_equals_its_twin_bit_for_bit(scheme: Scheme) -> None:
     )  # fmt: skip
 
 
-def test_every_tile_of_this_card() -> None:
-    """Each configuration that can be selected here, at a size with a partial last tile."""
+def variants_here(dtype: torch.dtype) -> list[Variant]:
+    """Every configuration of the two matmul kernels that can be selected on this card."""
     arch = card_of(CUDA).arch
-    variants = [v for v in all_variants() if v.arch == arch and v.tile is not None and v.scheme is not None]
-    if not variants:
-        pytest.skip(f"nothing is compiled for sm_{arch}")
+    return [v for v in all_variants() if v.arch == arch and v.dtype == dtype and v.tile is not None]
+
+
+def run(variant: Variant, x: torch.Tensor, record: PackedWeight, *, twin: bool) -> torch.Tensor:
+    assert variant.tile is not None
+    packed = pack(record, variant.dtype, CUDA)
+    if variant.kernel == "gate_up":
+        return gate_up(x, packed, variant.tile, twin=twin)
+    return matmul(x, packed, variant.tile, twin=twin)[0]
+
+
+@pytest.mark.every_tile
+@pytest.mark.parametrize("dtype", DTYPES, ids=lambda d: str(d).removeprefix("torch."))
+def test_every_tile_of_this_card(dtype: torch.dtype) -> None:
+    """Each configuration against the reference and its twin, at a size with partial last tiles."""
     failed = []
-    for variant in variants:
+    for variant in variants_here(dtype):
         scheme, tile = variant.scheme, variant.tile
         assert scheme is not None
         assert tile is not None
         record = of_scheme(scheme, 960, 512)
-        packed = pack(record, scheme.dtype, CUDA)
         x = random_x(tile.block_m + 1, 960, scheme.dtype)
         expected = linear(x, record)
         allowed = bound(scheme, scheme.dtype, scale_weight=tile.scale_weight, half_sums=tile.half_sums)
         if variant.kernel == "gate_up":
             gate, up = expected.chunk(2, dim=-1)
-            found, expected = gate_up(x, packed, tile), F.silu(gate) * up
-            allowed = Error(3 * allowed.worst, 3 * allowed.mean)
-        else:
-            found = matmul(x, packed, tile)[0]
+            expected, allowed = F.silu(gate) * up, Error(3 * allowed.worst, 3 * allowed.mean)
+        found = run(variant, x, record, twin=False)
         if not error(found, expected).within(allowed):
             failed.append(f"{variant.kernel} {variant.config}: {error(found, expected)} exceeds {allowed}")
+        if not torch.equal(found, run(variant, x, record, twin=True)):
+            failed.append(f"{variant.kernel} {variant.config}: assembly and twin differ")
     assert not failed, "\n".join(failed)
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_splits_repeat_and_graphs_replay(dtype: torch.dtype) -> None:
     record = weight(4096, 4096, 128, "const", dtype)
-    made = P16Linear(record, dtype, CUDA, Selector.of(CUDA))
+    made = P16Linear.of(record, dtype, CUDA, Selector.of(CUDA))
     x = random_x(4, 4096, dtype)
     first = made.partial_sums(x)
     assert all(torch.equal(made.partial_sums(x), first) for _ in range(20))

@@ -57,12 +57,24 @@ def test_constant_zero_points_come_back(zero: int) -> None:
 
 def test_float32_scales_pack_where_a_short_type_holds_them() -> None:
     record = random_record(128, 16, 32, kind="mins", scale_dtype=torch.float32)
-    assert "float32 values" in can_pack(record, torch.float16)[1]
+    assert "no 16-bit type" in can_pack(record, torch.float16)[1]
     with pytest.raises(ValueError, match="cannot pack"):
         pack(record, torch.float16, CPU)
     assert record.mins is not None
     short = replace(record, scales=record.scales.half().float(), mins=record.mins.half().float())
     assert_same(unpack(pack(short, torch.float16, CPU)), short)
+
+
+def test_mins_that_the_scales_type_does_not_hold() -> None:
+    record = random_record(128, 16, 32, kind="mins")
+    assert record.mins is not None
+    large = replace(record, mins=torch.full_like(record.mins.float(), 98304.0))
+    assert not can_pack(large, torch.float16)[0]
+    fits = replace(large, scales=torch.ones_like(record.scales).float())
+    assert pack(fits, torch.float16, CPU).scheme.scale_dtype == torch.bfloat16
+    assert_same(unpack(pack(fits, torch.float16, CPU)), fits)
+    mixed = replace(record, mins=torch.ones_like(record.mins).bfloat16())
+    assert_same(unpack(pack(mixed, torch.float16, CPU)), mixed)
 
 
 def test_bits_are_where_the_diagram_says() -> None:
@@ -121,10 +133,10 @@ def test_zero_kinds() -> None:
 
 
 def test_slices_equal_the_whole(monkeypatch: pytest.MonkeyPatch) -> None:
-    record = random_record(256, 300, 64)
-    whole = pack(record, torch.float16, CPU)
-    monkeypatch.setattr(layout, "SLICE_COLUMNS", 128)
+    record = random_record(256, 900, 64)
     sliced = pack(record, torch.float16, CPU)
+    monkeypatch.setattr(layout, "_SLICES", 1)
+    whole = pack(record, torch.float16, CPU)
     assert torch.equal(whole.words, sliced.words)
     assert_same(unpack(sliced), record)
 
@@ -163,10 +175,16 @@ class _Meter(TorchDispatchMode):
         self.live -= size
 
 
-def test_packing_needs_less_than_the_layer_again(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(layout, "SLICE_COLUMNS", 512)
-    record = random_record(1024, 4096, 128)
+@pytest.mark.parametrize(
+    ("columns", "group", "kind"), [(4096, 128, "zeros"), (1024, 128, "const"), (4096, 32, "zeros")]
+)
+def test_packing_and_unpacking_need_less_than_the_layer_again(columns: int, group: int, kind: str) -> None:
+    record = random_record(1024, columns, group, kind=kind)
     with _Meter() as meter:
         packed = pack(record, torch.float16, CPU)
     assert meter.most > packed.num_bytes  # The meter sees the result itself.
     assert meter.most - packed.num_bytes < packed.num_bytes
+    with _Meter() as meter:
+        back = unpack(packed)
+    assert meter.most > back.num_bytes
+    assert meter.most - back.num_bytes < back.num_bytes

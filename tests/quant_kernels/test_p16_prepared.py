@@ -19,12 +19,14 @@ from converters.open import open_checkpoint
 from converters.source import LinearSlot
 from quant_kernels.elementwise.rms_norm import add_rms_norm
 from quant_kernels.linear.dispatch import P16, Target, checked, choose, prepare
+from quant_kernels.linear.p16 import constants as p16_constants
 from quant_kernels.linear.p16 import self_test
 from quant_kernels.linear.p16.matmul import matmul
 from quant_kernels.linear.p16.prepared import P16Linear
 from quant_kernels.packed_weight import DenseWeight, PackedWeight
 from quant_kernels.packing import concat_outputs, fold_input_order
 from quant_kernels.reference import linear
+from quant_kernels.scheme import Scheme
 from quant_kernels.tolerance import Error, bound, error
 from quant_kernels.tuning.card import KNOWN_CARDS, Card, card_of
 from quant_kernels.tuning.select import EXPAND, GATE_UP, MATMUL, Selector
@@ -75,9 +77,35 @@ def test_calling_it_gives_the_finished_result(
 def test_large_m_expands_the_weight(device: torch.device) -> None:
     record = random_record(64, 40, 32, bias=True)
     made = prepared(record, torch.float16, device, KNOWN_CARDS["h100"])
-    assert made.choice(256).kernel == EXPAND
-    x = random_x(256, 64, torch.float16, device)
+    assert made.choice(257).kernel == EXPAND
+    x = random_x(257, 64, torch.float16, device)
     check(made(x), linear(x.cpu(), record), made)
+
+
+@pytest.mark.parametrize("rows", [1, 257])
+def test_the_twin_is_run_whatever_the_regime(rows: int, device: torch.device, monkeypatch: pytest.MonkeyPatch) -> None:
+    asked: list[bool] = []
+
+    def constants(scheme: Scheme, *, twin: bool = False) -> dict[str, Any]:
+        asked.append(twin)
+        return real(scheme, twin=twin)
+
+    real = p16_constants.scheme_constants
+    monkeypatch.setattr(p16_constants, "scheme_constants", constants)
+    monkeypatch.setattr("quant_kernels.linear.p16.expand.scheme_constants", constants)
+    record = random_record(64, 40, 32)
+    card = KNOWN_CARDS["h100"]
+    made = P16Linear.of(record, torch.float16, device, Selector(card, TuningTable.empty(card), twin=True))
+    made(random_x(rows, 64, torch.float16, device))
+    assert asked
+    assert all(asked)
+
+
+def test_the_choice_of_a_regime_does_not_depend_on_who_came_first(device: torch.device) -> None:
+    record = random_record(256, 128, 128)
+    for order in ((200, 256), (256, 200)):
+        made = prepared(record, torch.float16, device, KNOWN_CARDS["h100"])
+        assert {made.choice(rows).kernel for rows in order} == {MATMUL}
 
 
 @pytest.mark.parametrize("card", [SMALL_CARD, KNOWN_CARDS["4090"]], ids=["fused", "split"])
@@ -95,7 +123,8 @@ def test_gate_up_both_ways(card: Card, device: torch.device) -> None:
 def test_an_mlp_whose_orders_cost_nothing(device: torch.device) -> None:
     """norm -> gate_up -> down with activation orders on both: one gather in the norm's store, the other folded away."""
     hidden, inner = 128, 256
-    gate, up = (random_record(hidden, inner, 32, act_order=True, seed=3) for _ in range(2))
+    gate = random_record(hidden, inner, 32, act_order=True, seed=3)
+    up = replace(random_record(hidden, inner, 32, act_order=True, seed=5), perm=gate.perm)
     down = random_record(inner, hidden, 64, act_order=True, seed=4)
     x = random_x(5, hidden, torch.float16, torch.device("cpu"))
     weight = torch.ones(hidden, dtype=torch.float16)

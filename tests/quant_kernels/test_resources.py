@@ -109,9 +109,8 @@ def test_what_is_wrong_is_said(change: Mapping[str, Any], word: str) -> None:
 def test_without_a_budget_or_a_loop_it_fails() -> None:
     nothing = Budgets("3.9.0", {})
     assert "has no budget" in judge(VARIANT, GOOD, nothing).problems[0]
-    assert (
-        "no loop" in judge(VARIANT, {k: GOOD[k] for k in ("shared_bytes", "registers", "spill_bytes")}, {}).problems[0]
-    )
+    without = {name: GOOD[name] for name in ("shared_bytes", "registers", "spill_bytes")}
+    assert "no loop" in judge(VARIANT, without, nothing).problems[0]
 
 
 def test_codebooks_may_look_up() -> None:
@@ -136,10 +135,10 @@ def test_budgets_are_lowered_and_never_raised() -> None:
     nothing = Budgets("", {})
     lower = [(VARIANT, {**GOOD, "instr_per_weight": 2.0})]
     higher = [(VARIANT, {**GOOD, "instr_per_weight": 3.0})]
-    assert lowered_budgets(BUDGET, lower, "3.9.0", add_new=False) == one_budget(VARIANT, 2.04)
+    assert lowered_budgets(BUDGET, lower, "3.9.0", add_new=False) == one_budget(VARIANT, 2.0)
     assert lowered_budgets(BUDGET, higher, "3.9.0", add_new=True) == BUDGET
     assert lowered_budgets(nothing, lower, "3.9.0", add_new=False).rows == {}
-    assert lowered_budgets(nothing, lower, "3.9.0", add_new=True) == one_budget(VARIANT, 2.04)
+    assert lowered_budgets(nothing, lower, "3.9.0", add_new=True) == one_budget(VARIANT, 2.0)
 
 
 def test_budgets_survive_their_file(tmp_path: Path) -> None:
@@ -184,8 +183,8 @@ def test_budgets_of_decode_are_as_low_as_was_asked() -> None:
     rows = [
         v
         for v in all_variants()
-        if v.kernel == "matmul" and v.scheme is not None and v.scheme.bits == 4 and v.tile is not None
-        and v.tile.block_m == 16 and not v.odd and v.scheme.zero in (ZeroKind.CONST, ZeroKind.INTEGER)
+        if v.scheme is not None and v.scheme.bits == 4 and v.tile is not None
+        and v.tile.block_m == 16 and v.scheme.zero in (ZeroKind.CONST, ZeroKind.INTEGER)
     ]  # fmt: skip
     assert len(rows) > 100
     high = [(budget_key(v), v.arch) for v in rows if budgets.rows[budget_key(v)][str(v.arch)] > allowed_at_start(v)]

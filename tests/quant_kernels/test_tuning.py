@@ -17,7 +17,7 @@ from quant_kernels.scheme import Scheme, ZeroKind
 from quant_kernels.tuning.card import KNOWN_CARDS
 from quant_kernels.tuning.select import (
     EXPAND,
-    EXPAND_FROM,
+    EXPAND_ABOVE,
     GATE_UP,
     MATMUL,
     MIN_BLOCKS_PER_SPLIT,
@@ -69,11 +69,13 @@ def compiled() -> set[Variant]:
     out_features=st.integers(1, 8000).map(lambda n: 8 * n),
     scheme=st.sampled_from(ALL_SCHEMES),
     card=st.sampled_from(sorted(KNOWN_CARDS)),
+    half_sums=st.booleans(),
 )
 def test_whatever_is_selected_was_compiled(
-    compiled: set[Variant], rows: int, in_features: int, out_features: int, scheme: Scheme, card: str
+    compiled: set[Variant], rows: int, in_features: int, out_features: int, scheme: Scheme, card: str, half_sums: bool
 ) -> None:
-    chosen = select(problem(rows, in_features, out_features, scheme), KNOWN_CARDS[card], NOTHING)
+    asked = problem(rows, in_features, out_features, scheme)
+    chosen = select(asked, KNOWN_CARDS[card], NOTHING, half_sums=half_sums)
     arch = KNOWN_CARDS[card].arch
     assert chosen.reason
     kernel = EXPAND if chosen.tile is None else MATMUL
@@ -82,22 +84,28 @@ def test_whatever_is_selected_was_compiled(
     if chosen.tile is not None:
         padded = out_features + -out_features % 128
         assert padded % chosen.tile.block_n == 0
-        assert rows < EXPAND_FROM[arch]
+        assert rows <= EXPAND_ABOVE[arch]
         assert chosen.split_k == 1 or in_features // 128 // chosen.split_k >= MIN_BLOCKS_PER_SPLIT // (scheme.bits // 4)
     fused = select_gate_up(problem(rows, in_features, out_features, scheme), KNOWN_CARDS[card], NOTHING)
     assert fused is None or Variant(GATE_UP, scheme, fused.tile, arch, scheme.dtype) in compiled
 
 
-def test_the_choice_depends_on_m_only_through_its_regime() -> None:
-    for low, high in ((1, 16), (17, 32), (33, 64), (65, 128)):
-        assert select(problem(low), H100, NOTHING) == select(problem(high), H100, NOTHING)
+@pytest.mark.parametrize("name", sorted(KNOWN_CARDS))
+def test_the_choice_depends_on_m_only_through_its_regime(name: str) -> None:
+    card = KNOWN_CARDS[name]
+    ends = [16, 32, 64, *(2**n for n in range(7, 13))]
+    for low, high in zip([0, *ends], ends, strict=False):
+        choices = {select(problem(m), card, NOTHING) for m in (low + 1, (low + high) // 2 + 1, high)}
+        assert len(choices) == 1, f"M {low + 1} to {high}"
 
 
 def test_expanding_begins_where_the_card_says() -> None:
     for card in KNOWN_CARDS.values():
-        first = EXPAND_FROM[card.arch]
-        assert select(problem(first), card, NOTHING).kernel == EXPAND
-        assert select(problem(first - 1), card, NOTHING).kernel == MATMUL
+        most = EXPAND_ABOVE[card.arch]
+        assert select(problem(most), card, NOTHING).kernel == MATMUL
+        assert select(problem(most + 1), card, NOTHING).kernel == EXPAND
+    unknown = replace(H100, arch=100)
+    assert select(problem(2049), unknown, NOTHING).reason == "rule: above 2048 rows on sm_100"
 
 
 def test_a_split_fills_the_card() -> None:
@@ -125,9 +133,16 @@ def test_float16_sums_are_asked_for_and_only_on_geforce() -> None:
         plain = select(problem(200), card, TuningTable.empty(card))
         assert plain.tile is not None
         assert not plain.tile.half_sums
-    few = select(problem(1), KNOWN_CARDS["4090"], NOTHING, half_sums=True)
-    assert few.tile is not None
-    assert not few.tile.half_sums
+    card = KNOWN_CARDS["4090"]
+    small = make_scheme(4, 32, ZeroKind.CONST, torch.float16)
+    others = [
+        problem(1), problem(20, scheme=small), problem(60), problem(200, scheme=replace(SCHEME, dtype=torch.bfloat16)),
+        problem(200, scheme=make_scheme(8, 128, ZeroKind.CONST, torch.float16)),
+    ]  # fmt: skip
+    for other in others:
+        chosen = select(other, card, NOTHING, half_sums=True)
+        assert chosen.tile is not None
+        assert not chosen.tile.half_sums
 
 
 def test_gate_up_is_fused_where_it_fills_the_card() -> None:
@@ -178,6 +193,11 @@ def test_what_a_table_selects_is_compiled_too(tmp_path: Path) -> None:
     write(tmp_path, entry(tile=tile.to_json()))
     extra = set(all_variants(tmp_path)) - set(all_variants())
     assert extra == {Variant(MATMUL, SCHEME, tile, 90, torch.float16)}
+    tall = Tile(64, 128, 16, num_stages=6, scale_weight=True)
+    record = {"card": KNOWN_CARDS["4090"].name, "arch": 89, "choices": [entry(rows=128, tile=tall.to_json())]}
+    table_path(KNOWN_CARDS["4090"], tmp_path).write_text(json.dumps(record))
+    extra = {v.tile for v in set(all_variants(tmp_path)) - set(all_variants()) if v.arch == 89}
+    assert extra == {tall, replace(tall, half_sums=True)}
 
 
 def test_no_table_is_no_error(tmp_path: Path) -> None:

@@ -94,13 +94,13 @@ def expand(
     return out.to(weight.scheme.dtype)
 
 
-def expanded_matmul(x: torch.Tensor, weight: P16Weight) -> torch.Tensor:
+def expanded_matmul(x: torch.Tensor, weight: P16Weight, *, twin: bool = False) -> torch.Tensor:
     """x [M, K] times the weight, plus its bias, through slices of plain weights: [M, N] in x's dtype."""
     step = slice_columns(weight.in_features)
     out = x.new_empty(x.shape[0], weight.out_features)
     for first in range(0, weight.out_features, step):
         last = min(first + step, weight.out_features)
-        torch.mm(x, expand(weight, first, last - first), out=out[:, first:last])
+        torch.mm(x, expand(weight, first, last - first, twin=twin), out=out[:, first:last])
     return out if weight.bias is None else out.add_(weight.bias.to(out.dtype))
 
 

@@ -33,13 +33,12 @@ from dataclasses import dataclass
 import torch
 
 from quant_kernels.packed_weight import PackedWeight
-from quant_kernels.packing import pack_codes
 from quant_kernels.scheme import ACTIVATION_DTYPES, PLANE_ROWS, Scheme, ZeroKind
 
 #: N is padded to a multiple of this, the narrowest tile that divides every wider one.
 COLUMN_MULTIPLE = 128
-#: Columns that are converted at a time: the memory beside the result is a few times a slice.
-SLICE_COLUMNS = 4096
+#: A layer is converted in at least this many slices of columns, or the memory beside it would exceed its own.
+_SLICES = 8
 _TABLE_DTYPES = {2: torch.int32, 4: torch.int64}
 
 
@@ -86,11 +85,12 @@ class P16Weight:
 
 @dataclass(frozen=True, slots=True)
 class Source:
-    """Facts of the PackedWeight that its P16 form does not show: its group size, codebook, scale dtype and origin."""
+    """Facts of the PackedWeight that its P16 form does not show: group size, codebook, the tables' dtypes, origin."""
 
     group_size: int
     codebook: torch.Tensor | None
     scale_dtype: torch.dtype
+    min_dtype: torch.dtype | None
     origin: dict[str, str]
 
 
@@ -102,8 +102,8 @@ def can_pack(weight: PackedWeight, dtype: torch.dtype) -> tuple[bool, str]:
         return False, f"8-bit codes with {'mins' if weight.mins is not None else 'a codebook'} have no kernel"
     if not _is_one_group(weight) and math.gcd(weight.group_size, PLANE_ROWS) != PLANE_ROWS:
         return False, f"group size {weight.group_size} is not a multiple of {PLANE_ROWS}"
-    if _table_dtype(weight.scales) is None or (weight.mins is not None and _table_dtype(weight.mins) is None):
-        return False, "scales are float32 values that no 16-bit type holds"
+    if _table_dtype(weight) is None:
+        return False, "scales are values that no 16-bit type holds"
     return True, ""
 
 
@@ -125,7 +125,7 @@ def scheme_of(weight: PackedWeight, dtype: torch.dtype) -> Scheme:
     else:
         size = _stored_group(weight)
         groups, blocks_per_group = max(1, block // size), max(1, size // block)
-    scale_dtype = _table_dtype(weight.scales)
+    scale_dtype = _table_dtype(weight)
     assert scale_dtype is not None, "ask can_pack first"
     codebook = None
     if weight.codebook is not None:
@@ -156,8 +156,9 @@ def pack(weight: PackedWeight, dtype: torch.dtype, device: torch.device) -> P16W
     num_blocks = -(-weight.in_features // scheme.block_inputs)
     columns = weight.out_features + -weight.out_features % COLUMN_MULTIPLE
     words = torch.zeros(num_blocks * PLANE_ROWS, columns, dtype=torch.int16, device=device)
-    for first in range(0, weight.out_features, SLICE_COLUMNS):
-        codes = weight.codes[:, first : first + SLICE_COLUMNS].to(device)
+    slices = _slices(weight.out_features)
+    for first in slices:
+        codes = weight.codes[:, first : first + slices.step].to(device)
         words[:, first : first + codes.shape[1]] = _words(codes, weight.bits, num_blocks)
     offsets = weight.mins
     if weight.zeros is not None:
@@ -171,7 +172,13 @@ def pack(weight: PackedWeight, dtype: torch.dtype, device: torch.device) -> P16W
         out_features=weight.out_features,
         perm=None if weight.perm is None else weight.perm.to(device),
         bias=None if weight.bias is None else weight.bias.to(device),
-        source=Source(weight.group_size, weight.codebook, weight.scales.dtype, weight.origin),
+        source=Source(
+            group_size=weight.group_size,
+            codebook=weight.codebook,
+            scale_dtype=weight.scales.dtype,
+            min_dtype=None if weight.mins is None else weight.mins.dtype,
+            origin=weight.origin,
+        ),
     )
 
 
@@ -183,7 +190,7 @@ def unpack(packed: P16Weight) -> PackedWeight:
     if packed.offsets is not None and scheme.zero == ZeroKind.INTEGER:
         zeros = _rows(packed.offsets, packed, scheme.dtype).to(torch.uint8)
     elif packed.offsets is not None:
-        mins = _rows(packed.offsets, packed, scheme.scale_dtype).to(source.scale_dtype)
+        mins = _rows(packed.offsets, packed, scheme.scale_dtype).to(source.min_dtype)
     return PackedWeight(
         bits=scheme.bits,
         codes=_codes(packed),
@@ -210,11 +217,18 @@ def _stored_group(weight: PackedWeight) -> int:
     return PLANE_ROWS * 4 if _is_one_group(weight) else math.gcd(weight.group_size, PLANE_ROWS * 4)
 
 
-def _table_dtype(values: torch.Tensor) -> torch.dtype | None:
-    """The 16-bit float type that holds every value exactly, or None."""
-    if values.dtype in ACTIVATION_DTYPES:
-        return values.dtype
-    return next((d for d in ACTIVATION_DTYPES if torch.equal(values.to(d).to(values.dtype), values)), None)
+def _table_dtype(weight: PackedWeight) -> torch.dtype | None:
+    """The 16-bit float type that holds every scale and min exactly, or None."""
+    tables = [t for t in (weight.scales, weight.mins) if t is not None]
+    exact = (d for d in ACTIVATION_DTYPES if all(torch.equal(t.to(d).to(t.dtype), t) for t in tables))
+    same = (d for d in ACTIVATION_DTYPES if all(t.dtype == d for t in tables))
+    return next(same, None) or next(exact, None)
+
+
+def _slices(columns: int) -> range:
+    """First columns of the slices that a layer is converted in, whole tiles each."""
+    step = -(-columns // (_SLICES * COLUMN_MULTIPLE)) * COLUMN_MULTIPLE
+    return range(0, columns, step)
 
 
 def _words(codes: torch.Tensor, bits: int, num_blocks: int) -> torch.Tensor:
@@ -236,16 +250,22 @@ def _words(codes: torch.Tensor, bits: int, num_blocks: int) -> torch.Tensor:
 
 
 def _codes(packed: P16Weight) -> torch.Tensor:
-    """The record's int32 words, a slice of columns at a time."""
+    """The record's int32 words [K * bits / 32, N]: `_words` the other way, slice by slice."""
     bits, planes = packed.scheme.bits, packed.scheme.planes
+    per_word = 32 // bits
     num_words = packed.in_features * bits // 32
     codes = torch.empty(num_words, packed.out_features, dtype=torch.int32, device=packed.words.device)
-    for first in range(0, packed.out_features, SLICE_COLUMNS):
-        words = packed.words[:, first : min(first + SLICE_COLUMNS, packed.out_features)].to(torch.int32)
-        blocks = words.view(packed.num_blocks, PLANE_ROWS, -1)
-        values = torch.cat([(blocks >> (plane * bits)) & (2**bits - 1) for plane in range(planes)], dim=1)
-        whole = pack_codes(values.view(-1, values.shape[2]), bits)
-        codes[:, first : first + whole.shape[1]] = whole[:num_words]
+    slices = _slices(packed.out_features)
+    for first in slices:
+        words = packed.words[:, first : min(first + slices.step, packed.out_features)]
+        blocks = words.reshape(packed.num_blocks, PLANE_ROWS // per_word, per_word, -1)
+        shape = (packed.num_blocks, planes, PLANE_ROWS // per_word, words.shape[1])
+        whole = torch.zeros(shape, dtype=torch.int32, device=words.device)
+        for item in range(per_word):
+            column = blocks[:, :, item].to(torch.int32)
+            for plane in range(planes):
+                whole[:, plane] |= ((column >> (plane * bits)) & (2**bits - 1)) << (item * bits)
+        codes[:, first : first + words.shape[1]] = whole.view(-1, words.shape[1])[:num_words]
     return codes
 
 

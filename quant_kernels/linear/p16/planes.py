@@ -24,6 +24,7 @@ from __future__ import annotations
 
 import struct
 from collections.abc import Sequence
+from functools import cache
 
 import torch
 import triton
@@ -159,6 +160,7 @@ def _subtract2_f16(words, low0, low1):
     )
 
 
+@cache
 def assembly_for(scheme: Scheme) -> str:
     """The assembly that makes a weight's planes out of its words alone.
 

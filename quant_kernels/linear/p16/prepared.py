@@ -26,14 +26,19 @@ class P16Linear:
 
     kernel = "p16"
 
-    def __init__(self, weight: PackedWeight, dtype: torch.dtype, device: torch.device, selector: Selector) -> None:
-        self.weight: P16Weight = pack(weight, dtype, device)
+    def __init__(self, weight: P16Weight, selector: Selector) -> None:
+        self.weight = weight
         self.in_features = weight.in_features
         self.out_features = weight.out_features
-        self._places = None if weight.perm is None else torch.argsort(weight.perm).to(device, torch.int32)
+        self._places = None if weight.perm is None else torch.argsort(weight.perm).to(torch.int32)
         self._selector = selector
         self._choices: dict[int, Choice] = {}
         self._gate_up_choices: dict[int, Choice | None] = {}
+
+    @classmethod
+    def of(cls, record: PackedWeight, dtype: torch.dtype, device: torch.device, selector: Selector) -> P16Linear:
+        """A record, packed on the device for activations of `dtype`."""
+        return cls(pack(record, dtype, device), selector)
 
     @property
     def num_bytes(self) -> int:
@@ -62,7 +67,7 @@ class P16Linear:
         """x [M, K], columns in the weight's stored order, to [1, M, N] or to float32 [S, M, N] that add up to it."""
         choice = self.choice(x.shape[0])
         if choice.kernel == EXPAND:
-            return expanded_matmul(x, self.weight).unsqueeze(0)
+            return expanded_matmul(x, self.weight, twin=self._selector.twin).unsqueeze(0)
         assert choice.tile is not None, "only expanding has no tile"
         return matmul(x, self.weight, choice.tile, choice.split_k, twin=self._selector.twin)
 
