@@ -52,26 +52,32 @@ def main(argv: Sequence[str] | None = None) -> int:
     if triton.knobs.runtime.interpret:
         sys.stderr.write("error: TRITON_INTERPRET is set, and an interpreted kernel cannot be compiled; unset it\n")
         return 2
-    variants = [v for v in all_variants() if v.arch in options.arch and options.only in f"{v.kernel} {v.config}"]
-    if not variants:
-        sys.stderr.write(f"error: no configuration has '{options.only}' in its name; try without --only\n")
-        return 2
     try:
-        measured = measure_all(variants, FigureCache(options.cache, triton.__version__), options.jobs, _progress())
+        return _run(options)
+    except ValueError as error:
+        sys.stderr.write(f"error: {error}\n")
+        return 2
     except KeyboardInterrupt:
         sys.stderr.write("\ninterrupted; what is compiled is kept for the next run\n")
         return _INTERRUPTED
-    if options.lower_budgets or options.new_budgets:
-        old = read_budgets(options.budgets)
-        new = lowered_budgets(old, measured, triton.__version__, add_new=options.new_budgets)
-        options.budgets.write_text(budgets_text(new), encoding="utf-8")
+
+
+def _run(options: argparse.Namespace) -> int:
+    variants = [v for v in all_variants() if v.arch in options.arch and options.only in f"{v.kernel} {v.config}"]
+    if not variants:
+        raise ValueError(f"no configuration has '{options.only}' in its name; try without --only")
     budgets = read_budgets(options.budgets)
+    measured = measure_all(variants, FigureCache(options.cache, triton.__version__), options.jobs, _progress())
+    if options.lower_budgets or options.new_budgets:
+        budgets = lowered_budgets(budgets, measured, triton.__version__, add_new=options.new_budgets)
+        options.budgets.write_text(budgets_text(budgets), encoding="utf-8")
     rows = [judge(variant, figures, budgets, triton.__version__) for variant, figures in measured]
     sys.stdout.write(table_text(rows, everything=options.all))
     if budgets.compiler != triton.__version__:
         sys.stdout.write(f"Budgets are for triton {budgets.compiler}; {triton.__version__} may take 15 % more.\n")
     if options.json is not None:
-        options.json.write_text(json.dumps([row.to_json() for row in rows], indent=1) + "\n", encoding="utf-8")
+        text = json.dumps([row.to_json() for row in rows], indent=1)
+        options.json.write_text(text + "\n", encoding="utf-8")
     return 0 if all(row.ok for row in rows) else 1
 
 
@@ -113,7 +119,10 @@ def _use_cache(folder: str) -> None:
 def measure_one(variant: Variant) -> tuple[Variant, dict[str, Any]]:
     """Compile one variant and read its figures."""
     kernel, types, constants, options = compile_arguments(variant)
-    compiled = cross_compile(kernel, variant.arch, types, constants, options)
+    try:
+        compiled = cross_compile(kernel, variant.arch, types, constants, options)
+    except Exception as error:
+        raise RuntimeError(f"{variant.kernel} {variant.config} does not compile for sm_{variant.arch}") from error
     return variant, measure(variant, compiled)
 
 
@@ -238,6 +247,10 @@ def _parse(argv: Sequence[str] | None) -> argparse.Namespace:
     options.arch = options.arch or ARCHS
     if (options.lower_budgets or options.new_budgets) and (options.only or options.arch != ARCHS):
         parser.error("budgets are written for all configurations at once; leave --only and --arch out")
+    if options.json is not None and (options.json.is_dir() or not options.json.absolute().parent.is_dir()):
+        parser.error(f"--json: '{options.json}' cannot be written; give a file in a folder that exists")
+    if options.jobs < 1:
+        parser.error(f"--jobs is {options.jobs}, expected 1 or more")
     if options.budgets != BUDGETS and not options.budgets.is_file():
         parser.error(f"--budgets: no file '{options.budgets}'")
     return options

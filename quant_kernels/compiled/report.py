@@ -121,11 +121,18 @@ def budget_key(variant: Variant) -> str:
 
 
 def read_budgets(path: Path = BUDGETS) -> Budgets:
-    """The table of budgets; empty where there is none yet."""
+    """The table of budgets; empty where there is none yet.
+
+    Raises:
+        ValueError: if the file is no such table.
+    """
     if not path.is_file():
         return Budgets("", {})
-    record = json.loads(path.read_text(encoding="utf-8"))
-    return Budgets(record["compiler"], record["budgets"])
+    try:
+        record = json.loads(path.read_text(encoding="utf-8"))
+        return Budgets(record["compiler"], record["budgets"])
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise ValueError(f"{path} is no table of budgets ({error!r}); take the committed one") from error
 
 
 def lowered_budgets(

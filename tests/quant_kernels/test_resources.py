@@ -146,6 +146,10 @@ def test_budgets_survive_their_file(tmp_path: Path) -> None:
     file.write_text(budgets_text(BUDGET))
     assert read_budgets(file) == BUDGET
     assert read_budgets(tmp_path / "none").rows == {}
+    for damage in ("{", "[]", "{}"):
+        file.write_text(damage)
+        with pytest.raises(ValueError, match="no table of budgets"):
+            read_budgets(file)
 
 
 def test_another_compiler_has_some_air() -> None:
@@ -246,4 +250,7 @@ def test_wrong_calls_of_the_command() -> None:
     assert nothing.returncode == 2
     assert "no configuration" in nothing.stderr
     assert run("--arch", "75").returncode == 2
+    assert "folder that exists" in run("--json", "/no/such/folder/rows.json").stderr
+    assert "--jobs is 0" in run("--jobs", "0").stderr
+    assert "no file" in run("--budgets", "/no/such/file").stderr
     assert "all configurations at once" in run("--new-budgets", "--only", "x").stderr
