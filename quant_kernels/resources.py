@@ -12,6 +12,7 @@ import argparse
 import json
 import os
 import shutil
+import signal
 import sys
 import tempfile
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -108,11 +109,13 @@ def _compile(variants: Sequence[Variant], jobs: int) -> Iterator[tuple[Variant, 
         for future in as_completed(futures):
             yield future.result()
     finally:
-        pool.shutdown(wait=False, cancel_futures=True)
+        pool.shutdown(cancel_futures=True)
         shutil.rmtree(folder, ignore_errors=True)
 
 
 def _use_cache(folder: str) -> None:
+    """Settings of a process that compiles. Ctrl-C is the parent's to answer: what is begun is finished."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
     triton.knobs.cache.dir = folder
 
 
