@@ -127,6 +127,20 @@ def write_text(path: Path, text: str) -> None:
         raise InputError(f"cannot write '{path}': {error.strerror or error}; choose another path") from error
 
 
+def read_results(path: Path, check: Callable[[Any], Mapping[str, Any]]) -> Mapping[str, Any]:
+    """A results file's record, as `check` accepts it.
+
+    Raises:
+        InputError: if it cannot be read, or from `check`, with the file's name.
+    """
+    try:
+        return check(json.loads(path.read_text(encoding="utf-8")))
+    except (OSError, ValueError) as error:
+        raise InputError(f"cannot read '{path}': {error}") from error
+    except InputError as error:
+        raise InputError(f"'{path}': {error}") from error
+
+
 # The worker's side
 
 

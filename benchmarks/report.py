@@ -5,13 +5,12 @@ Works on the results record alone (the JSON file's content), so an old file prin
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from benchmarks.common import InputError, Workload
+from benchmarks.common import InputError, Workload, read_results
 
 SCHEMA = 1
 BENCHMARK = "offline-cpu"
@@ -98,12 +97,7 @@ def load_results(path: Path) -> Record:
     Raises:
         InputError: if it cannot be read or is no results file of this version.
     """
-    try:
-        return check_results(json.loads(path.read_text(encoding="utf-8")))
-    except (OSError, ValueError) as error:
-        raise InputError(f"cannot read '{path}': {error}") from error
-    except InputError as error:
-        raise InputError(f"'{path}': {error}") from error
+    return read_results(path, check_results)
 
 
 def times_better(metric: Metric, own: float, other: float) -> float:

@@ -13,6 +13,8 @@ import torch
 
 #: Rows of words in a block, and inputs in a plane.
 PLANE_ROWS = 32
+#: Outputs are padded to a multiple of this, the narrowest tile that divides every wider one.
+COLUMN_MULTIPLE = 128
 #: What tensor cores multiply; also the types of scales.
 ACTIVATION_DTYPES = (torch.float16, torch.bfloat16)
 

@@ -6,12 +6,11 @@ misses them is told so and nothing fails.
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from benchmarks.common import InputError
+from benchmarks.common import InputError, read_results
 
 BENCHMARK = "gpu"
 SCHEMA = 1
@@ -40,12 +39,7 @@ def load_results(path: Path) -> Record:
     Raises:
         InputError: if it cannot be read or is no results file of this version.
     """
-    try:
-        return check_results(json.loads(path.read_text(encoding="utf-8")))
-    except (OSError, ValueError) as error:
-        raise InputError(f"cannot read '{path}': {error}") from error
-    except InputError as error:
-        raise InputError(f"'{path}': {error}") from error
+    return read_results(path, check_results)
 
 
 def markdown_report(results: Record) -> str:

@@ -16,8 +16,7 @@ from dataclasses import dataclass, replace
 
 import torch
 
-from quant_kernels.linear.p16.layout import COLUMN_MULTIPLE
-from quant_kernels.scheme import Scheme, ZeroKind
+from quant_kernels.scheme import COLUMN_MULTIPLE, Scheme, ZeroKind
 from quant_kernels.tuning.card import KB, REGISTERS_PER_SM, Card, card_of
 from quant_kernels.tuning.table import TunedChoice, TuningTable, load_table
 from quant_kernels.tuning.tile import Tile

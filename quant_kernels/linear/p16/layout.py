@@ -33,10 +33,8 @@ from dataclasses import dataclass
 import torch
 
 from quant_kernels.packed_weight import PackedWeight
-from quant_kernels.scheme import ACTIVATION_DTYPES, PLANE_ROWS, Scheme, ZeroKind
+from quant_kernels.scheme import ACTIVATION_DTYPES, COLUMN_MULTIPLE, PLANE_ROWS, Scheme, ZeroKind
 
-#: N is padded to a multiple of this, the narrowest tile that divides every wider one.
-COLUMN_MULTIPLE = 128
 #: A layer is converted in at least this many slices of columns, or the memory beside it would exceed its own.
 _SLICES = 8
 _TABLE_DTYPES = {2: torch.int32, 4: torch.int64}
