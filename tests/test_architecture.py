@@ -43,6 +43,15 @@ LIGHT = (
     "qengine.runtime.planner",
 )
 WEB = {"fastapi", "starlette", "uvicorn", "pydantic", "httpx", "prometheus_client", "aiohttp", "flask"}
+#: The same inside quant_kernels/: what describes a weight, what chooses, what computes, what watches.
+KERNEL_FLOORS: tuple[tuple[str, ...], ...] = (
+    ("packed_weight", "scheme", "late", "launching"),
+    ("packing", "tuning", "tolerance"),
+    ("reference", "elementwise", "attention"),
+    ("linear",),
+    ("compiled",),
+    ("resources",),
+)
 KERNEL_IMPORTS = {"quant_kernels", "torch", "triton", "numpy"}
 UNSAFE_MODULES = {"pickle", "cPickle", "cloudpickle", "dill", "marshal", "shelve", "joblib"}
 UNSAFE_CALLS = {"eval", "exec", "torch.load", "yaml.load", "yaml.unsafe_load", "yaml.full_load"}
@@ -192,6 +201,21 @@ def kernels_need_little(modules: Sequence[Module]) -> Iterator[str]:
             top = target.partition(".")[0]
             if top not in KERNEL_IMPORTS and top not in sys.stdlib_module_names:
                 yield module.violation(node, f"imports {top}; kernels import torch, triton and numpy alone")
+
+
+def kernels_build_upwards(modules: Sequence[Module]) -> Iterator[str]:
+    floors = {part: floor for floor, parts in enumerate(KERNEL_FLOORS) for part in parts}
+    for module in modules:
+        part = module.name.split(".")[1] if module.name.startswith("quant_kernels.") else None
+        if part is None:
+            continue
+        if part not in floors:
+            yield module.violation(None, "has no floor; give it one in KERNEL_FLOORS")
+            continue
+        for node, target in imports(module):
+            other = target.split(".")[1] if target.startswith("quant_kernels.") else part
+            if floors.get(other, 0) > floors[part]:
+                yield module.violation(node, f"imports {target}, which is above it")
 
 
 def web_stays_on_floor_8(modules: Sequence[Module]) -> Iterator[str]:
@@ -385,6 +409,12 @@ RULES: dict[Rule, tuple[tuple[str, str], ...]] = {
     kernels_need_little: (
         ("quant_kernels.packing", "from converters.source import WeightSource"),
         ("quant_kernels.packing", "import safetensors.torch"),
+    ),
+    kernels_build_upwards: (
+        ("quant_kernels.attic", ""),
+        ("quant_kernels.tuning.select", "from quant_kernels.linear.p16.layout import pack"),
+        ("quant_kernels.elementwise.rms_norm", "import quant_kernels.linear.dispatch"),
+        ("quant_kernels.packed_weight", "from quant_kernels.packing import pack_codes"),
     ),
     web_stays_on_floor_8: (
         ("qengine.engine", "import fastapi"),
