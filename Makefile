@@ -16,8 +16,12 @@ PY := $(VENV)/bin/python
 PIP := $(PY) -m pip --disable-pip-version-check
 HAS_GPU = $(shell nvidia-smi -L 2>/dev/null | grep -q GPU && echo yes)
 CONSTRAINTS ?= $(if $(HAS_GPU),,constraints.txt)
-# GPU_PY names a Python that has torch, triton, numpy and pytest, where nothing shall be installed.
-GPU_PY ?= $(PY)
+# The GPU targets need torch, triton, numpy and pytest alone: a Python that has them and a GPU is used as it is, so that
+# nothing is installed there. GPU_PY names another one; asking costs seconds, so it is done for those targets only.
+HAS_ALL := import numpy, pytest, torch, triton; raise SystemExit(not torch.cuda.is_available())
+ifneq ($(filter gpu-check tune,$(MAKECMDGOALS)),)
+  GPU_PY := $(if $(GPU_PY),$(GPU_PY),$(shell "$(PYTHON)" -c '$(HAS_ALL)' 2>/dev/null && echo "$(PYTHON)" || echo $(PY)))
+endif
 GPU_STAMP = $(if $(filter $(PY),$(GPU_PY)),$(VENV)/stamp-test)
 CONSTRAINED = $(if $(CONSTRAINTS),--constraint "$(CONSTRAINTS)")
 

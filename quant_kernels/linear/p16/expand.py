@@ -107,8 +107,3 @@ def expanded_matmul(x: torch.Tensor, weight: P16Weight, *, twin: bool = False) -
 def slice_columns(in_features: int) -> int:
     """Columns of a 16-bit matrix of `in_features` rows that fit the scratch memory, in whole tiles."""
     return max(BLOCK_N, SCRATCH_BYTES // (2 * in_features) // BLOCK_N * BLOCK_N)
-
-
-def scratch_bytes(in_features: int, out_features: int) -> int:
-    """Scratch memory that `expanded_matmul` takes at most."""
-    return 2 * in_features * min(slice_columns(in_features), out_features)
