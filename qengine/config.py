@@ -25,7 +25,7 @@ logger = logging.getLogger(__name__)
 AUTO: Literal["auto"] = "auto"
 DTYPES = {"auto": "auto", "half": "float16", "float16": "float16", "bfloat16": "bfloat16", "float32": "float32"}
 DTYPES["float"] = "float32"
-KV_CACHE_DTYPES = ("auto", "float16", "bfloat16", "float32")
+KV_CACHE_DTYPES = ("auto", "float16", "bfloat16", "float32", "int8", "fp8", "fp8_e4m3", "fp8_e5m2")
 QUANTIZATIONS = {"awq": "awq", "gptq": "gptq", "gguf": "gguf", "awq_marlin": "awq", "gptq_marlin": "gptq"}
 LOAD_FORMATS = ("auto", "dummy")
 DEVICES = ("auto", "cpu", "cuda")
@@ -130,12 +130,9 @@ class CacheConfig:
         _positive("block_size", self.block_size)
         if self.block_size & (self.block_size - 1) or self.block_size > 256:
             raise ConfigError(f"block_size is {self.block_size}, expected a power of two up to 256, such as 16")
-        if self.kv_cache_dtype in ("fp8", "fp8_e4m3", "fp8_e5m2", "int8"):
-            raise ConfigError(
-                f"kv_cache_dtype '{self.kv_cache_dtype}' is not available in this version; "
-                f"use one of: {', '.join(KV_CACHE_DTYPES)}"
-            )
         _one_of("kv_cache_dtype", self.kv_cache_dtype, KV_CACHE_DTYPES)
+        if self.block_size == 1 and self.kv_cache_dtype.startswith(("int8", "fp8")):
+            raise ConfigError(f"block_size is 1, but a {self.kv_cache_dtype} KV cache pairs tokens; use 2 or more")
         share = self.gpu_memory_utilization
         if not isinstance(share, int | float) or not math.isfinite(share) or not 0 < share <= 1:
             raise ConfigError(f"gpu_memory_utilization is {share}, expected a fraction above 0 and at most 1")

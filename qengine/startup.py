@@ -26,6 +26,7 @@ from qengine.runtime.runner import ModelRunner
 from qengine.scheduling.block_pool import BlockPool
 from qengine.scheduling.scheduler import Scheduler, SchedulerLimits
 from qengine.tokenizer import Tokenizer, load_tokenizer, tokenizer_from_gguf
+from quant_kernels.attention.kv_format import KV_FORMATS, plain
 
 logger = logging.getLogger(__name__)
 
@@ -93,14 +94,15 @@ def start_parts(config: EngineConfig, *, show_progress: bool = False) -> EngineP
     device = choose_device(config.load.device)
     opened = open_model(config.load)
     dtype = choose_dtype(config.load.dtype, device)
-    kv_dtype = dtype if config.cache.kv_cache_dtype == "auto" else _DTYPES[config.cache.kv_cache_dtype]
-    plan = plan_memory(opened.config, config, kv_value_bytes=kv_dtype.itemsize, free_bytes=available_memory())
+    kv_format = plain(dtype) if config.cache.kv_cache_dtype == "auto" else KV_FORMATS[config.cache.kv_cache_dtype]
+    per_token = opened.config.num_layers * kv_format.bytes_per_token(opened.config.num_kv_heads, opened.config.head_dim)
+    plan = plan_memory(opened.config, config, kv_bytes_per_token=per_token, free_bytes=available_memory())
     watch.lap("checks")
     tokenizer = _load_tokenizer(config, opened)
     watch.lap("tokenizer")
     model = load_decoder(opened, dtype, device, plan.max_model_len, show_progress=show_progress)
     watch.lap("weights")
-    cache = KVCache(opened.config, plan.num_blocks, plan.block_size, kv_dtype, device)
+    cache = KVCache(opened.config, plan.num_blocks, plan.block_size, kv_format, device)
     watch.lap("kv cache")
     _log_kernels(model.linears())
     weight_bytes = sum(linear.num_bytes for linear in model.linears()) + model.embedding.num_bytes

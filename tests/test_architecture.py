@@ -48,6 +48,7 @@ KERNEL_FLOORS: tuple[tuple[str, ...], ...] = (
     ("packed_weight", "scheme", "late", "launching"),
     ("packing", "tuning", "tolerance"),
     ("reference", "elementwise", "attention"),
+    ("ops",),
     ("linear",),
     ("compiled",),
     ("resources",),

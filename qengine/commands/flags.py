@@ -124,7 +124,12 @@ MEMORY_FLAGS = Group(
             default="the model's",
         ),
         Flag("--kv-cache-memory-bytes", "size of the KV cache, such as 4GiB or 512MiB", "SIZE", memory),
-        Flag("--kv-cache-dtype", "auto (the compute dtype), float16, bfloat16 or float32", "DTYPE", default="auto"),
+        Flag(
+            "--kv-cache-dtype",
+            "auto (the compute dtype), float16, bfloat16, float32; half as large: int8, fp8 (e4m3), fp8_e5m2",
+            "DTYPE",
+            default="auto",
+        ),
         Flag("--block-size", "tokens per KV block", "N", count, default="16"),
         Flag(
             "--enable-prefix-caching",

@@ -11,6 +11,7 @@ from collections.abc import Sequence
 import torch
 
 from quant_kernels.linear.dispatch import PreparedLinear, Target, choose, prepare
+from quant_kernels.ops.base import LayerOps
 from quant_kernels.packed_weight import DenseWeight, PackedWeight
 from quant_kernels.packing import can_concat, concat_biases, concat_outputs
 
@@ -32,7 +33,11 @@ def try_fuse(parts: Sequence[Weight]) -> Weight | None:
 
 
 class Linear:
-    """y = x W + b for one weight or several side by side; x [M, K] to [M, N]."""
+    """y = x W + b for one weight or several side by side; x [M, K] to [M, N].
+
+    In a decoder layer `partial_sums` leaves the sum of a split to the next operation, and `places` tells the one before
+    in which order this one wants its columns. Called alone, it takes and gives columns in their own order.
+    """
 
     def __init__(self, name: str, parts: Sequence[Weight], target: Target) -> None:
         fused = try_fuse(parts)
@@ -47,7 +52,21 @@ class Linear:
     def num_bytes(self) -> int:
         return sum(p.num_bytes for p in self.parts)
 
+    @property
+    def places(self) -> torch.Tensor | None:
+        """int32 [K]: where `partial_sums` wants each column of x; None for its own place."""
+        return self.parts[0].places if len(self.parts) == 1 else None
+
     def __call__(self, x: torch.Tensor) -> torch.Tensor:
         if len(self.parts) == 1:
             return self.parts[0](x)
         return torch.cat([part(x) for part in self.parts], dim=-1)
+
+    def partial_sums(self, x: torch.Tensor) -> torch.Tensor:
+        """x [M, K], columns at their `places`, to [S, M, N] that add up to the result."""
+        return self.parts[0].partial_sums(x) if len(self.parts) == 1 else self(x).unsqueeze(0)
+
+    def silu_mul(self, x: torch.Tensor, ops: LayerOps, places: torch.Tensor | None) -> torch.Tensor:
+        """silu(gate) * up of a linear [gate | up]: [M, N / 2], columns where the next linear wants them."""
+        product = self.parts[0].try_silu_mul(x) if len(self.parts) == 1 and places is None else None
+        return ops.silu_mul(self.partial_sums(x), x.dtype, places) if product is None else product

@@ -3,20 +3,22 @@
 from __future__ import annotations
 
 import torch
-import torch.nn.functional as F
 
 from qengine.layers.linear import Linear
 from qengine.parallel.group import TPGroup
+from quant_kernels.ops.base import LayerOps
 
 
 class GatedMLP:
-    """x [rows, hidden] to [rows, hidden]. `gate_up` yields gate and up side by side."""
+    """x [rows, hidden] to partial sums [S, rows, hidden]. `gate_up` yields gate and up side by side."""
 
-    def __init__(self, gate_up: Linear, down: Linear, group: TPGroup | None = None) -> None:
+    def __init__(self, gate_up: Linear, down: Linear, ops: LayerOps, group: TPGroup | None = None) -> None:
         self.gate_up = gate_up
         self.down = down
+        self.ops = ops
         self.group = group or TPGroup.single()
 
     def __call__(self, x: torch.Tensor) -> torch.Tensor:
-        gate, up = self.gate_up(x).chunk(2, dim=-1)
-        return self.group.all_reduce(self.down(F.silu(gate).mul_(up)))
+        """x: columns where `gate_up` wants them."""
+        product = self.gate_up.silu_mul(x, self.ops, self.down.places)
+        return self.group.all_reduce(self.down.partial_sums(product))

@@ -1,4 +1,4 @@
-"""Rotary position embedding, half-split: pairs are (i, i + head_dim / 2), as in the transformers checkpoints.
+"""The angles of rotary position embedding, half-split: pairs are (i, i + head_dim / 2), as in transformers' files.
 
 ``[x1, x2] -> [x1 cos - x2 sin, x2 cos + x1 sin]`` with angle ``position * theta^(-2i / head_dim)`` (Su et al. 2021).
 Scalings: linear divides every frequency; llama3 divides the slow ones only (Llama 3.1's config keys); factors divides
@@ -36,21 +36,14 @@ def _llama3(frequencies: torch.Tensor, rope: RopeConfig) -> torch.Tensor:
 
 
 class RotaryEmbedding:
-    """Cosines and sines of every position, computed once: [max_position, head_dim / 2] in the compute dtype."""
+    """Cosines and sines of every position, computed once: float32 [max_position, head_dim / 2] each."""
 
-    def __init__(
-        self, rope: RopeConfig, head_dim: int, max_position: int, dtype: torch.dtype, device: torch.device
-    ) -> None:
+    def __init__(self, rope: RopeConfig, head_dim: int, max_position: int, device: torch.device) -> None:
         angles = torch.outer(torch.arange(max_position).float(), inverse_frequencies(rope, head_dim))
-        self._cos = angles.cos().to(device=device, dtype=dtype)
-        self._sin = angles.sin().to(device=device, dtype=dtype)
+        self.cos = angles.cos().to(device)
+        self.sin = angles.sin().to(device)
 
-    def at(self, positions: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    def at(self, positions: torch.Tensor, dtype: torch.dtype) -> tuple[torch.Tensor, torch.Tensor]:
         """(cos, sin), each [rows, 1, head_dim / 2], for int64 positions [rows]. Once per step, for all layers."""
-        return self._cos.index_select(0, positions).unsqueeze(1), self._sin.index_select(0, positions).unsqueeze(1)
-
-
-def rotate(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
-    """x [rows, heads, head_dim] rotated by its rows' angles."""
-    first, second = x.chunk(2, dim=-1)
-    return torch.cat([first * cos - second * sin, second * cos + first * sin], dim=-1)
+        cos, sin = (table.index_select(0, positions).unsqueeze(1).to(dtype) for table in (self.cos, self.sin))
+        return cos, sin

@@ -13,13 +13,15 @@ from dataclasses import dataclass
 import torch
 
 from qengine.config import ModelConfig
-from qengine.layers.attention import Attention, LayerCache, StepInputs
+from qengine.layers.attention import Attention
 from qengine.layers.embedding import Embedding
 from qengine.layers.linear import Linear, Weight
 from qengine.layers.mlp import GatedMLP
 from qengine.layers.norm import RMSNorm
 from qengine.layers.rope import RotaryEmbedding
+from quant_kernels.attention.kv_format import LayerCache
 from quant_kernels.linear.dispatch import Target
+from quant_kernels.ops.base import Heads, StepInputs
 from quant_kernels.packed_weight import DenseWeight
 from quant_kernels.packing import fold_input_order
 
@@ -110,13 +112,12 @@ class DecoderLayer:
         self.mlp = mlp
 
     def __call__(
-        self, x: torch.Tensor, residual: torch.Tensor, cache: LayerCache, inputs: StepInputs
-    ) -> tuple[torch.Tensor, torch.Tensor]:
-        """x: the previous block's output, not yet in the residual [rows, hidden]."""
-        normed, residual = self.input_norm.add(x, residual)
+        self, sums: torch.Tensor | None, residual: torch.Tensor, cache: LayerCache, inputs: StepInputs
+    ) -> torch.Tensor:
+        """Partial sums [S, rows, hidden] of the previous layer, not yet in the residual, to those of this one."""
+        normed = self.input_norm.add(sums, residual, self.attention.qkv.places)
         attended = self.attention(normed, cache, inputs)
-        normed, residual = self.post_norm.add(attended, residual)
-        return self.mlp(normed), residual
+        return self.mlp(self.post_norm.add(attended, residual, self.mlp.gate_up.places))
 
 
 class Decoder:
@@ -138,14 +139,18 @@ class Decoder:
         self.head = head
         self.rope = rope
 
+    @property
+    def dtype(self) -> torch.dtype:
+        """Of hidden states."""
+        return self.embedding.table.dtype
+
     def forward(self, token_ids: torch.Tensor, cache: Sequence[LayerCache], inputs: StepInputs) -> torch.Tensor:
-        """int64 token ids [rows] to normalized hidden states [rows, hidden]; writes the cache."""
+        """Token ids [rows] to normalized hidden states [rows, hidden]; writes the cache."""
         residual = self.embedding(token_ids)
-        x = torch.zeros_like(residual)
+        sums = None
         for layer, layer_cache in zip(self.layers, cache, strict=True):
-            x, residual = layer(x, residual, layer_cache, inputs)
-        normed, _ = self.norm.add(x, residual)
-        return normed
+            sums = layer(sums, residual, layer_cache, inputs)
+        return self.norm.add(sums, residual)
 
     def logits(self, hidden: torch.Tensor) -> torch.Tensor:
         """Hidden states [rows, hidden] to float32 logits [rows, vocab]."""
@@ -183,17 +188,20 @@ def build(config: ModelConfig, materials: Materials, *, tied: bool, max_position
     if tied and isinstance(head_weight, DenseWeight):
         head_weight = DenseWeight(embedding.table)  # One table in memory, not two.
     head = Linear(HEAD, [head_weight], materials.target)
-    rope = RotaryEmbedding(config.rope, config.head_dim, max_position, dtype, device)
+    rope = RotaryEmbedding(config.rope, config.head_dim, max_position, device)
     return Decoder(config, embedding, layers, norm, head, rope)
 
 
 def _norm(config: ModelConfig, materials: Materials, shape: TensorShape) -> RMSNorm:
-    weight = materials.read_tensor(shape).to(device=materials.target.device, dtype=materials.target.dtype)
-    return RMSNorm(weight, config.rms_norm_eps)
+    return RMSNorm(_tensor(materials, shape), config.rms_norm_eps, materials.target.ops)
+
+
+def _tensor(materials: Materials, shape: TensorShape) -> torch.Tensor:
+    return materials.read_tensor(shape).to(device=materials.target.device, dtype=materials.target.dtype)
 
 
 def _build_layer(config: ModelConfig, materials: Materials, layer: int) -> DecoderLayer:
-    norms = [_norm(config, materials, shape) for shape in layer_norms(config, layer)]
+    input_norm, post_norm, *head_norms = layer_norms(config, layer)
     q, k, v, o = (materials.read_linear(shape) for shape in attention_linears(config, layer))
     gate, up, down = (materials.read_linear(shape) for shape in mlp_linears(config, layer))
     down, (gate, up) = fold_input_order(down, [gate, up])
@@ -202,15 +210,15 @@ def _build_layer(config: ModelConfig, materials: Materials, layer: int) -> Decod
     def linear(name: str, *parts: Weight) -> Linear:
         return Linear(prefix + name, parts, materials.target)
 
-    attention = Attention(
-        linear("self_attn.qkv_proj", q, k, v),
-        linear("self_attn.o_proj", o),
-        num_heads=config.num_heads,
-        num_kv_heads=config.num_kv_heads,
-        head_dim=config.head_dim,
+    ops = materials.target.ops
+    heads = Heads(
+        config.num_heads,
+        config.num_kv_heads,
+        config.head_dim,
         window=config.windows[layer],
-        query_norm=norms[2] if config.qk_norm else None,
-        key_norm=norms[3] if config.qk_norm else None,
+        norms=torch.stack([_tensor(materials, shape) for shape in head_norms]) if head_norms else None,
+        norm_eps=config.rms_norm_eps,
     )
-    mlp = GatedMLP(linear("mlp.gate_up_proj", gate, up), linear("mlp.down_proj", down))
-    return DecoderLayer(norms[0], attention, norms[1], mlp)
+    attention = Attention(linear("self_attn.qkv_proj", q, k, v), linear("self_attn.o_proj", o), heads, ops)
+    mlp = GatedMLP(linear("mlp.gate_up_proj", gate, up), linear("mlp.down_proj", down), ops)
+    return DecoderLayer(_norm(config, materials, input_norm), attention, _norm(config, materials, post_norm), mlp)

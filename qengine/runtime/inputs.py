@@ -11,10 +11,11 @@ from dataclasses import dataclass
 
 import torch
 
-from qengine.layers.attention import StepInputs
 from qengine.layers.rope import RotaryEmbedding
 from qengine.scheduling.batch import Batch, BatchEntry
-from quant_kernels.attention.paged import make_segments
+from quant_kernels.attention.gathered import make_segments
+from quant_kernels.ops.base import StepInputs
+from quant_kernels.ops.torch_ops import TorchInputs
 
 
 @dataclass(frozen=True, slots=True)
@@ -38,7 +39,7 @@ class PreparedStep:
         ]
 
 
-def prepare_step(batch: Batch, rope: RotaryEmbedding, block_size: int) -> PreparedStep:
+def prepare_step(batch: Batch, rope: RotaryEmbedding, block_size: int, dtype: torch.dtype) -> PreparedStep:
     """Lay the batch's tokens out as rows and work out positions, slots and attention segments."""
     spans = [(e.start, e.num_tokens, e.block_ids) for e in batch.entries]
     segments, order = make_segments(spans, block_size)
@@ -52,8 +53,8 @@ def prepare_step(batch: Batch, rope: RotaryEmbedding, block_size: int) -> Prepar
         token_ids.extend(entry.token_ids)
         positions.extend(range(entry.start, entry.context_len))
         slots.extend(_slots(entry.block_ids, entry.start, entry.context_len, block_size))
-    cos, sin = rope.at(torch.tensor(positions))
-    inputs = StepInputs(torch.tensor(slots), cos, sin, segments)
+    cos, sin = rope.at(torch.tensor(positions), dtype)
+    inputs = TorchInputs(torch.tensor(slots), cos, sin, segments)
     return PreparedStep(torch.tensor(token_ids), inputs, entries, tuple(first_rows))
 
 

@@ -1,8 +1,8 @@
-"""The KV cache's memory: one allocation, split per layer.
+"""The KV cache's memory: one allocation for keys, one for values, one for scales, each split per layer.
 
-Layout [layers, 2 (keys, values), num_blocks, block_size, num_kv_heads, head_dim]. Invariant: it starts as zeros and is
-never handed out uninitialized, since attention multiplies even masked slots by zero and NaN would survive that.
-Which block belongs to whom is the scheduler's business.
+Layouts are those of `quant_kernels.attention.kv_format`. Invariant: it starts as zeros and is never handed out
+uninitialized, since attention multiplies even masked slots by zero and NaN would survive that. Which block belongs to
+whom is the scheduler's business.
 """
 
 from __future__ import annotations
@@ -14,34 +14,36 @@ import numpy as np
 import torch
 
 from qengine.config import ModelConfig
-from qengine.layers.attention import LayerCache
+from quant_kernels.attention.kv_format import KVFormat, LayerCache, cache_shapes
 
 
 class KVCache:
     """Keys and values of every layer for `num_blocks` blocks of `block_size` tokens."""
 
     def __init__(
-        self, config: ModelConfig, num_blocks: int, block_size: int, dtype: torch.dtype, device: torch.device
+        self, config: ModelConfig, num_blocks: int, block_size: int, kv_format: KVFormat, device: torch.device
     ) -> None:
-        shape = (config.num_layers, 2, num_blocks, block_size, config.num_kv_heads, config.head_dim)
-        self.storage = _zeros(shape, dtype, device)
+        shapes = cache_shapes(kv_format, num_blocks, block_size, config.num_kv_heads, config.head_dim)
+        self._parts = [_zeros((config.num_layers, *shape), dtype, device) for shape, dtype in shapes]
+        self.format = kv_format
         self.num_blocks = num_blocks
         self.block_size = block_size
-        self.layers = [LayerCache(layer[0], layer[1]) for layer in self.storage]
+        self.layers = [LayerCache(kv_format, *parts) for parts in zip(*self._parts, strict=True)]
 
     @property
     def num_bytes(self) -> int:
-        return self.storage.numel() * self.storage.element_size()
+        return sum(part.numel() * part.element_size() for part in self._parts)
 
     def clear_not_finite(self, block_ids: Sequence[int]) -> None:
-        """Zero those of the given blocks that hold NaN or infinity, in every layer.
+        """Zero those of the given blocks that hold NaN or infinity, in every layer; bytes show it by their scales.
 
         Sound blocks stay: they may be a prefix that other sequences share.
         """
         for block_id in block_ids:
-            block = self.storage[:, :, block_id]
-            if not bool(block.isfinite().all()):
-                block.zero_()
+            parts = [part[:, block_id] for part in self._parts]
+            if not all(bool(part.isfinite().all()) for part in parts if part.is_floating_point()):
+                for part in parts:
+                    part.zero_()
 
 
 def _zeros(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> torch.Tensor:

@@ -61,19 +61,18 @@ def _meminfo(key: str) -> int:
     raise ConfigError(f"/proc/meminfo has no {key}; set kv_cache_memory_bytes")
 
 
-def plan_memory(model: ModelConfig, config: EngineConfig, *, kv_value_bytes: int, free_bytes: int) -> MemoryPlan:
+def plan_memory(model: ModelConfig, config: EngineConfig, *, kv_bytes_per_token: int, free_bytes: int) -> MemoryPlan:
     """Fit the KV cache and the context length into memory.
 
     Args:
-        kv_value_bytes: bytes of one number in the cache.
+        kv_bytes_per_token: what one token takes in the cache, over all layers.
         free_bytes: what the machine could give.
 
     Raises:
         ConfigError: if an explicit max_model_len, or a single block, does not fit; names the largest that would.
     """
     cache, limits = config.cache, config.scheduler
-    per_token = model.kv_values_per_token * kv_value_bytes
-    block_bytes = per_token * cache.block_size
+    block_bytes = kv_bytes_per_token * cache.block_size
     wanted = _wanted_length(model, limits.max_model_len)
     budget = cache.kv_cache_memory_bytes
     if budget is None:
@@ -93,7 +92,7 @@ def plan_memory(model: ModelConfig, config: EngineConfig, *, kv_value_bytes: int
     fitting = most_blocks * cache.block_size
     length = _fit_length(wanted, fitting, budget, explicit=isinstance(limits.max_model_len, int))
     batched = limits.max_num_batched_tokens or CPU_BATCHED_TOKENS
-    return MemoryPlan(length, batched, cache.block_size, most_blocks, per_token)
+    return MemoryPlan(length, batched, cache.block_size, most_blocks, kv_bytes_per_token)
 
 
 def _blocks(tokens: int, block_size: int) -> int:

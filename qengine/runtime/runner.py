@@ -33,7 +33,7 @@ class ModelRunner:
     @torch.inference_mode()
     def step(self, batch: Batch) -> StepResult:
         """Compute the batch's tokens, and sample where asked."""
-        step = prepare_step(batch, self.model.rope, self.cache.block_size)
+        step = prepare_step(batch, self.model.rope, self.cache.block_size, self.model.dtype)
         hidden = self.model.forward(step.token_ids, self.cache.layers, step.inputs)
         sampled, failed = self._sample(step, hidden)
         return StepResult(sampled, self._prompt_logprobs(step, hidden), failed)

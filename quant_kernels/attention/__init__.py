@@ -1,1 +1,1 @@
-"""Attention over a paged KV cache: the specification, and what runs it on each device."""
+"""Attention over a paged KV cache: how keys and values are stored, the specification, and what runs on each device."""

@@ -1,187 +1,478 @@
-"""Paged attention in plain torch: the CPU path, and the twin of device kernels to come.
+"""Attention over a paged KV cache in Triton: decode, prompt chunks and any mix of them in one launch.
 
-Sequences with one query token form one padded batch; longer ones (prompt chunks, drafts) run one by one. Keys and
-values live in blocks; a lone sequence whose blocks are consecutive is read in place, others are gathered::
+A program takes items of `work`: a tile of query tokens with all query heads of one KV head (so a key is read once for
+all of them), over one share of the keys the tile can see. It walks the block table, a tile of keys at a time, with the
+running maximum and sum of a softmax (Milakov and Gimelshein 2018; Dao et al. 2022). Several shares of a tile leave
+partial results; the program that ends last adds them up, in their order, so that nothing else is launched and the bits
+do not depend on who was last.
 
-    cache [num_blocks, block_size, num_kv_heads, head_dim]
-    slot of position p = block_ids[p // block_size] * block_size + p % block_size
+Bytes are multiplied as they are (`words`), a half of each word in a matmul of its own. A key's scale is applied to its
+score. A value's scale joins its score as a logarithm: the weights that meet the tensor cores then stay within [0, 1],
+however small the values are, and the sum of the softmax takes the scale out again.
 
-Invariant: positions beyond a sequence's context are never attended to, whatever the block holds.
-It does not schedule and does not know requests: a `Segment` is all it sees.
+Specification: `reference.paged_attention`. Invariant: keys beyond a sequence's context never count, whatever their
+slots hold. It does not write the cache.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
+from typing import Any
 
 import torch
-import torch.nn.functional as F
+import triton
+import triton.language as tl
+
+from quant_kernels.attention.kv_format import KVFormat, KVKind, LayerCache
+from quant_kernels.attention.words import FACTORS, PLAIN, log2_and_inverse, scale_values, unpack
+from quant_kernels.attention.work import NUM_FIELDS as _NUM_FIELDS
+from quant_kernels.launching import interpreting, launch_options, stored_dtype
+from quant_kernels.tuning.attention import AttentionTile
+
+NUM_FIELDS = tl.constexpr(_NUM_FIELDS)
+#: exp is computed as exp2, and scores carry this factor.
+LOG2_E = tl.constexpr(1.4426950408889634)
+_TYPES = {torch.float16: tl.float16, torch.bfloat16: tl.bfloat16, torch.float32: tl.float32}
 
 
-@dataclass(slots=True)
-class Segment:
-    """Rows [first_row, first_row + num_rows) of a step that share one attention call.
+@triton.jit
+def _scores(products, scale, softcap, SOFTCAP: tl.constexpr):
+    """Products of queries and keys as exponents of 2; softcap bends them by tanh, here out of exp2."""
+    if SOFTCAP:
+        bent = 1.0 - 2.0 / (tl.exp2(products * scale * (2.0 * LOG2_E / softcap)) + 1.0)
+        return bent * (softcap * LOG2_E)
+    else:
+        return products * (scale * LOG2_E)
 
-    Either `num_seqs` sequences of one query token each, or one sequence of `num_rows` query tokens.
+
+@triton.jit
+def _visible(keys, queries, end, window, WINDOW: tl.constexpr):
+    """Which keys each row attends to."""
+    mask = (keys[None, :] <= queries[:, None]) & (keys < end)[None, :]
+    if WINDOW:
+        mask = mask & (keys[None, :] > queries[:, None] - window)
+    return mask
+
+
+@triton.jit
+def _weights(scores, base):
+    return tl.exp2(scores - base[:, None])
+
+
+@triton.jit
+def _plain_step(
+    acc, total, top, query, start, end, blocks_ptr, key_ptr, value_ptr, key_strides, value_strides, dims, queries,
+    first_query, last_query, window, scale, softcap, HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr,
+    KEYS: tl.constexpr, BLOCK_SIZE: tl.constexpr, WINDOW: tl.constexpr, SOFTCAP: tl.constexpr, DTYPE: tl.constexpr,
+):  # fmt: skip
+    """One tile of keys of a cache of floats."""
+    keys = start + tl.arange(0, KEYS)
+    # Keys past the end are read from the last one's slot, so that no load needs a mask.
+    inside = tl.minimum(keys, end - 1)
+    block = tl.load(blocks_ptr + inside // BLOCK_SIZE).to(tl.int64)
+    token = inside % BLOCK_SIZE
+    key_ptrs = key_ptr + (block * key_strides[0] + token * key_strides[1])[None, :] + dims[:, None]
+    value_ptrs = value_ptr + (block * value_strides[0] + token * value_strides[1])[:, None] + dims[None, :]
+    if HEAD_DIM == BLOCK_D:
+        key = tl.load(key_ptrs).to(DTYPE)
+        value = tl.load(value_ptrs).to(DTYPE)
+    else:
+        key = tl.load(key_ptrs, mask=(dims < HEAD_DIM)[:, None], other=0.0).to(DTYPE)
+        value = tl.load(value_ptrs, mask=(dims < HEAD_DIM)[None, :], other=0.0).to(DTYPE)
+    scores = _scores(tl.dot(query, key, input_precision="ieee"), scale, softcap, SOFTCAP)
+    if _needs_mask(start, KEYS, first_query, last_query, window, WINDOW):
+        scores = tl.where(_visible(keys, queries, end, window, WINDOW), scores, float("-inf"))
+    new_top = tl.maximum(top, tl.max(scores, axis=1))
+    base = tl.where(new_top == float("-inf"), 0.0, new_top)
+    weights = _weights(scores, base)
+    fade = tl.exp2(top - base)
+    total = total * fade + tl.sum(weights, axis=1)
+    acc = tl.dot(weights.to(DTYPE), value, acc * fade[:, None], input_precision="ieee")
+    return acc, total, new_top
+
+
+@triton.jit
+def _needs_mask(start, KEYS: tl.constexpr, first_query, last_query, window, WINDOW: tl.constexpr):
+    if WINDOW:
+        return (start + KEYS > first_query + 1) | (start <= last_query - window)
+    else:
+        return start + KEYS > first_query + 1
+
+
+@triton.jit
+def _half_of_keys(
+    low_query, high_query, key_ptr, scales_ptr, block, token, keys, key_strides, scale_block,
+    pairs, queries, start, end, first_query, last_query, window, scale, softcap, HEAD_DIM: tl.constexpr,
+    BLOCK_P: tl.constexpr, KEYS: tl.constexpr, KIND: tl.constexpr, FACTOR: tl.constexpr, SCALED: tl.constexpr,
+    WINDOW: tl.constexpr, SOFTCAP: tl.constexpr, DTYPE: tl.constexpr, ASM: tl.constexpr,
+):  # fmt: skip
+    """Scores of those keys of a tile whose values share a half of their words, and what their values lack."""
+    pointers = key_ptr + (block * key_strides[0] + token * key_strides[1])[None, :] + pairs[:, None]
+    if HEAD_DIM == 2 * BLOCK_P:
+        words = tl.load(pointers)
+    else:
+        words = tl.load(pointers, mask=(pairs < HEAD_DIM // 2)[:, None], other=0)
+    low, high = unpack(words, KIND, DTYPE, ASM)
+    products = tl.dot(low_query, low, input_precision="ieee")
+    products = tl.dot(high_query, high, products, input_precision="ieee")
+    if SCALED:
+        key_scales, value_scales = scale_values(tl.load(scales_ptr + block * scale_block + token))
+        # A slot that was never written has no sound scale; keys past the end must not bring one in.
+        value_scales = tl.where(keys < end, value_scales * FACTOR, 1.0)
+        logs, inverses = log2_and_inverse(value_scales, ASM)
+        scores = _scores(products * (key_scales * FACTOR)[None, :], scale, softcap, SOFTCAP) + logs[None, :]
+    else:
+        inverses = keys
+        scores = _scores(products * FACTOR, scale, softcap, SOFTCAP)
+    if _needs_mask(start, KEYS, first_query, last_query, window, WINDOW):
+        scores = tl.where(_visible(keys, queries, end, window, WINDOW), scores, float("-inf"))
+    return scores, inverses
+
+
+@triton.jit
+def _sum(weights, inverses, SCALED: tl.constexpr):
+    if SCALED:
+        return tl.sum(weights * inverses[None, :], axis=1)
+    else:
+        return tl.sum(weights, axis=1)
+
+
+@triton.jit
+def _word_step(
+    acc, total, top, low_query, high_query, start, end, blocks_ptr, key_ptr, value_ptr, scales_ptr,
+    key_strides, value_strides, scale_block, dims, pairs, queries, first_query, last_query, window,
+    scale, softcap, HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_P: tl.constexpr, KEYS: tl.constexpr,
+    BLOCK_SIZE: tl.constexpr, KIND: tl.constexpr, FACTOR: tl.constexpr, SCALED: tl.constexpr, WINDOW: tl.constexpr,
+    SOFTCAP: tl.constexpr, DTYPE: tl.constexpr, ASM: tl.constexpr,
+):  # fmt: skip
+    """One tile of keys of a cache of bytes: first the tokens in the low halves of the values' words, then the high."""
+    HALF_SIZE: tl.constexpr = BLOCK_SIZE // 2
+    rows = tl.arange(0, KEYS // 2)
+    index = tl.minimum(start // BLOCK_SIZE + rows // HALF_SIZE, (end - 1) // BLOCK_SIZE)
+    block = tl.load(blocks_ptr + index).to(tl.int64)
+    token = rows % HALF_SIZE
+    keys = start + rows // HALF_SIZE * BLOCK_SIZE + token
+    low_scores, low_inverses = _half_of_keys(
+        low_query, high_query, key_ptr, scales_ptr, block, token, keys, key_strides,
+        scale_block, pairs, queries, start, end, first_query, last_query, window, scale, softcap, HEAD_DIM, BLOCK_P,
+        KEYS, KIND, FACTOR, SCALED, WINDOW, SOFTCAP, DTYPE, ASM,
+    )  # fmt: skip
+    high_scores, high_inverses = _half_of_keys(
+        low_query, high_query, key_ptr, scales_ptr, block, token + HALF_SIZE,
+        keys + HALF_SIZE, key_strides, scale_block, pairs, queries, start, end, first_query, last_query, window,
+        scale, softcap, HEAD_DIM, BLOCK_P, KEYS, KIND, FACTOR, SCALED, WINDOW, SOFTCAP, DTYPE, ASM,
+    )  # fmt: skip
+    pointers = value_ptr + (block * value_strides[0] + token * value_strides[1])[:, None] + dims[None, :]
+    if HEAD_DIM == BLOCK_D:
+        words = tl.load(pointers)
+    else:
+        words = tl.load(pointers, mask=(dims < HEAD_DIM)[None, :], other=0)
+    low, high = unpack(words, KIND, DTYPE, ASM)
+    new_top = tl.maximum(top, tl.maximum(tl.max(low_scores, axis=1), tl.max(high_scores, axis=1)))
+    base = tl.where(new_top == float("-inf"), 0.0, new_top)
+    fade = tl.exp2(top - base)
+    low_weights, high_weights = _weights(low_scores, base), _weights(high_scores, base)
+    total = total * fade + _sum(low_weights, low_inverses, SCALED) + _sum(high_weights, high_inverses, SCALED)
+    acc = tl.dot(low_weights.to(DTYPE), low, acc * fade[:, None], input_precision="ieee")
+    acc = tl.dot(high_weights.to(DTYPE), high, acc, input_precision="ieee")
+    return acc, total, new_top
+
+
+@triton.jit
+def _write(
+    acc, total, top, out_ptr, places_ptr, sinks_ptr, rows, heads, valid, dims, stride_out, HEAD_DIM: tl.constexpr,
+    SINKS: tl.constexpr, PERMUTED: tl.constexpr,
+):  # fmt: skip
+    """The finished rows of a tile, columns where the next matmul wants them."""
+    if SINKS:
+        sinks = tl.load(sinks_ptr + heads, mask=valid, other=0.0).to(tl.float32)
+        total += tl.exp2(sinks * LOG2_E - top)
+    mask = valid[:, None] & (dims < HEAD_DIM)[None, :]
+    places = heads[:, None] * HEAD_DIM + dims[None, :]
+    if PERMUTED:
+        places = tl.load(places_ptr + places, mask=mask, other=0)
+    pointers = out_ptr + rows[:, None].to(tl.int64) * stride_out + places
+    tl.store(pointers, (acc / total[:, None]).to(out_ptr.dtype.element_ty), mask=mask)
+
+
+@triton.jit
+def _leave_share(
+    acc, total, top, sums_ptr, stats_ptr, places, valid, dims, num_places, HEAD_DIM: tl.constexpr,
+):  # fmt: skip
+    mask = valid[:, None] & (dims < HEAD_DIM)[None, :]
+    tl.store(sums_ptr + places[:, None] * HEAD_DIM + dims[None, :], acc, mask=mask)
+    tl.store(stats_ptr + places, total, mask=valid)
+    tl.store(stats_ptr + num_places + places, top, mask=valid)
+
+
+@triton.jit
+def _add_shares(
+    sums_ptr, stats_ptr, places, stride, shares, valid, dims, num_places, HEAD_DIM: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_D: tl.constexpr,
+):  # fmt: skip
+    """All shares of a tile, in their order."""
+    mask = valid[:, None] & (dims < HEAD_DIM)[None, :]
+    acc = tl.zeros((BLOCK_M, BLOCK_D), tl.float32)
+    total = tl.zeros((BLOCK_M,), tl.float32)
+    top = tl.full((BLOCK_M,), float("-inf"), tl.float32)
+    for share in tl.range(0, shares, num_stages=1):
+        here = places + share * stride
+        share_top = tl.load(stats_ptr + num_places + here, mask=valid, other=float("-inf"))
+        new_top = tl.maximum(top, share_top)
+        base = tl.where(new_top == float("-inf"), 0.0, new_top)
+        fade, weight = tl.exp2(top - base), tl.exp2(share_top - base)
+        total = total * fade + tl.load(stats_ptr + here, mask=valid, other=0.0) * weight
+        part = tl.load(sums_ptr + here[:, None] * HEAD_DIM + dims[None, :], mask=mask, other=0.0)
+        acc = acc * fade[:, None] + part * weight[:, None]
+        top = new_top
+    return acc, total, top
+
+
+@triton.jit(do_not_specialize=["num_places", "window"])
+def paged_attention_kernel(
+    query_ptr,
+    key_ptr,
+    value_ptr,
+    scales_ptr,
+    out_ptr,
+    num_items_ptr,
+    items_ptr,
+    blocks_ptr,
+    places_ptr,
+    sinks_ptr,
+    sums_ptr,
+    stats_ptr,
+    counters_ptr,
+    num_places,
+    stride_query,
+    stride_out,
+    window,
+    scale,
+    softcap,
+    num_kv_heads,
+    GROUP: tl.constexpr,
+    HEAD_DIM: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+    BLOCK_SIZE: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    KEYS: tl.constexpr,
+    KIND: tl.constexpr,
+    FACTOR: tl.constexpr,
+    SCALED: tl.constexpr,
+    WINDOW: tl.constexpr,
+    SOFTCAP: tl.constexpr,
+    SINKS: tl.constexpr,
+    PERMUTED: tl.constexpr,
+    DTYPE: tl.constexpr,
+    ASM: tl.constexpr,
+):
+    """query [M, num_heads, HEAD_DIM], caches as in `kv_format`, items as in `work`, out [M, num_heads * HEAD_DIM].
+
+    Partial results: sums float32 [slots, num_heads, HEAD_DIM], stats [2, slots, num_heads] (sums of weights, maxima),
+    counters int32 [slots, num_kv_heads], zero between launches; num_places is slots * num_heads.
+    """
+    BLOCK_P: tl.constexpr = BLOCK_D // 2
+    kv_head = tl.program_id(1)
+    dims = tl.arange(0, BLOCK_D)
+    pairs = tl.arange(0, BLOCK_P)
+    lane = tl.arange(0, BLOCK_M)
+    num_heads = num_kv_heads * GROUP
+    heads = kv_head * GROUP + lane % GROUP
+    if KIND == PLAIN:
+        key_strides = (BLOCK_SIZE * num_kv_heads * HEAD_DIM, num_kv_heads * HEAD_DIM)
+        value_strides = key_strides
+        key_ptr += kv_head * HEAD_DIM
+    else:
+        key_strides = (BLOCK_SIZE * num_kv_heads * (HEAD_DIM // 2), num_kv_heads * (HEAD_DIM // 2))
+        value_strides = (BLOCK_SIZE // 2 * num_kv_heads * HEAD_DIM, num_kv_heads * HEAD_DIM)
+        key_ptr += kv_head * (HEAD_DIM // 2)
+        scales_ptr += kv_head * BLOCK_SIZE
+    value_ptr += kv_head * HEAD_DIM
+    scale_block = num_kv_heads * BLOCK_SIZE
+
+    for item in tl.range(tl.program_id(0), tl.load(num_items_ptr), tl.num_programs(0), num_stages=1):
+        fields = items_ptr + item * NUM_FIELDS
+        row, tokens, position = tl.load(fields), tl.load(fields + 1), tl.load(fields + 2)
+        table, first, end = tl.load(fields + 3), tl.load(fields + 4), tl.load(fields + 5)
+        slot, share, shares = tl.load(fields + 6), tl.load(fields + 7), tl.load(fields + 8)
+        valid = lane < tokens * GROUP
+        rows = row + lane // GROUP
+        queries = position + lane // GROUP
+        last_query = position + tokens - 1
+        acc = tl.zeros((BLOCK_M, BLOCK_D), tl.float32)
+        total = tl.zeros((BLOCK_M,), tl.float32)
+        top = tl.full((BLOCK_M,), float("-inf"), tl.float32)
+        query_ptrs = query_ptr + (rows.to(tl.int64) * stride_query + heads * HEAD_DIM)[:, None]
+        if KIND == PLAIN:
+            query = tl.load(query_ptrs + dims[None, :], mask=valid[:, None] & (dims < HEAD_DIM)[None, :], other=0.0)
+            query = query.to(DTYPE)
+            for start in tl.range(first, end, KEYS):
+                acc, total, top = _plain_step(
+                    acc, total, top, query, start, end, blocks_ptr + table, key_ptr, value_ptr, key_strides,
+                    value_strides, dims, queries, position, last_query, window, scale, softcap, HEAD_DIM, BLOCK_D,
+                    KEYS, BLOCK_SIZE, WINDOW, SOFTCAP, DTYPE,
+                )  # fmt: skip
+        else:
+            mask = valid[:, None] & (pairs < HEAD_DIM // 2)[None, :]
+            low_query = tl.load(query_ptrs + pairs[None, :], mask=mask, other=0.0).to(DTYPE)
+            high_query = tl.load(query_ptrs + HEAD_DIM // 2 + pairs[None, :], mask=mask, other=0.0).to(DTYPE)
+            for start in tl.range(first, end, KEYS):
+                acc, total, top = _word_step(
+                    acc, total, top, low_query, high_query, start, end, blocks_ptr + table, key_ptr, value_ptr,
+                    scales_ptr, key_strides, value_strides, scale_block, dims, pairs, queries,
+                    position, last_query, window, scale, softcap, HEAD_DIM, BLOCK_D, BLOCK_P, KEYS, BLOCK_SIZE, KIND,
+                    FACTOR, SCALED, WINDOW, SOFTCAP, DTYPE, ASM,
+                )  # fmt: skip
+        if shares > 1:
+            stride = tokens * num_heads
+            places = (slot + lane // GROUP) * num_heads + heads
+            _leave_share(acc, total, top, sums_ptr, stats_ptr, places + share * stride, valid, dims, num_places,
+                         HEAD_DIM)  # fmt: skip
+            # Every thread's share is in memory before one of them says so; the last to say it sees all others'.
+            tl.debug_barrier()
+            counter = counters_ptr + slot * num_kv_heads + kv_head
+            if tl.atomic_add(counter, 1, sem="acq_rel", scope="gpu") == shares - 1:
+                tl.debug_barrier()
+                acc, total, top = _add_shares(sums_ptr, stats_ptr, places, stride, shares, valid, dims, num_places,
+                                              HEAD_DIM, BLOCK_M, BLOCK_D)  # fmt: skip
+                _write(acc, total, top, out_ptr, places_ptr, sinks_ptr, rows, heads, valid, dims, stride_out,
+                       HEAD_DIM, SINKS, PERMUTED)  # fmt: skip
+                tl.store(counter, 0)
+        else:
+            _write(acc, total, top, out_ptr, places_ptr, sinks_ptr, rows, heads, valid, dims, stride_out, HEAD_DIM,
+                   SINKS, PERMUTED)  # fmt: skip
+
+
+@dataclass(frozen=True, slots=True)
+class Work:
+    """A step's items on the device, for layers that share a window.
 
     Attributes:
-        starts: position of each sequence's first query token.
-        block_table: int64 [num_seqs * blocks], padded with each sequence's first block; None when read in place.
-        unused: int64 rows of the gathered copy beyond each sequence's context; None if there are none.
-        first_block: the first of consecutive blocks when read in place.
-        context_len: keys that are read per sequence (padded to the longest).
+        num_items: int32 [1], how many of the items count.
+        items: int32 [at least num_items, NUM_FIELDS].
+        programs: to launch per KV head; each takes every programs-th item.
     """
 
-    first_row: int
-    num_rows: int
-    num_seqs: int
-    starts: tuple[int, ...]
-    context_len: int
-    block_table: torch.Tensor | None
-    first_block: int = 0
-    unused: torch.Tensor | None = None
-    masks: dict[int | None, torch.Tensor | None] = field(default_factory=dict)
-
-    def mask(self, window: int | None) -> torch.Tensor | None:
-        """Boolean mask [num_seqs, 1, queries, context_len], True where attended; None if all is. Cached per step."""
-        if window is not None and window >= self.context_len:
-            window = None
-        if window not in self.masks:
-            self.masks[window] = self._make_mask(window)
-        return self.masks[window]
-
-    def _make_mask(self, window: int | None) -> torch.Tensor | None:
-        num_queries = self.num_rows // self.num_seqs
-        first = torch.tensor(self.starts)
-        last = (first.unsqueeze(1) + torch.arange(num_queries)).view(self.num_seqs, 1, num_queries, 1)
-        positions = torch.arange(self.context_len)
-        mask = positions <= last
-        if window is not None:
-            mask &= positions > last - window
-        return None if bool(mask.all()) else mask
+    num_items: torch.Tensor
+    items: torch.Tensor
+    programs: int
 
 
-def make_segments(
-    entries: Sequence[tuple[int, int, Sequence[int]]], block_size: int
-) -> tuple[list[Segment], list[int]]:
-    """Group the sequences of a step.
+@dataclass(frozen=True, slots=True)
+class Scratch:
+    """Room for partial results; counters are zero between launches. Shapes as the kernel says."""
 
-    Args:
-        entries: (start, num_tokens, block_ids) per sequence.
+    sums: torch.Tensor
+    stats: torch.Tensor
+    counters: torch.Tensor
 
-    Returns:
-        The segments, and the order in which the entries' tokens must be laid out as rows.
+    @classmethod
+    def make(cls, num_slots: int, num_heads: int, num_kv_heads: int, head_dim: int, device: torch.device) -> Scratch:
+        """Room for `num_slots` query tokens."""
+        sums = torch.empty(num_slots, num_heads, head_dim, dtype=torch.float32, device=device)
+        stats = torch.empty(2, num_slots, num_heads, dtype=torch.float32, device=device)
+        return cls(sums, stats, torch.zeros(num_slots, num_kv_heads, dtype=torch.int32, device=device))
+
+    @property
+    def num_bytes(self) -> int:
+        return sum(t.numel() * t.element_size() for t in (self.sums, self.stats, self.counters))
+
+
+@dataclass(frozen=True, slots=True)
+class Rule:
+    """How scores are made, beside the products of queries and keys.
+
+    Attributes:
+        scale: of the products.
+        window: a token sees itself and window - 1 tokens before it; None for all.
+        softcap: bends scores to within +-softcap by tanh; None for none.
+        sinks: float [num_heads], a score that takes part in each head's softmax and has no value; None for none.
     """
-    singles = [i for i, (_, count, _) in enumerate(entries) if count == 1]
-    others = [i for i, (_, count, _) in enumerate(entries) if count != 1]
-    segments = []
-    row = 0
-    if singles:
-        segments.append(_segment([entries[i] for i in singles], row, block_size))
-        row += len(singles)
-    for i in others:
-        segments.append(_segment([entries[i]], row, block_size))
-        row += entries[i][1]
-    return segments, singles + others
 
-
-def _segment(entries: list[tuple[int, int, Sequence[int]]], row: int, block_size: int) -> Segment:
-    context_len = max(start + count for start, count, _ in entries)
-    starts = tuple(start for start, _, _ in entries)
-    rows = sum(count for _, count, _ in entries)
-    num_blocks = -(-context_len // block_size)
-    first_block = entries[0][2][0]
-    if len(entries) == 1 and _consecutive(entries[0][2][:num_blocks]):
-        return Segment(row, rows, 1, starts, context_len, None, first_block)
-    tables = [list(block_ids[:num_blocks]) for _, _, block_ids in entries]
-    padded = [table + table[:1] * (num_blocks - len(table)) for table in tables]
-    capacity = num_blocks * block_size
-    unused = [
-        i * capacity + position
-        for i, (start, count, _) in enumerate(entries)
-        for position in range(start + count, capacity)
-    ]
-    return Segment(
-        row,
-        rows,
-        len(entries),
-        starts,
-        context_len,
-        torch.tensor(padded).view(-1),
-        unused=torch.tensor(unused) if unused else None,
-    )
-
-
-def _consecutive(block_ids: Sequence[int]) -> bool:
-    return block_ids[-1] - block_ids[0] + 1 == len(block_ids) and all(
-        b == block_ids[0] + i for i, b in enumerate(block_ids)
-    )
-
-
-def _read(cache: torch.Tensor, segment: Segment) -> torch.Tensor:
-    """Cached keys or values as [num_seqs, num_kv_heads, context_len, head_dim]; a view when read in place."""
-    _, block_size, num_heads, head_dim = cache.shape
-    if segment.block_table is None:
-        first = segment.first_block * block_size
-        flat = cache.view(-1, num_heads, head_dim)[first : first + segment.context_len].unsqueeze(0)
-    else:
-        gathered = cache.index_select(0, segment.block_table)
-        if segment.unused is not None:
-            # A masked key still counts if it is NaN, and nobody vouches for what a reused block holds.
-            gathered.view(-1, num_heads, head_dim).index_fill_(0, segment.unused, 0)
-        flat = gathered.view(segment.num_seqs, -1, num_heads, head_dim)[:, : segment.context_len]
-    return flat.transpose(1, 2)
+    scale: float
+    window: int | None = None
+    softcap: float | None = None
+    sinks: torch.Tensor | None = None
 
 
 def paged_attention(
     query: torch.Tensor,
-    key_cache: torch.Tensor,
-    value_cache: torch.Tensor,
-    segments: Sequence[Segment],
-    scale: float,
-    window: int | None = None,
+    cache: LayerCache,
+    blocks: torch.Tensor,
+    work: Work,
+    scratch: Scratch,
+    rule: Rule,
+    tile: AttentionTile,
+    places: torch.Tensor | None = None,
+    *,
+    twin: bool = False,
 ) -> torch.Tensor:
     """Attention of all rows of a step; keys and values of this step are already in the cache.
 
     Args:
-        query: [rows, num_heads, head_dim], laid out in the order `make_segments` gave.
-        key_cache, value_cache: [num_blocks, block_size, num_kv_heads, head_dim].
+        query: [M, num_heads, head_dim], contiguous.
+        blocks: int32, the block ids of all sequences; items say where each one's begin.
+        work: made for this rule's window and this tile.
+        places: int32 [num_heads * head_dim]: where the columns go, for the linear that follows.
+        twin: unpack bytes in plain Triton instead of assembly.
 
     Returns:
-        [rows, num_heads * head_dim] in the query's dtype.
+        [M, num_heads * head_dim] in the query's dtype. Rows that are in no item hold whatever was there.
     """
-    parts = [_attend(query, key_cache, value_cache, segment, scale, window) for segment in segments]
-    return parts[0] if len(parts) == 1 else torch.cat(parts)
-
-
-def _attend(
-    query: torch.Tensor,
-    key_cache: torch.Tensor,
-    value_cache: torch.Tensor,
-    segment: Segment,
-    scale: float,
-    window: int | None,
-) -> torch.Tensor:
-    rows = query[segment.first_row : segment.first_row + segment.num_rows]
-    num_rows, num_heads, head_dim = rows.shape
-    keys, values = _read(key_cache, segment), _read(value_cache, segment)
-    num_kv_heads = keys.shape[1]
-    mask = segment.mask(window)
-    if segment.num_seqs == num_rows:
-        # One query per sequence: the heads of a KV group stand in for query rows, so nothing is repeated.
-        q = rows.view(num_rows, num_kv_heads, num_heads // num_kv_heads, head_dim)
-        out = F.scaled_dot_product_attention(q, keys, values, attn_mask=mask, scale=scale)
-        return out.reshape(num_rows, num_heads * head_dim)
-    q = rows.transpose(0, 1).unsqueeze(0)
-    whole_prompt = segment.starts[0] == 0 and (window is None or window >= segment.context_len)
-    out = F.scaled_dot_product_attention(
-        q,
-        keys,
-        values,
-        attn_mask=None if whole_prompt else mask,
-        is_causal=whole_prompt,
-        scale=scale,
-        enable_gqa=num_heads != num_kv_heads,
+    rows, num_heads, head_dim = query.shape
+    kv_heads = cache.num_kv_heads
+    out = query.new_empty(rows, num_heads * head_dim, dtype=stored_dtype(query.dtype))
+    # Both scales of a token are one int32.
+    scales = cache.keys if cache.scales is None else cache.scales.view(torch.int32)
+    paged_attention_kernel[(work.programs, kv_heads)](
+        query,
+        cache.keys,
+        cache.values,
+        scales,
+        out,
+        work.num_items,
+        work.items,
+        blocks,
+        blocks if places is None else places,
+        query if rule.sinks is None else rule.sinks,
+        scratch.sums,
+        scratch.stats,
+        scratch.counters,
+        scratch.sums.shape[0] * num_heads,
+        query.stride(0),
+        num_heads * head_dim,
+        0 if rule.window is None else rule.window,
+        rule.scale,
+        1.0 if rule.softcap is None else rule.softcap,
+        kv_heads,
+        GROUP=num_heads // kv_heads,
+        WINDOW=rule.window is not None,
+        SOFTCAP=rule.softcap is not None,
+        SINKS=rule.sinks is not None,
+        PERMUTED=places is not None,
+        **attention_constants(cache.format, tile, head_dim, cache.block_size, query.dtype, twin=twin),
+        **launch_options(tile.num_warps, tile.num_stages),
     )
-    return out.squeeze(0).transpose(0, 1).reshape(num_rows, num_heads * head_dim)
+    return out.to(query.dtype)
+
+
+def attention_constants(
+    kv_format: KVFormat, tile: AttentionTile, head_dim: int, block_size: int, dtype: torch.dtype, *, twin: bool = False
+) -> dict[str, Any]:
+    """The constants that depend on the cache, the tile and the queries' dtype."""
+    interpreted = interpreting()
+    compute = kv_format.dtype or torch.float16
+    if dtype == torch.float32 or (interpreted and torch.bfloat16 in (compute, dtype)):
+        compute = torch.float32
+    return {
+        "HEAD_DIM": head_dim,
+        "BLOCK_D": triton.next_power_of_2(head_dim),
+        "BLOCK_SIZE": block_size,
+        "BLOCK_M": tile.block_m,
+        "KEYS": tile.keys,
+        "KIND": int(kv_format.kind),
+        "FACTOR": FACTORS[KVKind(kv_format.kind)],
+        "SCALED": kv_format.is_scaled,
+        "DTYPE": _TYPES[compute],
+        "ASM": not (twin or interpreted) and kv_format.kind != KVKind.PLAIN,
+    }

@@ -2,7 +2,8 @@
 
 Query token i of a sequence sits at position ``start + i`` and sees cached positions j with
 ``start + i - window < j <= start + i`` (no lower bound without a window). Query head h reads KV head
-``h // (num_heads / num_kv_heads)``. It is slow on purpose and only tests call it.
+``h // (num_heads / num_kv_heads)``. A softcap c makes ``c * tanh(score / c)`` of a score; a sink is one more score of a
+head's softmax, with no value. It is slow on purpose and only tests call it.
 """
 
 from __future__ import annotations
@@ -18,6 +19,8 @@ def paged_attention(
     start: int,
     scale: float,
     window: int | None = None,
+    softcap: float | None = None,
+    sinks: torch.Tensor | None = None,
 ) -> torch.Tensor:
     """Attention of one sequence.
 
@@ -26,6 +29,7 @@ def paged_attention(
         key_cache, value_cache: [num_blocks, block_size, num_kv_heads, head_dim].
         block_ids: the sequence's blocks in order.
         window: a token sees itself and window - 1 tokens before it; None for all.
+        sinks: [num_heads].
 
     Returns:
         float32 [T, num_heads, head_dim].
@@ -41,6 +45,10 @@ def paged_attention(
         for head in range(num_heads):
             k = keys[first : last + 1, head // per_kv_head]
             v = values[first : last + 1, head // per_kv_head]
-            weights = torch.softmax(k @ query[i, head].float() * scale, dim=0)
-            out[i, head] = weights @ v
+            scores = k @ query[i, head].float() * scale
+            if softcap is not None:
+                scores = softcap * torch.tanh(scores / softcap)
+            if sinks is not None:
+                scores = torch.cat([scores, sinks[head : head + 1].float()])
+            out[i, head] = torch.softmax(scores, dim=0)[: len(v)] @ v
     return out

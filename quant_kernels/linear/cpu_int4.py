@@ -16,6 +16,7 @@ from __future__ import annotations
 import torch
 import torch.nn.functional as F
 
+from quant_kernels.linear.whole import WholeLinear
 from quant_kernels.packed_weight import PackedWeight
 from quant_kernels.packing import expand_zeros
 
@@ -44,7 +45,7 @@ def can_run(weight: PackedWeight, dtype: torch.dtype) -> tuple[bool, str]:
     return True, ""
 
 
-class CpuInt4Linear:
+class CpuInt4Linear(WholeLinear):
     """A PackedWeight in torch's int4 layout. Weights [N', P * K / 2] bytes for P planes, N' = N rounded up to 16."""
 
     kernel = "cpu_int4"

@@ -9,11 +9,12 @@ from __future__ import annotations
 import torch
 import torch.nn.functional as F
 
+from quant_kernels.linear.whole import WholeLinear
 from quant_kernels.packed_weight import DenseWeight, PackedWeight
 from quant_kernels.reference import to_dense
 
 
-class DenseLinear:
+class DenseLinear(WholeLinear):
     """y = x W^T + b with W [N, K] in the compute dtype."""
 
     kernel = "dense"

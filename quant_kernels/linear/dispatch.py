@@ -17,6 +17,8 @@ from quant_kernels.linear import cpu_int4
 from quant_kernels.linear.cpu_int4 import CpuInt4Linear
 from quant_kernels.linear.dense import DenseLinear
 from quant_kernels.linear.p16 import layout
+from quant_kernels.ops.base import LayerOps
+from quant_kernels.ops.torch_ops import TorchOps
 from quant_kernels.packed_weight import DenseWeight, PackedWeight
 from quant_kernels.scheme import ACTIVATION_DTYPES
 from quant_kernels.tuning.card import SHARED_PER_BLOCK
@@ -41,7 +43,20 @@ class PreparedLinear(Protocol):
         """Bytes of device memory held."""
         ...
 
+    @property
+    def places(self) -> torch.Tensor | None:
+        """int32 [K]: where `partial_sums` wants each column of x; None for its own place."""
+        ...
+
     def __call__(self, x: torch.Tensor) -> torch.Tensor: ...
+
+    def partial_sums(self, x: torch.Tensor) -> torch.Tensor:
+        """x [M, K], columns at their `places`, to [S, M, N] that add up to the result."""
+        ...
+
+    def try_silu_mul(self, x: torch.Tensor) -> torch.Tensor | None:
+        """silu(gate) * up of a weight [gate | up] where one kernel does it all: [M, N / 2]."""
+        ...
 
 
 @dataclass(frozen=True, slots=True)
@@ -56,6 +71,15 @@ class Target:
     device: torch.device
     dtype: torch.dtype
     selector: Selector | None = None
+
+    @property
+    def ops(self) -> LayerOps:
+        """The operations between the linears."""
+        module = None if self.selector is None else try_import("quant_kernels.ops.triton_ops")
+        if module is None or self.selector is None:
+            return TorchOps()
+        ops: LayerOps = module.TritonOps(twin=self.selector.twin)
+        return ops
 
     @classmethod
     def of(cls, device: torch.device, dtype: torch.dtype, *, half_sums: bool = False) -> Target:

@@ -11,6 +11,7 @@ from qengine.models.decoder import EMBEDDING, Decoder, LinearShape, Materials, T
 from qengine.runtime.inputs import prepare_step
 from qengine.runtime.kv_cache import KVCache
 from qengine.scheduling.batch import Batch, BatchEntry
+from quant_kernels.attention.kv_format import plain
 from quant_kernels.linear.dispatch import Target
 from quant_kernels.packed_weight import DenseWeight
 
@@ -41,7 +42,7 @@ class Sequences:
 
     def __init__(self, model: Decoder, num_blocks: int = 64, block_size: int = 4) -> None:
         self.model = model
-        self.cache = KVCache(model.config, num_blocks, block_size, torch.float32, CPU)
+        self.cache = KVCache(model.config, num_blocks, block_size, plain(torch.float32), CPU)
         self.tables: dict[str, list[int]] = {}
         self.lengths: dict[str, int] = {}
         # Handed out from both ends in turn, so that tables are not consecutive.
@@ -58,7 +59,7 @@ class Sequences:
                 table.append(self.free.pop())
             self.lengths[name] = start + len(ids)
             entries.append(BatchEntry(name, tuple(ids), start, tuple(table), None))
-        step = prepare_step(Batch(tuple(entries)), self.model.rope, self.cache.block_size)
+        step = prepare_step(Batch(tuple(entries)), self.model.rope, self.cache.block_size, torch.float32)
         logits = self.model.logits(self.model.forward(step.token_ids, self.cache.layers, step.inputs))
         return {
             e.request_id: logits[row : row + e.num_tokens] for e, row in zip(step.entries, step.first_rows, strict=True)

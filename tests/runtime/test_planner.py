@@ -17,7 +17,12 @@ TOKEN_BYTES = 131_072
 
 
 def plan(free_bytes: int, **options: object) -> MemoryPlan:
-    return plan_memory(LLAMA_3_8B, EngineConfig.from_options(options), kv_value_bytes=2, free_bytes=free_bytes)
+    return plan_memory(
+        LLAMA_3_8B,
+        EngineConfig.from_options(options),
+        kv_bytes_per_token=2 * LLAMA_3_8B.kv_values_per_token,
+        free_bytes=free_bytes,
+    )
 
 
 def test_plenty_of_memory_holds_four_full_sequences() -> None:

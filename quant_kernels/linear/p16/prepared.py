@@ -12,7 +12,6 @@ from __future__ import annotations
 
 import torch
 
-from quant_kernels.elementwise.silu_mul import silu_mul
 from quant_kernels.linear.p16.expand import expanded_matmul
 from quant_kernels.linear.p16.gate_up import gate_up
 from quant_kernels.linear.p16.layout import P16Weight, pack
@@ -71,20 +70,19 @@ class P16Linear:
         assert choice.tile is not None, "only expanding has no tile"
         return matmul(x, self.weight, choice.tile, choice.split_k, twin=self._selector.twin)
 
-    def silu_mul(self, x: torch.Tensor, places: torch.Tensor | None = None) -> torch.Tensor:
-        """silu(gate) * up of a weight [gate | up].
+    def try_silu_mul(self, x: torch.Tensor) -> torch.Tensor | None:
+        """silu(gate) * up of a weight [gate | up], in the matmul itself; None where two launches are faster.
 
         Args:
             x: [M, K], columns in the weight's stored order.
-            places: int32 [N / 2]: where the columns go, for the linear that follows.
 
         Returns:
             [M, N / 2].
         """
-        choice = self._gate_up_choice(x.shape[0]) if places is None else None
-        if choice is not None and choice.tile is not None:
-            return gate_up(x, self.weight, choice.tile, twin=self._selector.twin)
-        return silu_mul(self.partial_sums(x), x.dtype, places)
+        choice = self._gate_up_choice(x.shape[0])
+        if choice is None or choice.tile is None:
+            return None
+        return gate_up(x, self.weight, choice.tile, twin=self._selector.twin)
 
     def _gate_up_choice(self, rows: int) -> Choice | None:
         key = regime(rows)

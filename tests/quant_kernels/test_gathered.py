@@ -1,4 +1,4 @@
-"""Paged attention against its specification: batches, chunks, windows, scattered and consecutive blocks."""
+"""Attention on gathered keys against its specification: batches, chunks, windows, scattered and consecutive blocks."""
 
 from __future__ import annotations
 
@@ -6,15 +6,16 @@ import pytest
 import torch
 
 from quant_kernels.attention import reference
-from quant_kernels.attention.paged import make_segments, paged_attention
+from quant_kernels.attention.gathered import make_segments, paged_attention
+from quant_kernels.attention.kv_format import LayerCache, plain
 
 BLOCK = 4
 
 
-def caches(num_blocks: int, kv_heads: int, head_dim: int) -> tuple[torch.Tensor, torch.Tensor]:
+def random_cache(num_blocks: int, kv_heads: int, head_dim: int) -> LayerCache:
     rng = torch.Generator().manual_seed(7)
     shape = (num_blocks, BLOCK, kv_heads, head_dim)
-    return torch.randn(shape, generator=rng), torch.randn(shape, generator=rng)
+    return LayerCache(plain(torch.float32), torch.randn(shape, generator=rng), torch.randn(shape, generator=rng))
 
 
 CASES = {
@@ -32,16 +33,16 @@ CASES = {
 @pytest.mark.parametrize(("heads", "kv_heads"), [(4, 4), (6, 2), (3, 1)])
 def test_matches_the_specification(name: str, window: int | None, heads: int, kv_heads: int) -> None:
     entries = CASES[name]
-    keys, values = caches(10, kv_heads, 8)
+    cache = random_cache(10, kv_heads, 8)
     rows = sum(count for _, count, _ in entries)
     query = torch.randn(rows, heads, 8, generator=torch.Generator().manual_seed(1))
     segments, order = make_segments(entries, BLOCK)
-    got = paged_attention(query, keys, values, segments, 0.3, window)
+    got = paged_attention(query, cache, segments, 0.3, window)
     row = 0
     for i in order:
         start, count, block_ids = entries[i]
         part = query[row : row + count]
-        expected = reference.paged_attention(part, keys, values, block_ids, start, 0.3, window)
+        expected = reference.paged_attention(part, cache.keys, cache.values, block_ids, start, 0.3, window)
         assert torch.allclose(got[row : row + count], expected.flatten(1), rtol=1e-5, atol=1e-5)
         row += count
     assert row == rows == len(got)
@@ -55,13 +56,13 @@ def test_consecutive_blocks_are_read_in_place() -> None:
 
 
 def test_unused_slots_do_not_leak() -> None:
-    keys, values = caches(6, 2, 8)
+    cache = random_cache(6, 2, 8)
     query = torch.randn(2, 4, 8, generator=torch.Generator().manual_seed(1))
     entries = [(5, 1, [1, 2]), (2, 1, [4])]
     segments, _ = make_segments(entries, BLOCK)
-    before = paged_attention(query, keys, values, segments, 0.3)
+    before = paged_attention(query, cache, segments, 0.3)
     for poison in (1e4, torch.nan):
-        for cache in (keys, values):
-            cache[2, 2:], cache[4, 3:], cache[0], cache[3], cache[5] = poison, poison, poison, poison, poison
+        for part in cache.parts():
+            part[2, 2:], part[4, 3:], part[0], part[3], part[5] = poison, poison, poison, poison, poison
         segments, _ = make_segments(entries, BLOCK)
-        assert torch.equal(before, paged_attention(query, keys, values, segments, 0.3))
+        assert torch.equal(before, paged_attention(query, cache, segments, 0.3))

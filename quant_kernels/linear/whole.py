@@ -1,0 +1,22 @@
+"""What linears on torch's matmuls share: inputs in their own order, results whole, nothing fused after them."""
+
+from __future__ import annotations
+
+import torch
+
+
+class WholeLinear:
+    """The parts of `PreparedLinear` that need no kernel of ours."""
+
+    places: torch.Tensor | None = None
+
+    def __call__(self, x: torch.Tensor) -> torch.Tensor:
+        raise NotImplementedError
+
+    def partial_sums(self, x: torch.Tensor) -> torch.Tensor:
+        """x [M, K] to [1, M, N]."""
+        return self(x).unsqueeze(0)
+
+    def try_silu_mul(self, x: torch.Tensor) -> torch.Tensor | None:
+        """None: the product is the next operation's."""
+        return None
