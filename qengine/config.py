@@ -132,7 +132,7 @@ class CacheConfig:
             raise ConfigError(f"block_size is {self.block_size}, expected a power of two up to 256, such as 16")
         _one_of("kv_cache_dtype", self.kv_cache_dtype, KV_CACHE_DTYPES)
         if self.block_size == 1 and self.kv_cache_dtype.startswith(("int8", "fp8")):
-            raise ConfigError(f"block_size is 1, but a {self.kv_cache_dtype} KV cache pairs tokens; use 2 or more")
+            raise ConfigError(f"block_size is 1, but a KV cache of {self.kv_cache_dtype} pairs tokens; use 2 or more")
         share = self.gpu_memory_utilization
         if not isinstance(share, int | float) or not math.isfinite(share) or not 0 < share <= 1:
             raise ConfigError(f"gpu_memory_utilization is {share}, expected a fraction above 0 and at most 1")

@@ -13,24 +13,20 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-import torch
-
 from qengine.config import EngineConfig
 from qengine.errors import ConfigError, LoadError
 from qengine.layers.linear import Linear
 from qengine.runtime.executors import Executor, UniprocExecutor
 from qengine.runtime.kv_cache import KVCache
 from qengine.runtime.loader import OpenedModel, load_decoder, open_model
-from qengine.runtime.planner import MemoryPlan, available_memory, plan_memory
-from qengine.runtime.runner import ModelRunner
+from qengine.runtime.planner import MemoryPlan, wanted_length
+from qengine.runtime.platform import Platform, choose_device, choose_dtype
 from qengine.scheduling.block_pool import BlockPool
 from qengine.scheduling.scheduler import Scheduler, SchedulerLimits
 from qengine.tokenizer import Tokenizer, load_tokenizer, tokenizer_from_gguf
-from quant_kernels.attention.kv_format import KV_FORMATS, plain
+from quant_kernels.linear.dispatch import Target
 
 logger = logging.getLogger(__name__)
-
-_DTYPES = {"float16": torch.float16, "bfloat16": torch.bfloat16, "float32": torch.float32}
 
 
 @dataclass(frozen=True, slots=True)
@@ -84,60 +80,55 @@ class _Stopwatch:
 
 
 def start_parts(config: EngineConfig, *, show_progress: bool = False) -> EngineParts:
-    """Load a model and everything that runs it.
+    """Load a model and everything that runs it, on the device that the configuration names.
 
     Raises:
-        ConfigError: an option is wrong for this model or machine (found before weights are read).
+        ConfigError: an option is wrong for this model or machine.
         LoadError: the model cannot be found or loaded.
     """
-    watch = _Stopwatch()
     device = choose_device(config.load.device)
     opened = open_model(config.load)
-    dtype = choose_dtype(config.load.dtype, device)
-    kv_format = plain(dtype) if config.cache.kv_cache_dtype == "auto" else KV_FORMATS[config.cache.kv_cache_dtype]
-    per_token = opened.config.num_layers * kv_format.bytes_per_token(opened.config.num_kv_heads, opened.config.head_dim)
-    plan = plan_memory(opened.config, config, kv_bytes_per_token=per_token, free_bytes=available_memory())
+    dtype = choose_dtype(config.load.dtype, device, opened.config.torch_dtype)
+    platform = Platform.of(device, dtype, enforce_eager=config.enforce_eager)
+    return start_on(platform, config, opened, show_progress=show_progress)
+
+
+def start_on(
+    platform: Platform, config: EngineConfig, opened: OpenedModel, *, show_progress: bool = False
+) -> EngineParts:
+    """The same on a given platform.
+
+    Raises:
+        ConfigError, LoadError: as `start_parts`.
+    """
+    watch = _Stopwatch()
+    model_config, on_gpu = opened.config, platform.device.type == "cuda"
+    kv_format = platform.kv_format(config.cache.kv_cache_dtype)
+    platform.check(model_config, config)
+    # A GPU's cache takes what the weights leave; a CPU's share is known before.
+    plan = None if on_gpu else platform.plan(model_config, config, kv_format)
+    longest = wanted_length(model_config, config.scheduler.max_model_len) if plan is None else plan.max_model_len
     watch.lap("checks")
     tokenizer = _load_tokenizer(config, opened)
     watch.lap("tokenizer")
-    model = load_decoder(opened, dtype, device, plan.max_model_len, show_progress=show_progress)
+    model = load_decoder(opened, platform.target, longest, show_progress=show_progress)
     watch.lap("weights")
-    cache = KVCache(opened.config, plan.num_blocks, plan.block_size, kv_format, device)
+    plan = plan or platform.plan(model_config, config, kv_format)
+    cache = KVCache(model_config, plan.num_blocks, plan.block_size, kv_format, platform.device)
+    runner = platform.make_runner(model_config, model, cache, plan, config.scheduler.max_num_seqs)
     watch.lap("kv cache")
     _log_kernels(model.linears())
     weight_bytes = sum(linear.num_bytes for linear in model.linears()) + model.embedding.num_bytes
-    info = _info(config, opened, plan, dtype, device, weight_bytes)
+    info = _info(config, opened, plan, platform.target, weight_bytes)
     eos_token_ids = opened.eos_token_ids | tokenizer.eos_token_ids
     return EngineParts(
         info=replace(info, start_seconds=watch.total()),
         tokenizer=tokenizer,
         scheduler=_make_scheduler(config, plan, info),
-        executor=UniprocExecutor(ModelRunner(model, cache)),
-        eos_token_ids=frozenset(i for i in eos_token_ids if i < opened.config.vocab_size),
+        executor=UniprocExecutor(runner),
+        eos_token_ids=frozenset(i for i in eos_token_ids if i < model_config.vocab_size),
         seed=config.load.seed,
     )
-
-
-def choose_device(name: str) -> torch.device:
-    """The device to run on. "auto" is the CPU in this version.
-
-    Raises:
-        ConfigError: for a device that this version cannot use.
-    """
-    if name == "cuda":
-        raise ConfigError("device 'cuda' is not available in this version, which runs on the CPU; use --device cpu")
-    if name == "auto" and torch.cuda.is_available():
-        logger.warning("a CUDA GPU is present, but this version runs on the CPU only")
-    return torch.device("cpu")
-
-
-def choose_dtype(name: str, device: torch.device) -> torch.dtype:
-    """The compute dtype. "auto" on a CPU is bfloat16 for every file: its 4-bit kernel knows nothing else."""
-    if name == "auto":
-        return torch.bfloat16
-    if name == "float16" and device.type == "cpu":
-        logger.warning("dtype float16 has no 4-bit kernel on the CPU: weights are expanded at load and run slowly")
-    return _DTYPES[name]
 
 
 def _load_tokenizer(config: EngineConfig, opened: OpenedModel) -> Tokenizer:
@@ -193,8 +184,7 @@ def _info(
     config: EngineConfig,
     opened: OpenedModel,
     plan: MemoryPlan,
-    dtype: torch.dtype,
-    device: torch.device,
+    target: Target,
     weight_bytes: int,
 ) -> EngineInfo:
     model = opened.config
@@ -203,8 +193,8 @@ def _info(
         architecture=model.architecture,
         quantization=opened.source.quantization,
         description=opened.source.description,
-        dtype=str(dtype).removeprefix("torch."),
-        device=str(device),
+        dtype=str(target.dtype).removeprefix("torch."),
+        device=str(target.device),
         max_model_len=plan.max_model_len,
         vocab_size=model.vocab_size,
         block_size=plan.block_size,

@@ -73,7 +73,7 @@ def test_bad_memory_sizes(text: str) -> None:
         ({"gpu_memory_utilization": 1.5}, "gpu_memory_utilization"),
         ({"gpu_memory_utilization": float("nan")}, "gpu_memory_utilization"),
         ({"kv_cache_memory_bytes": 0}, "kv_cache_memory_bytes"),
-        ({"kv_cache_dtype": "int8"}, "not available in this version"),
+        ({"kv_cache_dtype": "int4"}, "expected one of: auto, float16"),
         ({"kv_cache_dtype": "int7"}, "kv_cache_dtype"),
         ({"tensor_parallel_size": 2}, "runs on one device"),
         ({"tensor_parallel_size": 0}, "tensor_parallel_size"),

@@ -1,13 +1,14 @@
-"""From a Batch to the tensors of one step.
+"""From a Batch to the tensors of one step: the record that the runner works with, and the CPU's way to it.
 
-Rows are tokens; sequences with one token come first (see `make_segments`). Invariant: row order is decided here alone,
-and `sample_rows` / `sample_entries` map results back to requests. It runs no model code.
+Rows are tokens. Invariant: row order is decided here alone (`device_inputs` for a GPU), and `sample_rows` /
+`sample_entries` map results back to requests. It runs no model code.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Protocol
 
 import torch
 
@@ -20,42 +21,72 @@ from quant_kernels.ops.torch_ops import TorchInputs
 
 @dataclass(frozen=True, slots=True)
 class PreparedStep:
-    """A step's inputs. `token_ids` int64 [rows]; entries in row order with the row of each one's first token."""
+    """A step's inputs.
+
+    Attributes:
+        token_ids: int [rows].
+        entries: in row order.
+        first_rows: the row of each entry's first token.
+        sample_rows: int [entries that sample], the row of each one's last token.
+    """
 
     token_ids: torch.Tensor
     inputs: StepInputs
     entries: tuple[BatchEntry, ...]
     first_rows: tuple[int, ...]
+    sample_rows: torch.Tensor
 
     @property
     def sample_entries(self) -> list[BatchEntry]:
         return [e for e in self.entries if e.sample is not None]
 
-    @property
-    def sample_rows(self) -> list[int]:
-        """Row of the last token of each entry that samples."""
-        return [
-            row + e.num_tokens - 1 for e, row in zip(self.entries, self.first_rows, strict=True) if e.sample is not None
-        ]
+
+class Steps(Protocol):
+    """Prepares steps for a device."""
+
+    def prepare(self, batch: Batch) -> PreparedStep:
+        """Lay the batch's tokens out as rows, and say where each one stands."""
+        ...
 
 
-def prepare_step(batch: Batch, rope: RotaryEmbedding, block_size: int, dtype: torch.dtype) -> PreparedStep:
-    """Lay the batch's tokens out as rows and work out positions, slots and attention segments."""
-    spans = [(e.start, e.num_tokens, e.block_ids) for e in batch.entries]
-    segments, order = make_segments(spans, block_size)
-    entries = tuple(batch.entries[i] for i in order)
-    token_ids: list[int] = []
-    positions: list[int] = []
-    slots: list[int] = []
-    first_rows: list[int] = []
+class CpuSteps:
+    """Steps for torch's operations. Sequences with one token come first (see `make_segments`)."""
+
+    def __init__(self, rope: RotaryEmbedding, block_size: int, dtype: torch.dtype) -> None:
+        self._rope = rope
+        self._block_size = block_size
+        self._dtype = dtype
+
+    def prepare(self, batch: Batch) -> PreparedStep:
+        spans = [(e.start, e.num_tokens, e.block_ids) for e in batch.entries]
+        segments, order = make_segments(spans, self._block_size)
+        entries = tuple(batch.entries[i] for i in order)
+        token_ids: list[int] = []
+        positions: list[int] = []
+        slots: list[int] = []
+        for entry in entries:
+            token_ids.extend(entry.token_ids)
+            positions.extend(range(entry.start, entry.context_len))
+            slots.extend(_slots(entry.block_ids, entry.start, entry.context_len, self._block_size))
+        cos, sin = self._rope.at(torch.tensor(positions), self._dtype)
+        inputs = TorchInputs(torch.tensor(slots), cos, sin, segments)
+        rows = torch.tensor(sample_rows(entries), dtype=torch.int64)
+        return PreparedStep(torch.tensor(token_ids), inputs, entries, first_rows(entries), rows)
+
+
+def first_rows(entries: Sequence[BatchEntry]) -> tuple[int, ...]:
+    """The row of each entry's first token."""
+    rows, row = [], 0
     for entry in entries:
-        first_rows.append(len(token_ids))
-        token_ids.extend(entry.token_ids)
-        positions.extend(range(entry.start, entry.context_len))
-        slots.extend(_slots(entry.block_ids, entry.start, entry.context_len, block_size))
-    cos, sin = rope.at(torch.tensor(positions), dtype)
-    inputs = TorchInputs(torch.tensor(slots), cos, sin, segments)
-    return PreparedStep(torch.tensor(token_ids), inputs, entries, tuple(first_rows))
+        rows.append(row)
+        row += entry.num_tokens
+    return tuple(rows)
+
+
+def sample_rows(entries: Sequence[BatchEntry]) -> list[int]:
+    """The row of the last token of each entry that samples."""
+    firsts = first_rows(entries)
+    return [row + e.num_tokens - 1 for e, row in zip(entries, firsts, strict=True) if e.sample is not None]
 
 
 def _slots(block_ids: Sequence[int], start: int, end: int, block_size: int) -> list[int]:

@@ -93,9 +93,7 @@ def _open_source(location: ModelLocation, load: LoadConfig) -> WeightSource:
     return open_checkpoint(location.path, load.quantization)
 
 
-def load_decoder(
-    opened: OpenedModel, dtype: torch.dtype, device: torch.device, max_position: int, *, show_progress: bool = False
-) -> Decoder:
+def load_decoder(opened: OpenedModel, target: Target, max_position: int, *, show_progress: bool = False) -> Decoder:
     """Read the weights and lay them out for the device.
 
     Raises:
@@ -113,15 +111,8 @@ def load_decoder(
         return opened.source.read_linear(_linear_slot(shape))
 
     with bar, _load_errors(opened.location):
-        materials = Materials(read_tensor, read_linear, _target(device, dtype))
+        materials = Materials(read_tensor, read_linear, target)
         return build(opened.config, materials, tied=opened.tied, max_position=max_position)
-
-
-def _target(device: torch.device, dtype: torch.dtype) -> Target:
-    try:
-        return Target.of(device, dtype)
-    except (ValueError, RuntimeError) as error:
-        raise LoadError(f"the kernels cannot run on {device}: {error}") from error
 
 
 def _slot(shape: LinearShape | TensorShape) -> Slot:

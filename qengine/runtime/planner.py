@@ -61,37 +61,51 @@ def _meminfo(key: str) -> int:
     raise ConfigError(f"/proc/meminfo has no {key}; set kv_cache_memory_bytes")
 
 
-def plan_memory(model: ModelConfig, config: EngineConfig, *, kv_bytes_per_token: int, free_bytes: int) -> MemoryPlan:
+def plan_memory(
+    model: ModelConfig,
+    config: EngineConfig,
+    *,
+    kv_bytes_per_token: int,
+    free_bytes: int,
+    on_gpu: bool = False,
+    batched_tokens: int = CPU_BATCHED_TOKENS,
+) -> MemoryPlan:
     """Fit the KV cache and the context length into memory.
 
     Args:
         kv_bytes_per_token: what one token takes in the cache, over all layers.
-        free_bytes: what the machine could give.
+        free_bytes: what the machine could give the cache: on a GPU all that everything else leaves, and it takes it.
+        on_gpu: where the cache is.
+        batched_tokens: one step's tokens unless the user says.
 
     Raises:
         ConfigError: if an explicit max_model_len, or a single block, does not fit; names the largest that would.
     """
     cache, limits = config.cache, config.scheduler
     block_bytes = kv_bytes_per_token * cache.block_size
-    wanted = _wanted_length(model, limits.max_model_len)
+    wanted = wanted_length(model, limits.max_model_len)
     budget = cache.kv_cache_memory_bytes
-    if budget is None:
-        budget = int(free_bytes * CPU_SHARE)
-        most_blocks = min(budget // block_bytes, CPU_SEQUENCES * _blocks(wanted, cache.block_size))
-    else:
+    if budget is not None:
         if budget > free_bytes:
             raise ConfigError(
-                f"kv_cache_memory_bytes is {_size(budget)}, but only {_size(free_bytes)} of memory are free; lower it"
+                f"kv_cache_memory_bytes is {size_text(budget)}, but only {size_text(free_bytes)} of memory are free; "
+                "lower it"
             )
         most_blocks = budget // block_bytes
+    elif on_gpu:
+        budget = free_bytes
+        most_blocks = budget // block_bytes
+    else:
+        budget = int(free_bytes * CPU_SHARE)
+        most_blocks = min(budget // block_bytes, CPU_SEQUENCES * _blocks(wanted, cache.block_size))
     if most_blocks < 1:
         raise ConfigError(
-            f"the KV cache may take {_size(budget)}, but one block of {cache.block_size} tokens needs "
-            f"{_size(block_bytes)}; free some memory or raise kv_cache_memory_bytes"
+            f"the KV cache may take {size_text(budget)}, but one block of {cache.block_size} tokens needs "
+            f"{size_text(block_bytes)}; free some memory or raise kv_cache_memory_bytes"
         )
     fitting = most_blocks * cache.block_size
     length = _fit_length(wanted, fitting, budget, explicit=isinstance(limits.max_model_len, int))
-    batched = limits.max_num_batched_tokens or CPU_BATCHED_TOKENS
+    batched = limits.max_num_batched_tokens or batched_tokens
     return MemoryPlan(length, batched, cache.block_size, most_blocks, kv_bytes_per_token)
 
 
@@ -99,7 +113,12 @@ def _blocks(tokens: int, block_size: int) -> int:
     return -(-tokens // block_size)
 
 
-def _wanted_length(model: ModelConfig, asked: int | str | None) -> int:
+def wanted_length(model: ModelConfig, asked: int | str | None) -> int:
+    """The context that is asked for; the model's own where nothing is.
+
+    Raises:
+        ConfigError: if the model was not made for so much.
+    """
     if asked is None or asked == AUTO:
         return model.max_position
     assert isinstance(asked, int), "config checks max_model_len"
@@ -116,7 +135,7 @@ def _fit_length(wanted: int, fitting: int, budget: int, *, explicit: bool) -> in
         return wanted
     if explicit:
         raise ConfigError(
-            f"max_model_len is {wanted}, but the KV cache of {_size(budget)} holds {fitting} tokens; "
+            f"max_model_len is {wanted}, but the KV cache of {size_text(budget)} holds {fitting} tokens; "
             f"use max_model_len {fitting} or less, or raise kv_cache_memory_bytes"
         )
     logger.warning(
@@ -124,10 +143,11 @@ def _fit_length(wanted: int, fitting: int, budget: int, *, explicit: bool) -> in
         "(kv_cache_memory_bytes sets its size)",
         wanted,
         fitting,
-        _size(budget),
+        size_text(budget),
     )
     return fitting
 
 
-def _size(num_bytes: int) -> str:
+def size_text(num_bytes: int) -> str:
+    """Bytes for people."""
     return f"{num_bytes / 2**30:.2f} GiB" if num_bytes >= 2**30 else f"{num_bytes / 2**20:.1f} MiB"

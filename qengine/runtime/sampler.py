@@ -23,6 +23,34 @@ from qengine.scheduling.batch import SampledToken, SampleSpec
 _FIRST_CANDIDATES = 1024
 
 
+class PendingSamples:
+    """Tokens that were asked for."""
+
+    def __init__(self, tokens: list[SampledToken | None]) -> None:
+        self._tokens = tokens
+
+    def finish(self) -> list[SampledToken | None]:
+        """One per row; None where logits were not finite."""
+        return self._tokens
+
+
+class Sampler:
+    """Samples the rows of one step after another."""
+
+    def begin(self, logits: torch.Tensor, specs: Sequence[SampleSpec]) -> PendingSamples:
+        """Sample every row of float32 logits [rows, vocab], which may be changed in place."""
+        # One pass: NaN and infinity survive a sum, and finite logits cannot overflow one.
+        finite: list[bool] = logits.sum(dim=-1).isfinite().tolist()
+        rows = [i for i, ok in enumerate(finite) if ok]
+        found = iter(sample(logits[rows] if len(rows) < len(finite) else logits, [specs[i] for i in rows]))
+        return PendingSamples([next(found) if ok else None for ok in finite])
+
+
+def make_sampler(device: torch.device) -> Sampler:
+    """The sampler of a device."""
+    return Sampler()
+
+
 def sample(logits: torch.Tensor, specs: Sequence[SampleSpec]) -> list[SampledToken]:
     """One token per row.
 

@@ -129,7 +129,9 @@ def encode(x: torch.Tensor, kv_format: KVFormat) -> tuple[torch.Tensor, torch.Te
     """x [..., head_dim] as bytes of the same shape (uint8) and bfloat16 scales [...]; None without scales."""
     x = x.float()
     if kv_format.kind == KVKind.E5M2:
-        return x.clamp(-E5M2_MAX, E5M2_MAX).to(torch.float8_e5m2).view(torch.uint8), None
+        # No NaN either: another sequence may come upon it in a word that it half owns.
+        finite = x.nan_to_num(E5M2_MAX).clamp(-E5M2_MAX, E5M2_MAX)
+        return finite.to(torch.float8_e5m2).view(torch.uint8), None
     largest = INT8_MAX if kv_format.kind == KVKind.INT8 else E4M3_MAX
     scales = _rounded_up((x.abs().amax(dim=-1) / largest).clamp_min(MIN_SCALE))
     quotients = x / scales.float().unsqueeze(-1)

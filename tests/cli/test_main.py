@@ -102,7 +102,7 @@ def test_ctrl_c(runs: Any, capsys: pytest.CaptureFixture[str]) -> None:
         (["serve", "--port", "70000"], "--port is '70000'"),
         (["serve", "--max-model-len", "-1"], "--max-model-len is -1"),
         (["serve", "--gpu-memory-utilization", "nan"], "--gpu-memory-utilization is nan"),
-        (["serve", "--kv-cache-dtype", "fp8"], "--kv-cache-dtype 'fp8' is not available"),
+        (["serve", "--kv-cache-dtype", "fp9"], "--kv-cache-dtype is 'fp9'"),
         (["serve", "--dtype", "int3"], "--dtype is 'int3'"),
         (["generate"], "nothing to continue"),
     ],

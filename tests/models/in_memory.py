@@ -8,18 +8,22 @@ import torch
 
 from qengine.config import ModelConfig
 from qengine.models.decoder import EMBEDDING, Decoder, LinearShape, Materials, TensorShape, build
-from qengine.runtime.inputs import prepare_step
+from qengine.runtime.inputs import CpuSteps, Steps
 from qengine.runtime.kv_cache import KVCache
 from qengine.scheduling.batch import Batch, BatchEntry
-from quant_kernels.attention.kv_format import plain
+from quant_kernels.attention.kv_format import KVFormat, plain
 from quant_kernels.linear.dispatch import Target
 from quant_kernels.packed_weight import DenseWeight
 
 CPU = torch.device("cpu")
+FLOAT32 = plain(torch.float32)
 
 
-def build_from_state(config: ModelConfig, state: Mapping[str, torch.Tensor]) -> Decoder:
-    """A float32 decoder from checkpoint-named tensors; the head is tied when the config says so."""
+CPU_TARGET = Target(CPU, torch.float32)
+
+
+def build_from_state(config: ModelConfig, state: Mapping[str, torch.Tensor], target: Target = CPU_TARGET) -> Decoder:
+    """A decoder from checkpoint-named tensors, in float32 unless told; the head is tied when the config says so."""
 
     def read_tensor(shape: TensorShape) -> torch.Tensor:
         tensor = state[shape.name]
@@ -32,17 +36,28 @@ def build_from_state(config: ModelConfig, state: Mapping[str, torch.Tensor]) -> 
         bias = state[shape.name + ".bias"] if shape.has_bias else None
         return DenseWeight(weight, bias)
 
-    materials = Materials(read_tensor, read_linear, Target(CPU, torch.float32))
+    materials = Materials(read_tensor, read_linear, target)
     assert EMBEDDING + ".weight" in state
     return build(config, materials, tied=config.tie_word_embeddings, max_position=config.max_position)
 
 
 class Sequences:
-    """Runs a decoder over several sequences at will, keeping their cached keys and values."""
+    """Runs a decoder over several sequences at will, keeping their cached keys and values.
 
-    def __init__(self, model: Decoder, num_blocks: int = 64, block_size: int = 4) -> None:
+    `steps` prepares steps of `block_size` for the decoder's device; by default the CPU's.
+    """
+
+    def __init__(
+        self,
+        model: Decoder,
+        num_blocks: int = 64,
+        block_size: int = 4,
+        kv_format: KVFormat = FLOAT32,
+        steps: Steps | None = None,
+    ) -> None:
         self.model = model
-        self.cache = KVCache(model.config, num_blocks, block_size, plain(torch.float32), CPU)
+        self.cache = KVCache(model.config, num_blocks, block_size, kv_format, CPU)
+        self.steps = steps or CpuSteps(model.rope, block_size, model.dtype)
         self.tables: dict[str, list[int]] = {}
         self.lengths: dict[str, int] = {}
         # Handed out from both ends in turn, so that tables are not consecutive.
@@ -59,7 +74,7 @@ class Sequences:
                 table.append(self.free.pop())
             self.lengths[name] = start + len(ids)
             entries.append(BatchEntry(name, tuple(ids), start, tuple(table), None))
-        step = prepare_step(Batch(tuple(entries)), self.model.rope, self.cache.block_size, torch.float32)
+        step = self.steps.prepare(Batch(tuple(entries)))
         logits = self.model.logits(self.model.forward(step.token_ids, self.cache.layers, step.inputs))
         return {
             e.request_id: logits[row : row + e.num_tokens] for e, row in zip(step.entries, step.first_rows, strict=True)

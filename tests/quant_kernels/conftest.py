@@ -11,7 +11,9 @@ from importlib.util import find_spec
 import pytest
 import torch
 
-_NEED_TRITON = ["test_p16_*", "test_elementwise*", "test_gpu*", "test_resources*", "test_tuning*"]
+_NEED_TRITON = [
+    f"test_{name}*" for name in ("p16_", "elementwise", "paged", "kv_words", "rope_store", "gpu", "resources", "tuning")
+]
 collect_ignore_glob = [] if find_spec("triton") else _NEED_TRITON
 
 

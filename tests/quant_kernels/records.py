@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import torch
 
+from quant_kernels.attention.kv_format import KVFormat, LayerCache, cache_shapes
 from quant_kernels.packed_weight import PackedWeight
 from quant_kernels.packing import pack_codes
 
@@ -45,3 +46,11 @@ def random_record(
         perm=torch.randperm(in_features, generator=rng).int() if act_order else None,
         bias=torch.randn(out_features, generator=rng) if bias else None,
     )
+
+
+def make_cache(
+    kv_format: KVFormat, num_blocks: int, block_size: int, kv_heads: int, head_dim: int, device: torch.device
+) -> LayerCache:
+    """An empty cache."""
+    shapes = cache_shapes(kv_format, num_blocks, block_size, kv_heads, head_dim)
+    return LayerCache(kv_format, *(torch.zeros(s, dtype=d, device=device) for s, d in shapes))

@@ -87,9 +87,9 @@ def test_large_m_expands_the_weight(device: torch.device) -> None:
 def test_the_twin_is_run_whatever_the_regime(rows: int, device: torch.device, monkeypatch: pytest.MonkeyPatch) -> None:
     asked: list[bool] = []
 
-    def constants(scheme: Scheme, *, twin: bool = False) -> dict[str, Any]:
+    def constants(scheme: Scheme, x: torch.dtype | None = None, *, twin: bool = False) -> dict[str, Any]:
         asked.append(twin)
-        return real(scheme, twin=twin)
+        return real(scheme, x, twin=twin)
 
     real = p16_constants.scheme_constants
     monkeypatch.setattr(p16_constants, "scheme_constants", constants)
@@ -190,7 +190,7 @@ def test_choices_have_reasons(device: torch.device) -> None:
 
 @pytest.mark.parametrize(
     ("change", "word"),
-    [({"group": 48}, "group size 48"), ({"dtype": torch.float32}, "float32"), ({"arch": 75}, "sm_75")],
+    [({"group": 48}, "group size 48"), ({"dtype": torch.float64}, "float64"), ({"arch": 75}, "sm_75")],
 )
 def test_what_has_no_kernel_runs_dense_with_the_reason(
     change: dict[str, object], word: str, device: torch.device

@@ -16,6 +16,7 @@ from qengine import LLM, SamplingParams
 from qengine.config import LoadConfig
 from qengine.errors import LoadError
 from qengine.runtime.loader import load_decoder, open_model
+from quant_kernels.linear.dispatch import Target
 from tests.engine.fixtures import path
 
 CPU = torch.device("cpu")
@@ -75,7 +76,7 @@ def test_a_head_that_is_not_there_is_the_embedding_with_a_warning(
         opened = open_folder(folder)
     assert opened.tied
     assert "no lm_head" in caplog.text
-    model = load_decoder(opened, torch.float32, CPU, 64)
+    model = load_decoder(opened, Target(CPU, torch.float32), 64)
     assert model.head.parts[0].weight.data_ptr() == model.embedding.table.data_ptr()  # type: ignore[attr-defined]
 
 
@@ -141,4 +142,4 @@ def test_a_damaged_file_is_told_when_its_data_is_read(folder: Path) -> None:
     edit_weights(folder, **{"model.layers.0.self_attn.q_proj.scales": scales})
     opened = open_folder(folder)
     with pytest.raises(LoadError, match=r"q_proj\.scales"):
-        load_decoder(opened, torch.float32, CPU, 64)
+        load_decoder(opened, Target(CPU, torch.float32), 64)

@@ -19,10 +19,14 @@ from quant_kernels.tuning.tile import Tile
 _TYPES = {torch.float16: tl.float16, torch.bfloat16: tl.bfloat16}
 
 
-def scheme_constants(scheme: Scheme, *, twin: bool = False) -> dict[str, Any]:
-    """The constexpr arguments that describe a weight."""
+def scheme_constants(scheme: Scheme, x: torch.dtype | None = None, *, twin: bool = False) -> dict[str, Any]:
+    """The constexpr arguments that describe a weight.
+
+    Args:
+        x: of the activations, if they are not the scheme's: float32, which the interpreter alone is given.
+    """
     interpreted = interpreting()
-    is_bfloat16 = scheme.dtype == torch.bfloat16
+    is_wide = x == torch.float32 or (interpreted and scheme.dtype == torch.bfloat16)
     return {
         "BITS": scheme.bits,
         "GROUPS": scheme.groups,
@@ -33,17 +37,17 @@ def scheme_constants(scheme: Scheme, *, twin: bool = False) -> dict[str, Any]:
         "ASSEMBLY": assembly_for(scheme),
         "SCALE": _TYPES[scheme.scale_dtype],
         "STORED": _TYPES[scheme.dtype],
-        "DTYPE": tl.float32 if interpreted and is_bfloat16 else _TYPES[scheme.dtype],
+        "DTYPE": tl.float32 if is_wide else _TYPES[scheme.dtype],
         "ASM": not (twin or interpreted),
     }
 
 
-def matmul_constants(scheme: Scheme, tile: Tile, *, twin: bool = False) -> dict[str, Any]:
-    """The constexpr arguments that describe a weight and how its sums are scaled."""
+def matmul_constants(scheme: Scheme, tile: Tile, x: torch.dtype | None = None, *, twin: bool = False) -> dict[str, Any]:
+    """The constexpr arguments that describe a weight and how its sums are scaled; `x` as for `scheme_constants`."""
     # Mins can be added to a weight, but not to a sum.
     scale_weight = (tile.scale_weight and scheme.blocks_per_group > 0) or scheme.zero == ZeroKind.MIN
     half_sums = tile.half_sums and scale_weight and scheme.dtype == torch.float16
-    return {**scheme_constants(scheme, twin=twin), "SCALE_WEIGHT": scale_weight, "HALF_SUMS": half_sums}
+    return {**scheme_constants(scheme, x, twin=twin), "SCALE_WEIGHT": scale_weight, "HALF_SUMS": half_sums}
 
 
 def tile_options(tile: Tile) -> dict[str, Any]:

@@ -100,7 +100,7 @@ def expanded_matmul(x: torch.Tensor, weight: P16Weight, *, twin: bool = False) -
     out = x.new_empty(x.shape[0], weight.out_features)
     for first in range(0, weight.out_features, step):
         last = min(first + step, weight.out_features)
-        torch.mm(x, expand(weight, first, last - first, twin=twin), out=out[:, first:last])
+        torch.mm(x, expand(weight, first, last - first, twin=twin).to(x.dtype), out=out[:, first:last])
     return out if weight.bias is None else out.add_(weight.bias.to(out.dtype))
 
 

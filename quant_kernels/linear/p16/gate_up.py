@@ -137,7 +137,7 @@ def gate_up(x: torch.Tensor, weight: P16Weight, tile: Tile, *, twin: bool = Fals
         HAS_BIAS=weight.bias is not None,
         BM=tile.block_m,
         BN=tile.block_n,
-        **matmul_constants(weight.scheme, tile, twin=twin),
+        **matmul_constants(weight.scheme, tile, x.dtype, twin=twin),
         **tile_options(tile),
     )
     return out.to(x.dtype)

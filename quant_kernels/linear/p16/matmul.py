@@ -157,7 +157,7 @@ def matmul(x: torch.Tensor, weight: P16Weight, tile: Tile, split_k: int = 1, *, 
         BN=tile.block_n,
         ROWS=tile.word_rows,
         GROUP_M=tile.group_m,
-        **matmul_constants(weight.scheme, tile, twin=twin),
+        **matmul_constants(weight.scheme, tile, x.dtype, twin=twin),
         **tile_options(tile),
     )
     return out if split_k > 1 else out.to(x.dtype)

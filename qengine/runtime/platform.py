@@ -1,0 +1,193 @@
+"""Platform: the device a model runs on, and all that depends on which one it is.
+
+Tests make one with Triton's interpreter in place of a GPU. Invariant: what a device cannot do is refused here, before
+weights are read. Triton's side is imported only where it is used, since systems without it run on the CPU.
+"""
+
+from __future__ import annotations
+
+import logging
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import torch
+
+from qengine.config import EngineConfig, ModelConfig
+from qengine.errors import ConfigError, LoadError
+from qengine.models.decoder import Decoder
+from qengine.runtime import gpu_memory
+from qengine.runtime.inputs import CpuSteps
+from qengine.runtime.kv_cache import KVCache
+from qengine.runtime.planner import MemoryPlan, available_memory, plan_memory, wanted_length
+from qengine.runtime.runner import ModelRunner
+from qengine.runtime.sampler import make_sampler
+from quant_kernels.attention.kv_format import KV_FORMATS, KVFormat, plain
+from quant_kernels.late import try_import
+from quant_kernels.linear.dispatch import MIN_ARCH, Target
+from quant_kernels.tuning.attention import BLOCK_SIZES, MAX_GROUP
+
+if TYPE_CHECKING:
+    from qengine.runtime.graphs import Recorder
+
+logger = logging.getLogger(__name__)
+
+_DTYPES = {"float16": torch.float16, "bfloat16": torch.bfloat16, "float32": torch.float32}
+
+
+@dataclass(frozen=True, slots=True)
+class Platform:
+    """Where a model runs.
+
+    Attributes:
+        target: device, dtype, and which kernels to launch.
+        recorder: records decode steps; None to launch every step.
+    """
+
+    target: Target
+    recorder: Recorder | None = None
+
+    @classmethod
+    def of(cls, device: torch.device, dtype: torch.dtype, *, enforce_eager: bool) -> Platform:
+        """The platform of a device.
+
+        Raises:
+            LoadError: if its kernels cannot run.
+        """
+        try:
+            target = Target.of(device, dtype)
+        except (ValueError, RuntimeError) as error:
+            raise LoadError(f"the kernels cannot run on {device}: {error}") from error
+        if device.type != "cuda" or enforce_eager:
+            return cls(target)
+        module = try_import("qengine.runtime.graphs")
+        assert module is not None, "choose_device has looked for triton"
+        return cls(target, module.CudaRecorder())
+
+    @property
+    def device(self) -> torch.device:
+        return self.target.device
+
+    def kv_format(self, name: str) -> KVFormat:
+        """The KV cache's format by the user's name for it; "auto" keeps the compute dtype."""
+        return plain(self.target.dtype) if name == "auto" else KV_FORMATS[name]
+
+    def check(self, model: ModelConfig, config: EngineConfig) -> None:
+        """Refuse what the device's kernels do not know.
+
+        Raises:
+            ConfigError: naming the option or the model's property.
+        """
+        wanted_length(model, config.scheduler.max_model_len)
+        if self.target.selector is None:
+            return
+        if config.cache.block_size not in BLOCK_SIZES:
+            known = " or ".join(map(str, BLOCK_SIZES))
+            raise ConfigError(f"block_size is {config.cache.block_size}, but a GPU's attention takes {known}")
+        if self.device.type == "cuda" and config.cache.kv_cache_dtype == "float32":
+            raise ConfigError("kv_cache_dtype is float32, which is for CPUs; use auto, float16, bfloat16, int8 or fp8")
+        group = model.num_heads // model.num_kv_heads
+        if group > MAX_GROUP or model.head_dim > 256:
+            raise ConfigError(
+                f"the model has {group} query heads per KV head of {model.head_dim} numbers; the GPU's attention takes "
+                f"up to {MAX_GROUP} heads of up to 256; use --device cpu"
+            )
+
+    def plan(self, model: ModelConfig, config: EngineConfig, kv_format: KVFormat) -> MemoryPlan:
+        """Context length and number of blocks; on a GPU with the weights in their place.
+
+        Raises:
+            ConfigError: if what was asked for does not fit.
+        """
+        per_token = model.num_layers * kv_format.bytes_per_token(model.num_kv_heads, model.head_dim)
+        if self.device.type != "cuda":
+            return plan_memory(model, config, kv_bytes_per_token=per_token, free_bytes=available_memory())
+        allowed = gpu_memory.allowed_bytes(config.cache, self.device)
+        gpu_memory.cap_process(allowed, self.device)
+        batched = config.scheduler.max_num_batched_tokens or gpu_memory.default_batched_tokens(self.device)
+        budget = gpu_memory.plan_gpu(
+            model,
+            allowed,
+            torch.cuda.memory_allocated(self.device),
+            batched_tokens=batched,
+            max_num_seqs=config.scheduler.max_num_seqs,
+            with_graphs=self.recorder is not None,
+        )
+        logger.info("memory of %s: %s", torch.cuda.get_device_name(self.device), budget.text)
+        return plan_memory(
+            model,
+            config,
+            kv_bytes_per_token=per_token,
+            free_bytes=budget.kv_cache,
+            on_gpu=True,
+            batched_tokens=batched,
+        )
+
+    def make_runner(
+        self, config: ModelConfig, model: Decoder, cache: KVCache, plan: MemoryPlan, max_num_seqs: int
+    ) -> ModelRunner:
+        """The runner of a loaded model."""
+        sampler = make_sampler(self.device)
+        selector = self.target.selector
+        if selector is None:
+            return ModelRunner(model, cache, CpuSteps(model.rope, cache.block_size, model.dtype), sampler)
+        inputs, graphs = try_import("qengine.runtime.device_inputs"), try_import("qengine.runtime.graphs")
+        assert inputs is not None and graphs is not None, "choose_device has looked for triton"  # noqa: PT018
+        steps = inputs.DeviceSteps(config, model.rope, cache.format, cache.block_size, selector.card, self.device)
+        if self.recorder is None:
+            return ModelRunner(model, cache, steps, sampler)
+        max_blocks = -(-plan.max_model_len // cache.block_size)
+        recorded = graphs.DecodeGraphs(model, cache, steps, self.recorder, max_num_seqs, max_blocks)
+        return ModelRunner(model, cache, steps, sampler, recorded)
+
+
+def choose_device(name: str) -> torch.device:
+    """The device to run on; "auto" is the first GPU that the kernels can use, else the CPU.
+
+    Raises:
+        ConfigError: if a GPU is asked for and none can be used, with the reason.
+    """
+    if name == "cpu":
+        return torch.device("cpu")
+    reason = _why_no_gpu()
+    if reason is None:
+        return torch.device("cuda", torch.cuda.current_device())
+    if name == "cuda":
+        raise ConfigError(f"device is 'cuda', but {reason}; or use --device cpu")
+    if torch.cuda.is_available():
+        logger.warning("running on the CPU although there is a GPU: %s", reason)
+    return torch.device("cpu")
+
+
+def _why_no_gpu() -> str | None:
+    if not torch.cuda.is_available():
+        built = "" if torch.version.cuda else ", and this torch is built without CUDA; see https://pytorch.org"
+        return f"torch sees no CUDA GPU{built}"
+    major, minor = torch.cuda.get_device_capability()
+    if major * 10 + minor < MIN_ARCH:
+        return f"{torch.cuda.get_device_name()} is sm_{major}{minor}, and the kernels need sm_{MIN_ARCH} or newer"
+    if try_import("triton") is None:
+        return "triton is not installed; run: pip install triton"
+    return None
+
+
+def choose_dtype(name: str, device: torch.device, stored: str | None = None) -> torch.dtype:
+    """The compute dtype.
+
+    "auto" on a CPU is bfloat16 for every file, since its 4-bit kernel knows nothing else; on a GPU what the file is
+    stored in, float16 for anything but bfloat16.
+
+    Args:
+        stored: the file's own dtype, if it says.
+
+    Raises:
+        ConfigError: for a dtype that the device has no kernels for.
+    """
+    if name == "auto" and device.type == "cpu":
+        return torch.bfloat16
+    if name == "auto":
+        return torch.bfloat16 if stored == "bfloat16" else torch.float16
+    if name == "float16" and device.type == "cpu":
+        logger.warning("dtype float16 has no 4-bit kernel on the CPU: weights are expanded at load and run slowly")
+    if name == "float32" and device.type == "cuda":
+        raise ConfigError("dtype is float32, which has no kernels on a GPU; use float16, bfloat16 or --device cpu")
+    return _DTYPES[name]
