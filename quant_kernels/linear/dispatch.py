@@ -41,6 +41,11 @@ class PreparedLinear(Protocol):
         """Bytes of device memory held."""
         ...
 
+    @property
+    def bytes_per_pass(self) -> int:
+        """Bytes that one multiplication must read: the weight and its tables."""
+        ...
+
     def __call__(self, x: torch.Tensor) -> torch.Tensor: ...
 
 
