@@ -25,6 +25,11 @@ HAS_GPU = torch.cuda.is_available()
 HERE = ("--device", "cpu")
 
 
+@pytest.fixture(autouse=True)
+def _a_terminal_of_100_columns(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("COLUMNS", "100")
+
+
 def output(capsys: pytest.CaptureFixture[str], *words: str) -> str:
     assert cli.main(["inspect", *words]) == 0
     return capsys.readouterr().out
@@ -100,7 +105,6 @@ def test_the_readme_shows_real_output(
     folder.mkdir()
     (folder / "config.json").write_text(json.dumps({**LLAMA_8B, "num_hidden_layers": 32}))
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setenv("COLUMNS", "100")
     assert output(capsys, *command.split()[3:]) in readme
 
 
