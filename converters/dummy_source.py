@@ -15,7 +15,7 @@ import torch
 
 from converters.errors import CheckpointError
 from converters.files import read_json_object
-from converters.source import LinearSlot, Slot, TensorSlot, Weight
+from converters.source import LinearKind, LinearSlot, Slot, TensorSlot, Weight
 from quant_kernels.packed_weight import DenseWeight, PackedWeight
 
 _EMBEDDING = "model.embed_tokens"
@@ -66,6 +66,13 @@ class DummySource:
                     raise CheckpointError(
                         f"{slot.name}: {slot.in_features} inputs do not divide into groups of {group}"
                     )
+
+    def linear_kind(self, slot: LinearSlot) -> LinearKind:
+        """All linears that are quantized alike and have the same shape are of one kind."""
+        is_dense = not self._is_quantized(slot.name)
+        weight = ("weight", "BF16" if is_dense else "4 bits", (slot.out_features, slot.in_features))
+        bias = ("bias", "BF16", (slot.out_features,))
+        return LinearKind((weight, bias) if slot.has_bias else (weight,), is_dense)
 
     def read_tensor(self, slot: TensorSlot) -> torch.Tensor:
         """Norm weights of one, embeddings of unit variance."""

@@ -19,7 +19,7 @@ from converters.formats.gguf import FLOAT_TYPES, SUPPORTED_TYPES, read_linear, r
 from converters.gguf_config import HEAD, ROPE_FACTORS, read_config
 from converters.gguf_file import GGUFTensor, open_gguf
 from converters.report import Report, shape_text
-from converters.source import LinearSlot, Slot, TensorSlot, Weight
+from converters.source import LinearKind, LinearSlot, Slot, TensorSlot, Weight
 
 _LAYER = re.compile(r"model\.layers\.(\d+)\.(.+)")
 _LAYER_MODULES = {
@@ -79,6 +79,18 @@ class GGUFSource:
             if name not in used:
                 report.leftover(name, str(tensor))
         report.raise_if_any()
+
+    def linear_kind(self, slot: LinearSlot) -> LinearKind:
+        """By the types in the tensor table.
+
+        Raises:
+            CheckpointError: if it does not fit the slot.
+        """
+        self._require(slot)
+        name = gguf_name(slot.name)
+        found = {part: self._tensors.get(f"{name}.{part}") for part in ("weight", "bias")}
+        tensors = tuple((part, t.type.name, t.shape) for part, t in found.items() if t is not None)
+        return LinearKind(tensors, tensors[0][1] in FLOAT_TYPES)
 
     def read_tensor(self, slot: TensorSlot) -> torch.Tensor:
         """The tensor in the file's float dtype, or expanded to float32.

@@ -23,7 +23,7 @@ from converters.formats.base import FLOAT_DTYPES, LinearFormat, check_tensor
 from converters.formats.dense import DenseFormat
 from converters.formats.gptq import GPTQFormat
 from converters.report import Notices, Report, shape_text
-from converters.source import LinearSlot, Slot, TensorSlot, Weight
+from converters.source import LinearKind, LinearSlot, Slot, TensorSlot, Weight
 
 logger = logging.getLogger(__name__)
 
@@ -86,6 +86,18 @@ class SafetensorsSource:
             if name not in used and not self._may_be_left_over(info, names):
                 report.leftover(name, str(info))
         report.raise_if_any()
+
+    def linear_kind(self, slot: LinearSlot) -> LinearKind:
+        """By the tensors' headers, and what the quantization config says of the module.
+
+        Raises:
+            CheckpointError: if it does not fit the slot.
+        """
+        self._require(slot)
+        infos = [self._checkpoint.tensors[name] for name in self._check_slot(slot, Report(self.path))]
+        tensors = tuple((info.name.removeprefix(slot.name), info.dtype, info.shape) for info in infos)
+        is_dense = isinstance(self._format_of(slot.name), DenseFormat)
+        return LinearKind(tensors, is_dense, self.scheme.for_module(slot.name) if self.scheme else None)
 
     def read_tensor(self, slot: TensorSlot) -> torch.Tensor:
         """The tensor in the file's dtype.

@@ -2,13 +2,14 @@
 
 A model lists its `Slot`s (exact tensor names and sizes). `check` compares them with the file's headers alone and
 reports every missing, leftover and mis-shaped tensor together; only then are weights read, one slot at a time.
+`linear_kind` says which linears are stored alike, so that one can be read for all of them.
 Invariant: `check` reads no tensor data (but small index vectors), and `read_*` succeed on every checked slot unless
 the data itself is bad. It does not place weights on a device and does not fuse or shard them.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Hashable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -39,6 +40,21 @@ class LinearSlot:
     has_bias: bool = False
 
 
+@dataclass(frozen=True, slots=True)
+class LinearKind:
+    """How a linear is stored, as far as headers and configs tell: linears of one kind are read alike.
+
+    Attributes:
+        tensors: role in the module, dtype as the file calls it, and shape, of each of its tensors.
+        is_dense: it is not quantized.
+        declared: what the file's config says of it beyond that; only compared, never looked into.
+    """
+
+    tensors: tuple[tuple[str, str, tuple[int, ...]], ...]
+    is_dense: bool
+    declared: Hashable = None
+
+
 Slot = TensorSlot | LinearSlot
 Weight = PackedWeight | DenseWeight
 
@@ -64,6 +80,10 @@ class WeightSource(Protocol):
 
     def check(self, slots: Sequence[Slot]) -> None:
         """Raise one CheckpointError listing every missing, leftover, mis-shaped or unsupported tensor."""
+        ...
+
+    def linear_kind(self, slot: LinearSlot) -> LinearKind:
+        """How a checked slot is stored. Reads no tensor data."""
         ...
 
     def read_tensor(self, slot: TensorSlot) -> torch.Tensor:

@@ -20,7 +20,7 @@ from typing import Any
 from qengine import __version__, environment
 from qengine.commands.flags import COMMANDS, Flag
 from qengine.commands.parsing import Invocation, help_text, overview, parse
-from qengine.commands.settings import chat_settings, generate_settings, serve_settings
+from qengine.commands.settings import chat_settings, generate_settings, inspect_settings, serve_settings
 from qengine.config import nearest
 from qengine.errors import ConfigError, LoadError, QEngineError, RequestError
 from qengine.imports import import_late
@@ -46,6 +46,7 @@ _RUNNERS = {
     "serve": _Command(serve_settings, "qengine.commands.serve", "info"),
     "generate": _Command(generate_settings, "qengine.commands.generate", "warning"),
     "chat": _Command(chat_settings, "qengine.commands.chat", "warning"),
+    "inspect": _Command(inspect_settings, "qengine.commands.inspect", "warning"),
 }
 
 

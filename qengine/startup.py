@@ -17,6 +17,7 @@ from qengine.config import EngineConfig
 from qengine.errors import ConfigError, LoadError
 from qengine.layers.linear import Linear
 from qengine.runtime.executors import Executor, UniprocExecutor
+from qengine.runtime.inspection import summarize_loaded
 from qengine.runtime.kv_cache import KVCache
 from qengine.runtime.loader import OpenedModel, load_decoder, open_model
 from qengine.runtime.planner import MemoryPlan, wanted_length
@@ -170,14 +171,9 @@ def _make_scheduler(config: EngineConfig, plan: MemoryPlan, info: EngineInfo) ->
 
 
 def _log_kernels(linears: Iterable[Linear]) -> None:
-    """One line per distinct linear shape with the kernel chosen and why: nothing slow is used in silence."""
-    seen: dict[tuple[int, int, str, str], int] = {}
-    for linear in linears:
-        for part, (kernel, reason) in zip(linear.parts, linear.choices, strict=True):
-            key = (part.in_features, part.out_features, kernel, reason)
-            seen[key] = seen.get(key, 0) + 1
-    for (rows, columns, kernel, reason), count in seen.items():
-        logger.info("linear %5d -> %6d  x%-4d %s: %s", rows, columns, count, kernel, reason)
+    """One line per distinct linear shape as `qengine inspect` shows it: nothing slow is used in silence."""
+    for summary in summarize_loaded(linears):
+        logger.info("%s", summary.text)
 
 
 def _info(

@@ -235,6 +235,22 @@ CHAT_FLAGS = Group(
     ),
 )
 
+#: Cards whose figures are known without one there (a test compares with quant_kernels, which is too heavy to ask here).
+CARD_NAMES = ("3090", "4090", "5090", "a100", "h100")
+
+_READ_AS = ("--quantization", "--dtype", "--load-format")
+INSPECT_FLAGS = Group(
+    "What to look at",
+    (
+        Flag("--gpu", f"a card that need not be there: {', '.join(CARD_NAMES)}", "NAME", default="this machine's"),
+        Flag("--device", "cpu leaves this machine's GPU aside", "DEVICE", default="auto"),
+        Flag("--rows", "sequences in the decode step", "N", count, default="1"),
+        Flag("--bandwidth", "of the memory in GB/s, for the bound", "GB/s", number, default="the card's, if known"),
+        _switch("--json", "one JSON object instead of a table"),
+    ),
+)
+READ_FLAGS = Group("Model", tuple(flag for flag in MODEL_FLAGS.flags if flag.name in _READ_AS))
+
 GENERAL_FLAGS = Group(
     "General",
     (
@@ -289,6 +305,16 @@ COMMANDS: dict[str, CommandHelp] = {
         (
             ("qengine chat", "the bundled model"),
             ('qengine chat MODEL --system "Answer in one sentence."', "with a system message"),
+        ),
+    ),
+    "inspect": CommandHelp(
+        "Say what would run and what makes it slow, without running the model.",
+        (INSPECT_FLAGS, READ_FLAGS, GENERAL_FLAGS),
+        (
+            ("qengine inspect ./Qwen2.5-7B-Instruct-AWQ --gpu 4090", "on a card that need not be there"),
+            ("qengine inspect MODEL --gpu h100 --rows 32", "a step of 32 sequences"),
+            ("qengine inspect MODEL --load-format dummy -q gptq", "from a config.json alone"),
+            ("qengine inspect --bandwidth 40 --json", "the bundled model on this CPU, for a program"),
         ),
     ),
 }

@@ -7,6 +7,7 @@ never appear in a message.
 from __future__ import annotations
 
 import logging
+import math
 import stat
 import sys
 from collections.abc import Iterable, Mapping
@@ -15,9 +16,16 @@ from pathlib import Path
 from typing import Any
 
 from qengine import environment
-from qengine.commands.flags import ADDRESS_FLAGS, ENGINE_GROUPS, SAMPLING_FLAGS, SERVER_FLAGS, Group
+from qengine.commands.flags import (
+    ADDRESS_FLAGS,
+    CARD_NAMES,
+    ENGINE_GROUPS,
+    SAMPLING_FLAGS,
+    SERVER_FLAGS,
+    Group,
+)
 from qengine.commands.parsing import Invocation
-from qengine.config import EngineConfig
+from qengine.config import EngineConfig, LoadConfig, nearest
 from qengine.errors import ConfigError
 from qengine.request import SamplingParams
 from qengine.serving.exposure import check_key
@@ -55,6 +63,17 @@ class ChatSettings:
     engine: EngineConfig
     sampling: Mapping[str, Any]
     system: str | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class InspectSettings:
+    """`gpu` is one of CARD_NAMES, None for this machine; `bytes_per_s` None for what is known of the device."""
+
+    load: LoadConfig
+    gpu: str | None = None
+    num_sequences: int = 1
+    bytes_per_s: float | None = None
+    as_json: bool = False
 
 
 def serve_settings(given: Invocation) -> ServeSettings:
@@ -100,6 +119,32 @@ def chat_settings(given: Invocation) -> ChatSettings:
         _sampling({"max_tokens": None}, given.options),
         None if system is None else _check_text(system, "--system"),
     )
+
+
+def inspect_settings(given: Invocation) -> InspectSettings:
+    """Raises ConfigError."""
+    options = given.options
+    load = _engine_config(options).load
+    gpu = options.get("gpu")
+    if gpu is not None:
+        gpu = _check_card(gpu)
+        if load.device == "cpu":
+            raise ConfigError("--gpu and --device cpu contradict each other; give one or the other")
+    num_sequences = options.get("rows", 1)
+    if num_sequences < 1:
+        raise ConfigError(f"--rows is {num_sequences}, expected the sequences of a step, at least 1")
+    bandwidth = options.get("bandwidth")
+    if bandwidth is not None and not (math.isfinite(bandwidth) and bandwidth > 0):
+        raise ConfigError(f"--bandwidth is {bandwidth}, expected GB/s above zero, such as 50")
+    bytes_per_s = None if bandwidth is None else bandwidth * 1e9
+    return InspectSettings(load, gpu, num_sequences, bytes_per_s, bool(options.get("json", False)))
+
+
+def _check_card(name: str) -> str:
+    if name.lower() not in CARD_NAMES:
+        hint = nearest(name.lower(), CARD_NAMES)
+        raise ConfigError(f"--gpu '{name}' is not a card with known figures{hint} (known: {', '.join(CARD_NAMES)})")
+    return name.lower()
 
 
 def _pick(options: Mapping[str, Any], groups: Iterable[Group]) -> dict[str, Any]:

@@ -7,10 +7,12 @@ part alone and concatenating. Layers never learn which file format a weight came
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 
 import torch
 
-from quant_kernels.linear.dispatch import PreparedLinear, Target, choose, prepare
+from quant_kernels.linear.dispatch import PreparedLinear, Target, prepare
+from quant_kernels.linear.plan import LinearPlan, plan
 from quant_kernels.ops.base import LayerOps
 from quant_kernels.packed_weight import DenseWeight, PackedWeight
 from quant_kernels.packing import can_concat, concat_biases, concat_outputs
@@ -18,32 +20,58 @@ from quant_kernels.packing import can_concat, concat_biases, concat_outputs
 Weight = PackedWeight | DenseWeight
 
 
-def try_fuse(parts: Sequence[Weight]) -> Weight | None:
-    """The parts as one weight [sum of outputs], or None where they differ in kind, bits, groups or row order."""
+@dataclass(frozen=True, slots=True)
+class MergedPlan:
+    """What a linear runs as, without its weights.
+
+    Attributes:
+        plans: one where the parts fuse, one for each part where they do not.
+        why_separate: why they do not; "" where they do.
+        order_is_folded: its activation order has moved into the linears before it, and costs nothing.
+    """
+
+    name: str
+    plans: tuple[LinearPlan, ...]
+    why_separate: str = ""
+    order_is_folded: bool = False
+
+
+def plan_linear(name: str, parts: Sequence[Weight], target: Target, *, order_is_folded: bool = False) -> MergedPlan:
+    """The plan that `Linear` of the same arguments has; see `quant_kernels.linear.plan` for what may be left out."""
+    return _plan(name, *fuse(parts), target, order_is_folded)
+
+
+def _plan(name: str, weights: Sequence[Weight], why_separate: str, target: Target, order_is_folded: bool) -> MergedPlan:
+    return MergedPlan(name, tuple(plan(w, target) for w in weights), why_separate, order_is_folded)
+
+
+def fuse(parts: Sequence[Weight]) -> tuple[list[Weight], str]:
+    """The parts as one weight [sum of outputs]; or as they are, with the reason, where they cannot be one."""
     if len(parts) == 1:
-        return parts[0]
+        return list(parts), ""
     dense = [p for p in parts if isinstance(p, DenseWeight)]
     packed = [p for p in parts if isinstance(p, PackedWeight)]
     if len(dense) == len(parts):
         bias = concat_biases([p.bias for p in dense], [p.out_features for p in dense])
-        return DenseWeight(torch.cat([p.weight for p in dense]), bias)
-    if len(packed) == len(parts) and can_concat(packed)[0]:
-        return concat_outputs(packed)
-    return None
+        return [DenseWeight(torch.cat([p.weight for p in dense]), bias)], ""
+    if len(packed) < len(parts):
+        return list(parts), "some parts are quantized and some are not"
+    possible, reason = can_concat(packed)
+    return ([concat_outputs(packed)], "") if possible else (list(parts), reason)
 
 
 class Linear:
-    """y = x W + b for one weight or several side by side; x [M, K] to [M, N].
+    """y = x W + b for one weight or several side by side; x [M, K] to [M, N]. `plan` says what runs, and why.
 
     In a decoder layer `partial_sums` leaves the sum of a split to the next operation, and `places` tells the one before
     in which order this one wants its columns. Called alone, it takes and gives columns in their own order.
     """
 
-    def __init__(self, name: str, parts: Sequence[Weight], target: Target) -> None:
-        fused = try_fuse(parts)
-        weights = list(parts) if fused is None else [fused]
+    def __init__(self, name: str, parts: Sequence[Weight], target: Target, *, order_is_folded: bool = False) -> None:
+        weights, why_separate = fuse(parts)
         self.name = name
-        self.choices = [choose(w, target) for w in weights]
+        self.target = target
+        self.plan = _plan(name, weights, why_separate, target, order_is_folded)
         self.parts: list[PreparedLinear] = [prepare(w, target) for w in weights]
         self.in_features = self.parts[0].in_features
         self.out_features = sum(p.out_features for p in self.parts)

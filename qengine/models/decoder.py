@@ -48,6 +48,21 @@ class TensorShape:
     shape: tuple[int, ...]
 
 
+@dataclass(frozen=True, slots=True)
+class MergedShape:
+    """Linears that read the same input, side by side: one matmul where their formats allow it.
+
+    Attributes:
+        name: of the whole, e.g. "model.layers.0.self_attn.qkv_proj".
+        parts: as the checkpoint has them.
+        folds_order: an activation order moves into the outputs of the linears before it.
+    """
+
+    name: str
+    parts: tuple[LinearShape, ...]
+    folds_order: bool = False
+
+
 def attention_linears(config: ModelConfig, layer: int) -> list[LinearShape]:
     """q, k, v and o of one layer."""
     prefix = f"model.layers.{layer}.self_attn."
@@ -70,6 +85,26 @@ def mlp_linears(config: ModelConfig, layer: int) -> list[LinearShape]:
         LinearShape(prefix + "up_proj", hidden, inner, config.mlp_bias),
         LinearShape(prefix + "down_proj", inner, hidden, config.mlp_bias),
     ]
+
+
+def merged_linears(config: ModelConfig, layer: int) -> tuple[MergedShape, ...]:
+    """qkv, o, gate_up and down of one layer: what its linears run as."""
+    prefix = f"model.layers.{layer}."
+    q, k, v, o = attention_linears(config, layer)
+    gate, up, down = mlp_linears(config, layer)
+    return (
+        MergedShape(prefix + "self_attn.qkv_proj", (q, k, v)),
+        MergedShape(prefix + "self_attn.o_proj", (o,)),
+        MergedShape(prefix + "mlp.gate_up_proj", (gate, up)),
+        MergedShape(prefix + "mlp.down_proj", (down,), folds_order=True),
+    )
+
+
+def all_merged_linears(config: ModelConfig, *, tied: bool) -> Iterator[MergedShape]:
+    """Every linear as it runs, in order of execution: what `Decoder.linears` yields once it is built."""
+    for layer in range(config.num_layers):
+        yield from merged_linears(config, layer)
+    yield MergedShape(HEAD, (head_linear(config, tied=tied),))
 
 
 def layer_norms(config: ModelConfig, layer: int) -> list[TensorShape]:
@@ -202,13 +237,12 @@ def _tensor(materials: Materials, shape: TensorShape) -> torch.Tensor:
 
 def _build_layer(config: ModelConfig, materials: Materials, layer: int) -> DecoderLayer:
     input_norm, post_norm, *head_norms = layer_norms(config, layer)
-    q, k, v, o = (materials.read_linear(shape) for shape in attention_linears(config, layer))
-    gate, up, down = (materials.read_linear(shape) for shape in mlp_linears(config, layer))
-    down, (gate, up) = fold_input_order(down, [gate, up])
-    prefix = f"model.layers.{layer}."
+    shapes = merged_linears(config, layer)
+    qkv, o, gate_up, [down] = ([materials.read_linear(part) for part in shape.parts] for shape in shapes)
+    folded, gate_up = fold_input_order(down, gate_up)
 
-    def linear(name: str, *parts: Weight) -> Linear:
-        return Linear(prefix + name, parts, materials.target)
+    def linear(shape: MergedShape, parts: Sequence[Weight]) -> Linear:
+        return Linear(shape.name, parts, materials.target, order_is_folded=shape.folds_order and folded is not down)
 
     ops = materials.target.ops
     heads = Heads(
@@ -219,6 +253,6 @@ def _build_layer(config: ModelConfig, materials: Materials, layer: int) -> Decod
         norms=torch.stack([_tensor(materials, shape) for shape in head_norms]) if head_norms else None,
         norm_eps=config.rms_norm_eps,
     )
-    attention = Attention(linear("self_attn.qkv_proj", q, k, v), linear("self_attn.o_proj", o), heads, ops)
-    mlp = GatedMLP(linear("mlp.gate_up_proj", gate, up), linear("mlp.down_proj", down), ops)
+    attention = Attention(linear(shapes[0], qkv), linear(shapes[1], o), heads, ops)
+    mlp = GatedMLP(linear(shapes[2], gate_up), linear(shapes[3], [folded]), ops)
     return DecoderLayer(_norm(config, materials, input_norm), attention, _norm(config, materials, post_norm), mlp)

@@ -11,7 +11,7 @@ import json
 import logging
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +21,7 @@ from tqdm import tqdm
 from converters.dummy_source import DummySource
 from converters.errors import CheckpointError
 from converters.open import open_checkpoint
-from converters.source import LinearSlot, Slot, TensorSlot, WeightSource
+from converters.source import LinearKind, LinearSlot, Slot, TensorSlot, WeightSource
 from qengine.config import LoadConfig, ModelConfig
 from qengine.errors import ConfigError, LoadError, RequestError
 from qengine.layers.linear import Weight
@@ -31,6 +31,7 @@ from qengine.models.spec import read_model_config, read_token_ids
 from qengine.request import SamplingParams
 from qengine.runtime.locate import ModelLocation, locate_model
 from quant_kernels.linear.dispatch import Target
+from quant_kernels.packed_weight import DenseWeight
 
 logger = logging.getLogger(__name__)
 
@@ -113,6 +114,30 @@ def load_decoder(opened: OpenedModel, target: Target, max_position: int, *, show
     with bar, _load_errors(opened.location):
         materials = Materials(read_tensor, read_linear, target)
         return build(opened.config, materials, tied=opened.tied, max_position=max_position)
+
+
+def linear_kind(opened: OpenedModel, shape: LinearShape) -> LinearKind:
+    """How a linear is stored, by the headers: two of one kind are read alike.
+
+    Raises:
+        LoadError: if it does not fit the architecture, which `open_model` has checked.
+    """
+    with _load_errors(opened.location):
+        return opened.source.linear_kind(_linear_slot(shape))
+
+
+def sketch_linear(opened: OpenedModel, shape: LinearShape) -> Weight:
+    """A linear with all that choosing a kernel needs, and its codes or weights on the meta device.
+
+    Raises:
+        LoadError: if the data itself is bad.
+    """
+    empty = DenseWeight(torch.empty(shape.out_features, shape.in_features, device="meta"))
+    if linear_kind(opened, shape).is_dense:
+        return empty
+    with _load_errors(opened.location):
+        weight = opened.source.read_linear(_linear_slot(shape))
+    return empty if isinstance(weight, DenseWeight) else replace(weight, codes=weight.codes.to("meta"))
 
 
 def _slot(shape: LinearShape | TensorShape) -> Slot:

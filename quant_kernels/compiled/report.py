@@ -174,5 +174,9 @@ def issue_share(card: Card, row: Resources, group_size: int = 128) -> float:
     16-bit scale) times instructions per weight, over the instructions that the card can issue.
     """
     assert row.instr_per_weight is not None, "asked for kernels that read weights"
-    weights_per_s = card.bytes_per_s / (0.5 + 2 / group_size)
-    return weights_per_s * row.instr_per_weight / card.issue_slots_per_s
+    return share_of_slots(card, row.instr_per_weight, 0.5 + 2 / group_size)
+
+
+def share_of_slots(card: Card, instr_per_weight: float, bytes_per_weight: float) -> float:
+    """`issue_share` by its figures; the card's bandwidth and clock must be known."""
+    return card.bytes_per_s / bytes_per_weight * instr_per_weight / card.issue_slots_per_s

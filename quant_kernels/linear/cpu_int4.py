@@ -45,6 +45,16 @@ def can_run(weight: PackedWeight, dtype: torch.dtype) -> tuple[bool, str]:
     return True, ""
 
 
+def stored_bytes(weight: PackedWeight) -> int:
+    """What `CpuInt4Linear.bytes_per_pass` is for the record, by its sizes alone. Ask `can_run` first."""
+    group = kernel_group(weight)
+    assert group is not None, "ask can_run first"
+    columns = weight.out_features + -weight.out_features % _COLUMN_MULTIPLE
+    table_rows = weight.bits // 4 * weight.in_features // group
+    # A row of the table is a scale and a zero in bfloat16.
+    return columns * (weight.in_features * weight.bits // 8 + table_rows * 4)
+
+
 class CpuInt4Linear(WholeLinear):
     """A PackedWeight in torch's int4 layout. Weights [N', P * K / 2] bytes for P planes, N' = N rounded up to 16."""
 
@@ -70,6 +80,11 @@ class CpuInt4Linear(WholeLinear):
     def num_bytes(self) -> int:
         parts = (self.codes, self.scales_and_zeros, self.perm, self.bias)
         return sum(t.numel() * t.element_size() for t in parts if t is not None)
+
+    @property
+    def bytes_per_pass(self) -> int:
+        """Bytes that one multiplication must read: codes, scales and zeros."""
+        return sum(t.numel() * t.element_size() for t in (self.codes, self.scales_and_zeros))
 
     def __call__(self, x: torch.Tensor) -> torch.Tensor:
         """x [M, K] bfloat16 to [M, N] bfloat16."""

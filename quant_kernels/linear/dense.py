@@ -14,6 +14,11 @@ from quant_kernels.packed_weight import DenseWeight, PackedWeight
 from quant_kernels.reference import to_dense
 
 
+def stored_bytes(weight: PackedWeight | DenseWeight, dtype: torch.dtype) -> int:
+    """What `DenseLinear.bytes_per_pass` is for the weight, by its sizes alone."""
+    return weight.in_features * weight.out_features * dtype.itemsize
+
+
 class DenseLinear(WholeLinear):
     """y = x W^T + b with W [N, K] in the compute dtype."""
 
@@ -29,6 +34,11 @@ class DenseLinear(WholeLinear):
     @property
     def num_bytes(self) -> int:
         return sum(t.numel() * t.element_size() for t in (self.weight, self.bias) if t is not None)
+
+    @property
+    def bytes_per_pass(self) -> int:
+        """Bytes that one multiplication must read: the weight."""
+        return self.weight.numel() * self.weight.element_size()
 
     def __call__(self, x: torch.Tensor) -> torch.Tensor:
         """x [M, K] to [M, N]."""

@@ -48,6 +48,11 @@ class PreparedLinear(Protocol):
         """int32 [K]: where `partial_sums` wants each column of x; None for its own place."""
         ...
 
+    @property
+    def bytes_per_pass(self) -> int:
+        """Bytes that one multiplication must read: the weight and its tables."""
+        ...
+
     def __call__(self, x: torch.Tensor) -> torch.Tensor: ...
 
     def partial_sums(self, x: torch.Tensor) -> torch.Tensor:
@@ -141,7 +146,7 @@ def prepare(weight: PackedWeight | DenseWeight, target: Target) -> PreparedLinea
     if isinstance(weight, PackedWeight) and kernel == P16:
         module = try_import("quant_kernels.linear.p16.prepared")
         assert module is not None, "choose has looked for triton"
-        linear: PreparedLinear = module.P16Linear.of(weight, _packed_for(target), target.device, target.selector)
+        linear: PreparedLinear = module.P16Linear.of(weight, packed_for(target), target.device, target.selector)
         return linear
     return DenseLinear(weight, target.dtype, target.device)
 
@@ -153,10 +158,10 @@ def _can_run_p16(weight: PackedWeight, target: Target) -> tuple[bool, str]:
         return False, f"{card.name} is sm_{card.arch}, and the kernels need sm_{MIN_ARCH} or newer"
     if try_import("triton") is None:
         return False, "triton is not installed; run: pip install triton"
-    return layout.can_pack(weight, _packed_for(target))
+    return layout.can_pack(weight, packed_for(target))
 
 
-def _packed_for(target: Target) -> torch.dtype:
-    """What P16 is laid out for. float32 activations are for the interpreter, which multiplies float16's layout too."""
+def packed_for(target: Target) -> torch.dtype:
+    """The activations that P16 is laid out for. float32 activations are for the interpreter, which multiplies float16's layout too."""
     is_interpreted = target.device.type == "cpu"
     return torch.float16 if is_interpreted and target.dtype == torch.float32 else target.dtype

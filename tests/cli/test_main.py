@@ -51,7 +51,9 @@ def test_a_command_runs_with_its_settings(runs: Any) -> None:
     assert cli.main(["serve", "m", "--port", "1"]) == 0
     assert cli.main(["generate", "--prompt", "x"]) == 0
     assert cli.main(["--debug", "chat"]) == 0
-    assert [module for module, _ in seen] == [f"qengine.commands.{name}" for name in ("serve", "generate", "chat")]
+    assert cli.main(["inspect", "m", "--gpu", "4090"]) == 0
+    names = ("serve", "generate", "chat", "inspect")
+    assert [module for module, _ in seen] == [f"qengine.commands.{name}" for name in names]
     assert seen[0][1].server.port == 1
 
 
@@ -96,7 +98,7 @@ def test_ctrl_c(runs: Any, capsys: pytest.CaptureFixture[str]) -> None:
     ("words", "message"),
     [
         (["sevre"], "unknown command 'sevre'; did you mean 'serve'?"),
-        (["quantize"], "unknown command 'quantize' (commands: serve, generate, chat)"),
+        (["quantize"], "unknown command 'quantize' (commands: serve, generate, chat, inspect)"),
         (["--versoin"], "unknown flag '--versoin'; did you mean '--version'?"),
         (["serve", "--prot", "1"], "unknown flag --prot; did you mean '--port'?"),
         (["serve", "--port", "70000"], "--port is '70000'"),
@@ -105,6 +107,15 @@ def test_ctrl_c(runs: Any, capsys: pytest.CaptureFixture[str]) -> None:
         (["serve", "--kv-cache-dtype", "fp9"], "--kv-cache-dtype is 'fp9'"),
         (["serve", "--dtype", "int3"], "--dtype is 'int3'"),
         (["generate"], "nothing to continue"),
+        (["inspect", "--gpu", "rtx4090"], "--gpu 'rtx4090' is not a card with known figures; did you mean '4090'?"),
+        (["inspect", "--gpu", "abacus"], "--gpu 'abacus' is not a card with known figures (known: 3090, 4090, 5090,"),
+        (["inspect", "--gpu", "4090", "--device", "cpu"], "--gpu and --device cpu contradict each other"),
+        (["inspect", "--rows", "0"], "--rows is 0, expected the sequences of a step"),
+        (["inspect", "--rows", "many"], "--rows is 'many', expected a whole number"),
+        (["inspect", "--bandwidth", "0"], "--bandwidth is 0.0, expected GB/s above zero"),
+        (["inspect", "--bandwidth", "nan"], "--bandwidth is nan, expected GB/s above zero"),
+        (["inspect", "--dtype", "int3"], "--dtype is 'int3'"),
+        (["inspect", "--tokenizer", "t"], "--tokenizer is a flag of 'qengine serve', not of 'qengine inspect'"),
     ],
 )
 def test_wrong_options_exit_2_before_anything_is_loaded(

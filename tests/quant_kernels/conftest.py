@@ -12,7 +12,11 @@ import pytest
 import torch
 
 _NEED_TRITON = [
-    f"test_{name}*" for name in ("p16_", "elementwise", "paged", "kv_words", "rope_store", "gpu", "resources", "tuning")
+    f"test_{name}*"
+    for name in (
+        *("p16_", "elementwise", "paged", "kv_words", "rope_store", "sampling"),
+        *("gpu", "resources", "tuning", "plan"),
+    )
 ]
 collect_ignore_glob = [] if find_spec("triton") else _NEED_TRITON
 

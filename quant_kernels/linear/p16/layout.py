@@ -141,6 +141,17 @@ def scheme_of(weight: PackedWeight, dtype: torch.dtype) -> Scheme:
     )
 
 
+def stored_bytes(weight: PackedWeight, dtype: torch.dtype) -> int:
+    """What `P16Weight.bytes_per_pass` of the packed record is, by its sizes alone. Ask `can_pack` first."""
+    scheme = scheme_of(weight, dtype)
+    num_blocks = -(-weight.in_features // scheme.block_inputs)
+    columns = weight.out_features + -weight.out_features % COLUMN_MULTIPLE
+    rows = -(-num_blocks // scheme.blocks_per_group) if scheme.blocks_per_group else 1
+    num_tables = 1 if scheme.zero in (ZeroKind.CONST, ZeroKind.CODEBOOK) else 2
+    # Words and fields of tables have 16 bits; every table ends with one more row.
+    return 2 * columns * (num_blocks * PLANE_ROWS + num_tables * (rows + 1) * scheme.groups)
+
+
 def pack(weight: PackedWeight, dtype: torch.dtype, device: torch.device) -> P16Weight:
     """Lay the record out on `device` for activations of `dtype`, a slice of columns at a time.
 

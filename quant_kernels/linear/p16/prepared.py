@@ -46,6 +46,11 @@ class P16Linear:
         return self.weight.num_bytes + places
 
     @property
+    def bytes_per_pass(self) -> int:
+        """Bytes that one multiplication must read: words and tables."""
+        return self.weight.bytes_per_pass
+
+    @property
     def places(self) -> torch.Tensor | None:
         """int32 [K]: where the kernel before this one should store each of its columns; None for their own places."""
         return self._places

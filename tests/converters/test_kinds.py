@@ -1,0 +1,77 @@
+"""Kinds of linears: equal exactly where headers and configs say that two are read alike, and known without data."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from gguf import GGMLQuantizationType as Kind
+from gguf.quants import quantize
+
+from converters.dummy_source import DummySource
+from converters.errors import CheckpointError
+from converters.source import LinearKind, LinearSlot
+from tests.converters.folders import gptq_config, open_checked, write_folder, write_json
+from tests.converters.gguf_files import write_gguf
+
+DOWN = [f"model.layers.{layer}.mlp.down_proj" for layer in range(4)]
+SLOTS = [LinearSlot(name, 64, 32) for name in DOWN]
+
+
+def test_gguf_types_make_kinds(tmp_path: Path) -> None:
+    values = np.random.default_rng(0).standard_normal((32, 64)).astype(np.float32)
+    types = (Kind.Q4_0, Kind.Q4_1, Kind.F16, Kind.Q4_0)
+    tensors = {f"blk.{i}.ffn_down.weight": (quantize(values, kind), kind) for i, kind in enumerate(types)}
+    source = open_checked(write_gguf(tmp_path / "m.gguf", tensors), SLOTS)
+    kinds = [source.linear_kind(slot) for slot in SLOTS]
+    assert [kind.is_dense for kind in kinds] == [False, False, True, False]
+    assert len(set(kinds)) == 3
+    assert kinds[0] == kinds[3]
+
+
+def gptq_linear(name: str, *, group: int = 32, order: bool = False) -> dict[str, torch.Tensor]:
+    tensors = {
+        "qweight": torch.zeros(8, 32, dtype=torch.int32),
+        "qzeros": torch.zeros(64 // group, 4, dtype=torch.int32),
+        "scales": torch.ones(64 // group, 32, dtype=torch.float16),
+    }
+    if order:
+        tensors["g_idx"] = torch.arange(64, dtype=torch.int32).flip(0) // group
+    return {f"{name}.{part}": tensor for part, tensor in tensors.items()}
+
+
+def test_safetensors_shapes_parts_and_rules_make_kinds(tmp_path: Path) -> None:
+    tensors = {
+        **gptq_linear(DOWN[0]),
+        **gptq_linear(DOWN[1]),
+        **gptq_linear(DOWN[2], order=True),
+        f"{DOWN[3]}.weight": torch.zeros(32, 64),
+    }
+    plain = open_checked(write_folder(tmp_path / "plain", tensors, gptq_config(group_size=32)), SLOTS)
+    kinds = [plain.linear_kind(slot) for slot in SLOTS]
+    assert [kind.is_dense for kind in kinds] == [False, False, False, True]
+    assert kinds[0] == kinds[1]
+    assert len(set(kinds)) == 3
+    # Zero points are decoded by what the config says of the module, so it is a part of the kind.
+    rules = gptq_config(group_size=32, dynamic={r"+:model\.layers\.1\.": {"sym": True}})
+    ruled = open_checked(write_folder(tmp_path / "ruled", tensors, rules), SLOTS)
+    assert ruled.linear_kind(SLOTS[0]) != ruled.linear_kind(SLOTS[1])
+    assert ruled.linear_kind(SLOTS[0]) == kinds[0]
+
+
+def test_a_slot_that_does_not_fit_has_no_kind(tmp_path: Path) -> None:
+    source = open_checked(write_folder(tmp_path, {f"{DOWN[0]}.weight": torch.zeros(32, 64)}), SLOTS[:1])
+    with pytest.raises(CheckpointError, match="the tensors do not fit"):
+        source.linear_kind(LinearSlot(DOWN[0], 64, 33))
+
+
+def test_dummy_kinds_follow_shape_and_name(tmp_path: Path) -> None:
+    write_json(tmp_path / "config.json", {})
+    source = DummySource.open(tmp_path, "gptq", 0)
+    slots = [*SLOTS[:2], LinearSlot(DOWN[2], 64, 32, has_bias=True), LinearSlot("lm_head", 64, 32)]
+    kinds: list[LinearKind] = [source.linear_kind(slot) for slot in slots]
+    assert kinds[0] == kinds[1]
+    assert len(set(kinds)) == 3
+    assert [kind.is_dense for kind in kinds] == [False, False, False, True]
