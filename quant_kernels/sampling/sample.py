@@ -56,7 +56,7 @@ def _load_logits(ptr, offsets, count):
 
 @triton.jit
 def _key_of(top, logits):
-    # -0.0 - 0.0 is -0.0, whose bits are not those of 0.
+    # The distance of 0.0 from -0.0 would be -0.0, whose bits are not those of 0.
     return tl.abs(top - logits).to(tl.int32, bitcast=True)
 
 
@@ -298,7 +298,7 @@ def sample_kernel(
         top_k = tl.where(top_k < vocab, top_k, 0.0)
         top_p = tl.load(top_p_ptr + row).to(tl.float64)
         uniform = tl.load(uniform_ptr + row).to(tl.float64)
-        farthest = -temperature * tl.log(tl.maximum(min_p, _LEAST_WEIGHT))
+        farthest = tl.abs(temperature * tl.log(tl.maximum(min_p, _LEAST_WEIGHT)))
         floor = tl.minimum(farthest.to(tl.int32, bitcast=True), _LAST_KEY)
         if (min_p > 0.0) | (top_k > 0.0) | (top_p < 1.0):
             scratch = row * CAPACITY

@@ -11,7 +11,7 @@ from importlib.util import find_spec
 import pytest
 import torch
 
-_NEED_TRITON = ["test_p16_*", "test_elementwise*", "test_gpu*", "test_resources*", "test_tuning*"]
+_NEED_TRITON = ["test_p16_*", "test_elementwise*", "test_sampling*", "test_gpu*", "test_resources*", "test_tuning*"]
 collect_ignore_glob = [] if find_spec("triton") else _NEED_TRITON
 
 
