@@ -16,7 +16,8 @@ interval in PIVOTS + 1 parts, and PIVOTS = 4 needs 14 passes for 31 bits. What m
 
 Sums are float32 in BLOCK lanes, added up in a tree at the end, so that an addend passes through vocab / BLOCK +
 log2(BLOCK) additions: 43 for 128,256 tokens, a relative error below 43 * 2^-24 = 2.6e-6 at worst and about 1e-7 as it
-falls out. The running sum of the draw is compensated (Knuth 1969, two-sum) from block to block.
+falls out. The weights they add are good to about (1 + distance / temperature) * 2^-23 each. The running sum of the draw
+is compensated (Knuth 1969, two-sum) from block to block.
 
 Specification: `reference`. Invariant: a row's token depends on its own logits and parameters alone, bit for bit; the
 order of additions does not depend on how many rows there are.
