@@ -47,7 +47,7 @@ WEB = {"fastapi", "starlette", "uvicorn", "pydantic", "httpx", "prometheus_clien
 KERNEL_FLOORS: tuple[tuple[str, ...], ...] = (
     ("packed_weight", "scheme", "late", "launching"),
     ("packing", "tuning", "tolerance"),
-    ("reference", "elementwise", "attention"),
+    ("reference", "elementwise", "attention", "sampling"),
     ("ops",),
     ("linear",),
     ("compiled",),

@@ -126,8 +126,8 @@ class Platform:
         self, config: ModelConfig, model: Decoder, cache: KVCache, plan: MemoryPlan, max_num_seqs: int
     ) -> ModelRunner:
         """The runner of a loaded model."""
-        sampler = make_sampler(self.device)
         selector = self.target.selector
+        sampler = make_sampler(on_triton=selector is not None)
         if selector is None:
             return ModelRunner(model, cache, CpuSteps(model.rope, cache.block_size, model.dtype), sampler)
         inputs, graphs = try_import("qengine.runtime.device_inputs"), try_import("qengine.runtime.graphs")

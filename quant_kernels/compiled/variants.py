@@ -26,6 +26,7 @@ from quant_kernels.linear.p16.constants import matmul_constants, scheme_constant
 from quant_kernels.linear.p16.expand import p16_expand_kernel
 from quant_kernels.linear.p16.gate_up import p16_gate_up_kernel
 from quant_kernels.linear.p16.matmul import p16_matmul_kernel
+from quant_kernels.sampling import sample as sampling
 from quant_kernels.scheme import ACTIVATION_DTYPES, PLANE_ROWS, Scheme, ZeroKind
 from quant_kernels.tuning.card import KNOWN_CARDS, SHARED_PER_BLOCK
 from quant_kernels.tuning.select import (
@@ -56,14 +57,14 @@ class Variant:
     """One kernel with one configuration, for one architecture.
 
     Attributes:
-        kernel: name, as in `tuning`, or that of an elementwise kernel.
-        scheme: of the weight; None for elementwise kernels.
+        kernel: name, as in `tuning`, or that of an elementwise kernel or the sampler.
+        scheme: of the weight; None for kernels that read none.
         tile: None where the kernel has none.
         arch: compute capability.
         dtype: of activations.
         odd: K does not fill blocks, there is a bias, and partial sums are written.
         splits: partial sums that an elementwise kernel reads; 0 for other kernels.
-        width: columns that an elementwise kernel holds.
+        width: columns that an elementwise kernel or the sampler holds.
     """
 
     kernel: str
@@ -80,7 +81,8 @@ class Variant:
         """Everything but the architecture, in words: the key of budgets and results."""
         dtype = str(self.dtype).removeprefix("torch.")
         if self.scheme is None:
-            return f"{dtype} {self.width} columns, {self.splits} sums"
+            sums = f", {self.splits} sums" if self.splits else ""
+            return f"{dtype} {self.width} columns{sums}"
         s = self.scheme
         parts = [f"w{s.bits}", dtype, f"g{s.group_size or 'K'}", s.zero.name.lower()]
         if s.scale_dtype != s.dtype:
@@ -108,6 +110,7 @@ def all_variants(tables: Path = FOLDER) -> list[Variant]:
         for scheme in schemes(dtype):
             found.update(dict.fromkeys(_of_scheme(scheme, arch)))
         found.update(dict.fromkeys(_elementwise(arch, dtype)))
+    found.update(dict.fromkeys(_sampling()))
     found.update(dict.fromkeys(_of_tables(tables)))
     return list(found)
 
@@ -180,8 +183,16 @@ def _elementwise(arch: int, dtype: torch.dtype) -> Iterator[Variant]:
             yield Variant("add_rms_norm", None, None, arch, dtype, splits=splits, width=width)
 
 
+def _sampling() -> Iterator[Variant]:
+    """Logits come as the last matmul leaves them, or in float32 once they have been edited."""
+    for arch, dtype in itertools.product(ARCHS, _POINTERS):
+        yield Variant("sample", None, None, arch, dtype, width=sampling.BLOCK)
+
+
 def compile_arguments(variant: Variant) -> tuple[Any, dict[str, str], dict[str, Any], dict[str, Any]]:
     """Kernel, types, constants and options for `cross_compile`."""
+    if variant.kernel == "sample":
+        return _sampling_arguments(variant)
     if variant.scheme is None:
         return _elementwise_arguments(variant)
     scheme, tile = variant.scheme, variant.tile
@@ -229,6 +240,25 @@ def _elementwise_arguments(variant: Variant) -> tuple[Any, dict[str, str], dict[
     block = min(MAX_BLOCK, variant.width)
     values |= {"BLOCK": block, "CHUNKS": variant.width // block}
     return add_rms_norm_kernel, types, values, norm_options(block)
+
+
+def _sampling_arguments(variant: Variant) -> tuple[Any, dict[str, str], dict[str, Any], dict[str, Any]]:
+    per_row = ("temperature_ptr", "min_p_ptr", "top_k_ptr", "top_p_ptr", "uniform_ptr")
+    types = {
+        "logits_ptr": _POINTERS[variant.dtype],
+        **dict.fromkeys(per_row, "*fp64"),
+        "values_ptr": "*fp32",
+        "ids_ptr": "*i32",
+        "tokens_ptr": "*i32",
+        **_sizes(("vocab", "stride_row")),
+    }
+    values = {
+        "CAPACITY": sampling.CAPACITY,
+        "COPY_BLOCK": sampling.COPY_BLOCK,
+        "BLOCK": variant.width,
+        "PIVOTS": sampling.PIVOTS,
+    }
+    return sampling.sample_kernel, types, values, sampling.sample_options()
 
 
 def _sizes(*names: Iterable[str]) -> dict[str, str]:

@@ -162,6 +162,6 @@ def _can_run_p16(weight: PackedWeight, target: Target) -> tuple[bool, str]:
 
 
 def packed_for(target: Target) -> torch.dtype:
-    """The activations that P16 is laid out for. float32 activations are for the interpreter, which multiplies float16's layout too."""
+    """The activations that P16 is laid out for: float32's, which the interpreter alone is given, share float16's."""
     is_interpreted = target.device.type == "cpu"
     return torch.float16 if is_interpreted and target.dtype == torch.float32 else target.dtype

@@ -23,6 +23,9 @@ from quant_kernels.linear.p16.prepared import P16Linear
 from quant_kernels.packed_weight import PackedWeight
 from quant_kernels.packing import pack_codes
 from quant_kernels.reference import linear
+from quant_kernels.sampling import reference as sampling_reference
+from quant_kernels.sampling.sample import CAPACITY
+from quant_kernels.sampling.sample import sample as sample_rows
 from quant_kernels.scheme import Scheme, ZeroKind
 from quant_kernels.tolerance import UNIT_ROUNDOFF, Error, bound, error
 from quant_kernels.tuning.card import card_of
@@ -185,6 +188,37 @@ def test_elementwise_at_real_sizes(dtype: torch.dtype, columns: int) -> None:
     check(residual, total, rounding)
     gates = torch.randn(4, 33, 2 * columns, device=CUDA)
     check(silu_mul(gates, dtype, torch.argsort(perm).int()), reference.silu_mul(gates, perm), rounding)
+
+
+#: (temperature, min_p, top_k, top_p); at temperature 50 more is kept than the copy of a row's likeliest holds.
+SETTINGS = [
+    (0.0, 0.0, 0, 1.0), (1.0, 0.0, 0, 1.0), (0.7, 0.05, 0, 1.0), (1.0, 0.0, 40, 1.0), (1.0, 0.0, 0, 0.9),
+    (0.8, 0.02, 50, 0.95), (50.0, 0.0, 0, 0.9), (1.0, 0.0, 100_000, 0.8),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, *DTYPES])
+def test_sampling_at_real_sizes(dtype: torch.dtype) -> None:
+    """64 rows of Llama-3's vocabulary: the drawn token's step in the reference's distribution holds the number."""
+    rows, vocab = 64, 128256
+    logits = (random_x(rows, vocab, torch.float32) * 3).to(dtype)
+    settings = [SETTINGS[row % len(SETTINGS)] for row in range(rows)]
+    columns = [torch.tensor(column, device=CUDA, dtype=torch.float64) for column in zip(*settings, strict=True)]
+    uniform = torch.rand(rows, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
+    tokens = sample_rows(logits, *columns, uniform.to(CUDA))
+    assert torch.equal(sample_rows(logits[32:], *(c[32:] for c in columns), uniform[32:].to(CUDA)), tokens[32:])
+    most = 0
+    for row, (token, (temperature, *filters)) in enumerate(zip(tokens.tolist(), settings, strict=True)):
+        if temperature == 0.0:
+            assert token == int((logits[row] == logits[row].max()).nonzero()[0])
+            continue
+        kept = sampling_reference.kept_weights(logits[row], temperature, *filters)
+        most = max(most, int((kept > 0).sum()))
+        ends = kept.cumsum(0) / kept.sum()
+        low, high = ends[token] - kept[token] / kept.sum(), ends[token]
+        assert kept[token] > 0
+        assert low - 1e-5 <= uniform[row] <= high + 1e-5
+    assert most > CAPACITY
 
 
 def test_packing_fits_beside_the_layer() -> None:

@@ -34,6 +34,7 @@ CPU = torch.device("cpu")
 LLAMA_8B: Mapping[str, Any] = {
     "architectures": ["LlamaForCausalLM"],
     "model_type": "llama",
+    "torch_dtype": "bfloat16",
     "hidden_size": 4096,
     "intermediate_size": 14336,
     "num_attention_heads": 32,
@@ -96,7 +97,7 @@ def by_name(found: Inspection) -> dict[str, Any]:
 def test_it_says_what_loading_does(model: str | None, dtype: torch.dtype, caplog: pytest.LogCaptureFixture) -> None:
     opened = open_model(LoadConfig(model=model))
     found = inspect_model(opened, Target(CPU, dtype))
-    linears = list(load_decoder(opened, dtype, CPU, 64).linears())
+    linears = list(load_decoder(opened, Target(CPU, dtype), 64).linears())
     assert list(found.linears) == summarize_loaded(linears)
     assert found.num_bytes == sum(part.bytes_per_pass for linear in linears for part in linear.parts)
     with caplog.at_level(logging.INFO, logger="qengine.startup"):

@@ -1,0 +1,29 @@
+"""Small tables to the device and results back, in copies that the host does not wait for.
+
+Invariant: what a copy to a CUDA device reads or one from it writes is pinned memory, without which the driver would
+make the host wait. Torch's allocator does not hand pinned memory out again before the copies that use it are done.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+import torch
+
+
+def to_device(arrays: Sequence[np.ndarray[Any, Any]], device: torch.device) -> list[torch.Tensor]:
+    """One-dimensional arrays of one dtype as tensors on the device, moved in a single copy."""
+    joined = torch.from_numpy(np.concatenate(arrays))
+    if device.type == "cuda":
+        joined = joined.pin_memory()
+    return list(torch.split(joined.to(device, non_blocking=True), [len(array) for array in arrays]))
+
+
+def to_host(tensor: torch.Tensor) -> torch.Tensor:
+    """A copy in host memory, complete once the device's stream has come this far; the tensor itself if not on CUDA."""
+    if tensor.device.type != "cuda":
+        return tensor
+    host = torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=True)
+    return host.copy_(tensor, non_blocking=True)
