@@ -34,7 +34,7 @@ from quant_kernels.compiled.report import (
     lowered_budgets,
     read_budgets,
 )
-from quant_kernels.compiled.variants import ARCHS, Variant, all_variants, compile_arguments
+from quant_kernels.compiled.variants import ARCHS, AnyVariant, all_variants
 from quant_kernels.tuning.card import KNOWN_CARDS
 from quant_kernels.tuning.tile import Tile
 
@@ -83,8 +83,8 @@ def _run(options: argparse.Namespace) -> int:
 
 
 def measure_all(
-    variants: Sequence[Variant], cache: FigureCache, jobs: int, progress: Callable[[int, int], None]
-) -> list[tuple[Variant, dict[str, Any]]]:
+    variants: Sequence[AnyVariant], cache: FigureCache, jobs: int, progress: Callable[[int, int], None]
+) -> list[tuple[AnyVariant, dict[str, Any]]]:
     """The figures of every variant, in order; compiles what the cache does not know, in `jobs` processes."""
     missing = [v for v in variants if cache.get(v) is None]
     try:
@@ -98,7 +98,7 @@ def measure_all(
     return [(variant, figures) for variant, figures in found if figures is not None]
 
 
-def _compile(variants: Sequence[Variant], jobs: int) -> Iterator[tuple[Variant, dict[str, Any]]]:
+def _compile(variants: Sequence[AnyVariant], jobs: int) -> Iterator[tuple[AnyVariant, dict[str, Any]]]:
     if not variants:
         return
     # Triton keeps what it compiles, a megabyte per kernel: here only the figures are wanted.
@@ -119,9 +119,9 @@ def _use_cache(folder: str) -> None:
     triton.knobs.cache.dir = folder
 
 
-def measure_one(variant: Variant) -> tuple[Variant, dict[str, Any]]:
+def measure_one(variant: AnyVariant) -> tuple[AnyVariant, dict[str, Any]]:
     """Compile one variant and read its figures."""
-    kernel, types, constants, options = compile_arguments(variant)
+    kernel, types, constants, options = variant.arguments()
     try:
         compiled = cross_compile(kernel, variant.arch, types, constants, options)
     except Exception as error:

@@ -19,7 +19,7 @@ import triton.language as tl
 from triton.runtime.jit import KernelInterface
 
 from quant_kernels.compiled import cross_compile, figures, sass
-from quant_kernels.compiled.variants import Variant, compile_arguments
+from quant_kernels.compiled.variants import AnyVariant
 
 #: Files of other compilers or counters that are kept.
 _KEPT = 4
@@ -31,13 +31,13 @@ class FigureCache:
     def __init__(self, folder: Path, compiler: str) -> None:
         self.path = folder / f"{_fingerprint(compiler)}.json"
         self._figures: dict[str, dict[str, Any]] = _read(self.path)
-        self._keys: dict[Variant, str] = {}
+        self._keys: dict[AnyVariant, str] = {}
 
-    def get(self, variant: Variant) -> dict[str, Any] | None:
+    def get(self, variant: AnyVariant) -> dict[str, Any] | None:
         """What was measured, or None."""
         return self._figures.get(self._key(variant))
 
-    def put(self, variant: Variant, found: dict[str, Any]) -> None:
+    def put(self, variant: AnyVariant, found: dict[str, Any]) -> None:
         """Remember what was measured."""
         self._figures[self._key(variant)] = found
 
@@ -54,9 +54,9 @@ class FigureCache:
         except OSError:
             return
 
-    def _key(self, variant: Variant) -> str:
+    def _key(self, variant: AnyVariant) -> str:
         if variant not in self._keys:
-            kernel, types, constants, options = compile_arguments(variant)
+            kernel, types, constants, options = variant.arguments()
             parts = (source_of(kernel), variant.arch, variant.weights_per_thread, types, constants, options)
             self._keys[variant] = hashlib.sha256(repr(parts).encode()).hexdigest()[:24]
         return self._keys[variant]

@@ -15,7 +15,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from quant_kernels.compiled.variants import Variant
+from quant_kernels.compiled.variants import AnyVariant
 from quant_kernels.scheme import ZeroKind
 from quant_kernels.tuning.card import SHARED_PER_BLOCK, Card
 
@@ -35,7 +35,7 @@ class Budgets:
     compiler: str
     rows: Mapping[str, Mapping[str, float]]
 
-    def find(self, variant: Variant, compiler: str) -> float | None:
+    def find(self, variant: AnyVariant, compiler: str) -> float | None:
         """The budget of a variant for a compiler."""
         budget = self.rows.get(budget_key(variant), {}).get(str(variant.arch))
         if budget is None or compiler == self.compiler:
@@ -66,7 +66,7 @@ class Resources:
         return {**asdict(self), "problems": list(self.problems)}
 
 
-def judge(variant: Variant, figures: Mapping[str, Any], budgets: Budgets, compiler: str) -> Resources:
+def judge(variant: AnyVariant, figures: Mapping[str, Any], budgets: Budgets, compiler: str) -> Resources:
     """The row of a variant that `compiler` made, with everything that is wrong with it."""
     limit = SHARED_PER_BLOCK[variant.arch]
     budget = budgets.find(variant, compiler)
@@ -75,7 +75,7 @@ def judge(variant: Variant, figures: Mapping[str, Any], budgets: Budgets, compil
         problems.append(f"needs {figures['shared_bytes']} bytes of shared memory, sm_{variant.arch} has {limit}")
     if figures["spill_bytes"]:
         problems.append(f"spills {figures['spill_bytes']} bytes of registers per thread")
-    if variant.scheme is not None:
+    if variant.weights_per_thread:
         problems += _loop_problems(variant, figures, budget)
     return Resources(
         kernel=variant.kernel,
@@ -95,7 +95,7 @@ def judge(variant: Variant, figures: Mapping[str, Any], budgets: Budgets, compil
     )
 
 
-def _loop_problems(variant: Variant, figures: Mapping[str, Any], budget: float | None) -> list[str]:
+def _loop_problems(variant: AnyVariant, figures: Mapping[str, Any], budget: float | None) -> list[str]:
     instr = figures.get("instr_per_weight")
     if instr is None:
         return ["has no loop on the tensor cores"]
@@ -105,8 +105,7 @@ def _loop_problems(variant: Variant, figures: Mapping[str, Any], budget: float |
     elif instr > budget:
         problems.append(f"takes {instr:.2f} instructions per weight, the budget is {budget:.2f}")
     scheme = variant.scheme
-    assert scheme is not None, "only kernels that read weights come here"
-    if variant.tile is not None and scheme.bits == 4 and scheme.zero != ZeroKind.CODEBOOK:
+    if scheme is not None and variant.tile is not None and scheme.bits == 4 and scheme.zero != ZeroKind.CODEBOOK:
         if figures["lop3_per_weight"] > MAX_LOP3:
             problems.append(f"takes {figures['lop3_per_weight']:.2f} LOP3 per weight, at most {MAX_LOP3} are needed")
         for name in ("prmt", "i2f"):
@@ -115,7 +114,7 @@ def _loop_problems(variant: Variant, figures: Mapping[str, Any], budget: float |
     return problems
 
 
-def budget_key(variant: Variant) -> str:
+def budget_key(variant: AnyVariant) -> str:
     """The row of a variant in the table of budgets."""
     return f"{variant.kernel} {variant.config}"
 
@@ -136,7 +135,7 @@ def read_budgets(path: Path = BUDGETS) -> Budgets:
 
 
 def lowered_budgets(
-    budgets: Budgets, measured: Iterable[tuple[Variant, Mapping[str, Any]]], compiler: str, *, add_new: bool
+    budgets: Budgets, measured: Iterable[tuple[AnyVariant, Mapping[str, Any]]], compiler: str, *, add_new: bool
 ) -> Budgets:
     """The budgets with every row lowered to what was measured, where that is less; rows of nothing measured go.
 

@@ -12,10 +12,10 @@ import itertools
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
 
 import torch
 
+from quant_kernels.compiled.attention import Arguments, AttentionVariant, StoreVariant, attention_variants
 from quant_kernels.elementwise.rms_norm import MAX_BLOCK, add_rms_norm_kernel, norm_options
 from quant_kernels.elementwise.silu_mul import BLOCK as SILU_BLOCK
 from quant_kernels.elementwise.silu_mul import NUM_WARPS as SILU_WARPS
@@ -102,15 +102,25 @@ class Variant:
         per_turn = self.tile.word_rows * self.scheme.planes * self.tile.block_n * halves
         return per_turn / (32 * self.tile.num_warps)
 
+    def arguments(self) -> Arguments:
+        """Kernel, types, constants and options for `cross_compile`."""
+        if self.kernel == "sample":
+            return _sampling_arguments(self)
+        return _elementwise_arguments(self) if self.scheme is None else _weight_arguments(self, self.scheme)
 
-def all_variants(tables: Path = FOLDER) -> list[Variant]:
+
+AnyVariant = Variant | AttentionVariant | StoreVariant
+
+
+def all_variants(tables: Path = FOLDER) -> list[AnyVariant]:
     """Everything that can be launched on any architecture, each once."""
-    found: dict[Variant, None] = {}
+    found: dict[AnyVariant, None] = {}
     for arch, dtype in itertools.product(ARCHS, ACTIVATION_DTYPES):
         for scheme in schemes(dtype):
             found.update(dict.fromkeys(_of_scheme(scheme, arch)))
         found.update(dict.fromkeys(_elementwise(arch, dtype)))
     found.update(dict.fromkeys(_sampling()))
+    found.update(dict.fromkeys(attention_variants()))
     found.update(dict.fromkeys(_of_tables(tables)))
     return list(found)
 
@@ -177,6 +187,9 @@ def _of_tables(folder: Path) -> Iterator[Variant]:
 
 
 def _elementwise(arch: int, dtype: torch.dtype) -> Iterator[Variant]:
+    for width in (MAX_BLOCK // 2, MAX_BLOCK, 2 * MAX_BLOCK):
+        # Before the first layer there is nothing to add.
+        yield Variant("add_rms_norm", None, None, arch, dtype, splits=0, width=width)
     for splits in SPLITS:
         yield Variant("silu_mul", None, None, arch, dtype, splits=splits, width=SILU_BLOCK)
         for width in (MAX_BLOCK // 2, MAX_BLOCK, 2 * MAX_BLOCK):
@@ -189,13 +202,8 @@ def _sampling() -> Iterator[Variant]:
         yield Variant("sample", None, None, arch, dtype, width=sampling.BLOCK)
 
 
-def compile_arguments(variant: Variant) -> tuple[Any, dict[str, str], dict[str, Any], dict[str, Any]]:
-    """Kernel, types, constants and options for `cross_compile`."""
-    if variant.kernel == "sample":
-        return _sampling_arguments(variant)
-    if variant.scheme is None:
-        return _elementwise_arguments(variant)
-    scheme, tile = variant.scheme, variant.tile
+def _weight_arguments(variant: Variant, scheme: Scheme) -> Arguments:
+    tile = variant.tile
     pointers = _weight_types(scheme)
     if tile is None:
         block = {"BN": expand.BLOCK_N}
@@ -229,9 +237,9 @@ def _weight_types(scheme: Scheme) -> dict[str, str]:
     }
 
 
-def _elementwise_arguments(variant: Variant) -> tuple[Any, dict[str, str], dict[str, Any], dict[str, Any]]:
+def _elementwise_arguments(variant: Variant) -> Arguments:
     stored = _POINTERS[variant.dtype]
-    sums = stored if variant.splits == 1 else _POINTERS[torch.float32]
+    sums = stored if variant.splits <= 1 else _POINTERS[torch.float32]
     types = {"x_ptr": sums, "places_ptr": "*i32", "out_ptr": stored, **_sizes(_COUNTS, ("stride_split",))}
     values = {"SPLIT_K": variant.splits, "PERMUTED": True}
     if variant.kernel == "silu_mul":
@@ -242,7 +250,7 @@ def _elementwise_arguments(variant: Variant) -> tuple[Any, dict[str, str], dict[
     return add_rms_norm_kernel, types, values, norm_options(block)
 
 
-def _sampling_arguments(variant: Variant) -> tuple[Any, dict[str, str], dict[str, Any], dict[str, Any]]:
+def _sampling_arguments(variant: Variant) -> Arguments:
     per_row = ("temperature_ptr", "min_p_ptr", "top_k_ptr", "top_p_ptr", "uniform_ptr")
     types = {
         "logits_ptr": _POINTERS[variant.dtype],

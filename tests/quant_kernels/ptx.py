@@ -87,6 +87,7 @@ _INSTRUCTIONS: Mapping[str, Callable[..., Register]] = {
     "mov.b32": lambda a: a,
     "and.b32": lambda a, b: a & b,
     "shr.u32": lambda a, b: a >> b,
+    "shl.b32": lambda a, b: a << b,
     "lop3.b32": _lop3,
     "prmt.b32": _prmt,
     "sub.rn.f16x2": _halves(torch.float16, lambda a, b: a - b),
