@@ -45,7 +45,11 @@ def test_assembly(kv_format: KVFormat) -> None:
 
 @pytest.mark.parametrize("kv_format", BYTES, ids=lambda f: f.name)
 def test_the_emulator_would_notice(kv_format: KVFormat) -> None:
-    wrong = {INT8: ("0x64806480", "0x64816481"), FP8_E4M3: ("rest, 1;", "rest, 2;"), FP8_E5M2: ("0xff00ff00", "0xfe00fe00")}
+    wrong = {
+        INT8: ("0x64806480", "0x64816481"),
+        FP8_E4M3: ("rest, 1;", "rest, 2;"),
+        FP8_E5M2: ("0xff00ff00", "0xfe00fe00"),
+    }
     text = TEXTS[kv_format].value.replace(*wrong[kv_format])
     low, _ = floats(run(text, [WORDS], 2)[0], torch.float16)
     assert not agree(low, numbers(LOW & 0xFF, kv_format))
