@@ -150,7 +150,7 @@ def paged_attention(
         query: [rows, num_heads, head_dim], laid out in the order `make_segments` gave.
 
     Returns:
-        [rows, num_heads * head_dim] in the cache's dtype, or in the query's if the cache is quantized.
+        [rows, num_heads * head_dim] in the cache's dtype, or in float32 if the cache is quantized.
     """
     parts = [_attend(query, cache, segment, scale, window) for segment in segments]
     return parts[0] if len(parts) == 1 else torch.cat(parts)
@@ -159,7 +159,8 @@ def paged_attention(
 def _attend(query: torch.Tensor, cache: LayerCache, segment: Segment, scale: float, window: int | None) -> torch.Tensor:
     rows = query[segment.first_row : segment.first_row + segment.num_rows]
     num_rows, num_heads, head_dim = rows.shape
-    rows = rows.to(cache.format.dtype or rows.dtype)
+    # Bytes times their scale need more bits than bfloat16 has; torch's float32 attention is no slower on a CPU.
+    rows = rows.to(cache.format.dtype or torch.float32)
     keys, values = _read(cache, segment, rows.dtype)
     num_kv_heads = keys.shape[1]
     mask = segment.mask(window)

@@ -14,6 +14,10 @@ int16 words so that a kernel unpacks two by masking a word where it is, and each
 Scales are bfloat16 [num_blocks, num_kv_heads, block_size, 2], the key's and the value's of each token and head side by
 side; they are rounded up, so that no number is cut off. Invariant: a code is made with the scale as stored, so reading
 back is off by half a step at most. Which block belongs to whom is not known here.
+
+int8's steps are as wide as the largest number of a key demands, and keys have a few large ones. So keys are turned by a
+fixed orthogonal matrix that spreads them (Ashkboos et al. 2024, arXiv 2404.00456), and queries with them, which leaves
+their products as they were: `turn`. Whoever writes an int8 cache turns both; whoever reads it need not know.
 """
 
 from __future__ import annotations
@@ -21,6 +25,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass
 from enum import IntEnum
+from functools import lru_cache
 
 import torch
 
@@ -58,6 +63,11 @@ class KVFormat:
     def is_scaled(self) -> bool:
         """Whether every token and head has a scale."""
         return self.kind in (KVKind.INT8, KVKind.E4M3)
+
+    @property
+    def is_turned(self) -> bool:
+        """Whether keys are stored turned, and queries must be."""
+        return self.kind == KVKind.INT8
 
     def bytes_per_token(self, num_kv_heads: int, head_dim: int) -> int:
         """Bytes that one token takes in one layer: keys, values and their scales."""
@@ -123,6 +133,33 @@ def cache_shapes(
     values = ((num_blocks, block_size // 2, num_kv_heads, head_dim), torch.int16)
     scales = ((num_blocks, num_kv_heads, block_size, 2), torch.bfloat16)
     return (keys, values, scales) if kv_format.is_scaled else (keys, values)
+
+
+def turned_together(head_dim: int) -> int:
+    """Neighbouring numbers of each half of a head that `turn` mixes: the largest power of two that divides a half."""
+    half = head_dim // 2
+    return half & -half
+
+
+@lru_cache
+def turning(head_dim: int) -> torch.Tensor:
+    """The orthogonal matrix of `turn`, float32 [head_dim, head_dim].
+
+    Halves are added and subtracted, then groups of each half are mixed by a Hadamard matrix.
+    """
+    size = turned_together(head_dim)
+    mix = torch.ones(1, 1)
+    while len(mix) < size:
+        mix = torch.cat([torch.cat([mix, mix], dim=1), torch.cat([mix, -mix], dim=1)])
+    inner = torch.kron(torch.eye(head_dim // 2 // size), mix)
+    both = torch.cat([torch.cat([inner, inner], dim=1), torch.cat([inner, -inner], dim=1)])
+    matrix: torch.Tensor = both * (2.0 * size) ** -0.5
+    return matrix
+
+
+def turn(x: torch.Tensor) -> torch.Tensor:
+    """x [..., head_dim] turned, in its own dtype: products of turned vectors are those of the vectors."""
+    return (x.float() @ turning(x.shape[-1]).to(x.device)).to(x.dtype)
 
 
 def encode(x: torch.Tensor, kv_format: KVFormat) -> tuple[torch.Tensor, torch.Tensor | None]:

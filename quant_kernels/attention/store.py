@@ -18,7 +18,7 @@ import torch
 import triton
 import triton.language as tl
 
-from quant_kernels.attention.kv_format import KVFormat, KVKind, LayerCache
+from quant_kernels.attention.kv_format import KVFormat, KVKind, LayerCache, turned_together
 from quant_kernels.attention.words import E4M3, INT8, PLAIN, pack_byte, scale_of, scale_value
 from quant_kernels.launching import interpreting, launch_options, stored_dtype
 
@@ -64,6 +64,37 @@ def _quotients(low, high, scales_ptr, scale_offset, KIND: tl.constexpr):
         return low, high
 
 
+@triton.jit
+def _mixed(x, HEADS: tl.constexpr, BLOCK: tl.constexpr, STRIDE: tl.constexpr):
+    """Sums and differences of numbers STRIDE apart: one step of a fast Hadamard transform."""
+    pairs = tl.permute(tl.reshape(x, (HEADS, BLOCK // (2 * STRIDE), 2, STRIDE)), (0, 1, 3, 2))
+    first, second = tl.split(pairs)
+    mixed = tl.join(first + second, first - second)
+    return tl.reshape(tl.permute(mixed, (0, 1, 3, 2)), (HEADS, BLOCK))
+
+
+@triton.jit
+def _turned(low, high, HEADS: tl.constexpr, BLOCK: tl.constexpr, TURNED: tl.constexpr):
+    """Both halves of heads times the matrix of `kv_format.turn`, which mixes TURNED neighbours of each half."""
+    low, high = low + high, low - high
+    if TURNED >= 2:
+        low, high = _mixed(low, HEADS, BLOCK, 1), _mixed(high, HEADS, BLOCK, 1)
+    if TURNED >= 4:
+        low, high = _mixed(low, HEADS, BLOCK, 2), _mixed(high, HEADS, BLOCK, 2)
+    if TURNED >= 8:
+        low, high = _mixed(low, HEADS, BLOCK, 4), _mixed(high, HEADS, BLOCK, 4)
+    if TURNED >= 16:
+        low, high = _mixed(low, HEADS, BLOCK, 8), _mixed(high, HEADS, BLOCK, 8)
+    if TURNED >= 32:
+        low, high = _mixed(low, HEADS, BLOCK, 16), _mixed(high, HEADS, BLOCK, 16)
+    if TURNED >= 64:
+        low, high = _mixed(low, HEADS, BLOCK, 32), _mixed(high, HEADS, BLOCK, 32)
+    if TURNED >= 128:
+        low, high = _mixed(low, HEADS, BLOCK, 64), _mixed(high, HEADS, BLOCK, 64)
+    size = (2.0 * TURNED) ** -0.5
+    return low * size, high * size
+
+
 @triton.jit(do_not_specialize=["num_rows"])
 def rope_store_kernel(
     x_ptr,
@@ -87,12 +118,14 @@ def rope_store_kernel(
     BLOCK_SIZE: tl.constexpr,
     KIND: tl.constexpr,
     NORM: tl.constexpr,
+    TURNED: tl.constexpr,
     ROUND: tl.constexpr,
 ):
     """x [SPLIT_K, M, (num_heads + 2 num_kv_heads) HEAD_DIM], query [M, num_heads, HEAD_DIM], tables float32
     [positions, HEAD_DIM / 2], keys and values as in `kv_format` (values of words as bytes).
 
-    A program takes HEADS neighbouring heads of a row, all of q, all of k, or all of v.
+    A program takes HEADS neighbouring heads of a row, all of q, all of k, or all of v. TURNED is 0 where keys are
+    stored as they are.
     """
     HALF: tl.constexpr = HEAD_DIM // 2
     row = tl.program_id(0)
@@ -119,9 +152,9 @@ def rope_store_kernel(
         angle = tl.load(positions_ptr + row).to(tl.int64) * HALF + dims[None, :]
         cos = tl.load(cos_ptr + angle, mask=mask, other=0.0)
         sin = tl.load(sin_ptr + angle, mask=mask, other=0.0)
-        turned = low * cos - high * sin
-        high = high * cos + low * sin
-        low = turned
+        low, high = low * cos - high * sin, high * cos + low * sin
+        if TURNED > 0:
+            low, high = _turned(low, high, HEADS, BLOCK, TURNED)
 
     if first < num_heads:
         query = query_ptr + row.to(tl.int64) * num_heads * HEAD_DIM + offsets
@@ -249,6 +282,7 @@ def store_constants(
         "BLOCK": block,
         "BLOCK_SIZE": block_size,
         "KIND": int(kv_format.kind),
+        "TURNED": turned_together(head_dim) if kv_format.is_turned else 0,
     }
 
 

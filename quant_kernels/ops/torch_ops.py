@@ -13,7 +13,7 @@ import torch
 import torch.nn.functional as F
 
 from quant_kernels.attention.gathered import Segment, paged_attention
-from quant_kernels.attention.kv_format import LayerCache, write
+from quant_kernels.attention.kv_format import LayerCache, turn, write
 from quant_kernels.ops.base import Heads, StepInputs
 
 
@@ -62,6 +62,8 @@ class TorchOps:
         rows = x.view(x.shape[0], -1, heads.head_dim)
         num_rotated = heads.num_heads + heads.num_kv_heads
         rotated = rotate(_normalized(rows[:, :num_rotated], heads), inputs.cos, inputs.sin)
+        if cache.format.is_turned:
+            rotated = turn(rotated)
         write(cache, inputs.slots, rotated[:, heads.num_heads :], rows[:, num_rotated:])
         return rotated[:, : heads.num_heads]
 

@@ -92,29 +92,31 @@ def test_preemption(folder: str, wanted: list[list[int]]) -> None:
     assert engine.scheduler.stats.num_preemptions > 0
 
 
-@pytest.mark.parametrize("kv_cache_dtype", ["int8", "fp8", "fp8_e5m2", "float16", "bfloat16"])
+#: Both paths store the same bytes and compute in float32 with them; a cache of floats is computed with in its own type
+#: on the CPU, so that queries are rounded too: half a unit roundoff in scores of about 1.
+TOLERANCES = {"int8": 1e-5, "fp8": 1e-5, "fp8_e5m2": 1e-5, "float16": 2.0**-10, "bfloat16": 2.0**-6}
+
+
+@pytest.mark.parametrize("kv_cache_dtype", TOLERANCES)
 def test_kv_formats(folder: str, kv_cache_dtype: str) -> None:
-    """Both paths store the same bytes, so they agree wherever the cache itself leaves a choice."""
     options = {**OPTIONS, "kv_cache_dtype": kv_cache_dtype}
     mine, theirs = (run(start(p, model=folder, **options), PROMPTS[:2], GREEDY) for p in (triton_platform(), None))
+    assert tokens(mine) == tokens(theirs)
     for a, b in zip(mine, theirs, strict=True):
-        assert a.outputs[0].logprobs is not None
-        assert b.outputs[0].logprobs is not None
-        # The first token has seen the prompt's keys and values through the cache, if not its own logits' last bits.
-        first, other = (next(iter(o.outputs[0].logprobs[0].values())) for o in (a, b))  # type: ignore[index]
-        assert abs(first.logprob - other.logprob) < 2e-2
-    assert tokens(mine)[0][0] == tokens(theirs)[0][0]
+        for token, x, y in zip(tokens([a])[0], a.outputs[0].logprobs or (), b.outputs[0].logprobs or (), strict=True):
+            assert abs(x[token].logprob - y[token].logprob) < TOLERANCES[kv_cache_dtype]
 
 
 def test_recorded_steps_equal_launched_ones(folder: str, wanted: list[list[int]]) -> None:
     recorder = ReplayingRecorder()
     engine = start(triton_platform(recorder), model=folder, **OPTIONS, max_num_seqs=4)
-    assert tokens(run(engine, PROMPTS, GREEDY)) == wanted
-    assert tokens(run(engine, PROMPTS[:3], GREEDY)) == wanted[:3]
-    assert tokens(run(engine, PROMPTS[1:2], GREEDY)) == wanted[1:2]
+    short = SamplingParams(temperature=0.0, max_tokens=3, ignore_eos=True)
+    begin = [ids[:3] for ids in wanted]
+    assert tokens(run(engine, PROMPTS, short)) == begin
+    assert tokens(run(engine, PROMPTS[:3], short)) == begin[:3]
+    assert tokens(run(engine, PROMPTS[1:2], short)) == begin[1:2]
     # Four and three sequences share the bucket of four; a single one has its own.
-    assert len(recorder.recordings) == 2
-    assert [r.num_replays for r in recorder.recordings] == [8, 4]
+    assert [r.num_replays for r in recorder.recordings] == [4, 2]
 
 
 def test_seeds_draw_what_they_draw_on_the_cpu(folder: str) -> None:
