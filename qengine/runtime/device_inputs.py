@@ -8,7 +8,7 @@ rows that store nothing and are attended by nobody. Invariant: nothing here wait
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 import torch
@@ -60,8 +60,22 @@ class BlockTables:
 class StepArrays:
     """A step on the host: arrays by name, in the order of their layout, and what attention was cut for."""
 
-    arrays: Mapping[str, Ints]
+    arrays: dict[str, Ints]
     tile: AttentionTile
+
+
+@dataclass(frozen=True, slots=True)
+class _Guess:
+    """A step that is expected: every sequence one token further.
+
+    Attributes:
+        entries: as they are expected; the last block of those in `new_blocks` is not known yet.
+        new_blocks: where in the flat list the block goes that an entry will be given, by its index.
+    """
+
+    entries: Sequence[BatchEntry]
+    step: StepArrays
+    new_blocks: Mapping[int, int]
 
 
 class DeviceSteps:
@@ -87,6 +101,7 @@ class DeviceSteps:
         self._block_size = block_size
         self._card = card
         self._tables = BlockTables()
+        self._guess: _Guess | None = None
 
     def prepare(self, batch: Batch) -> PreparedStep:
         """The step in memory of its own."""
@@ -122,7 +137,31 @@ class DeviceSteps:
             items = plan_items(spans, tile, self._group, window, Sharing(self.most_items, NUM_SLOTS))
             arrays[_count(window)] = np.array([len(items)], dtype=np.int64)
             arrays[_items(window)] = items
-        return StepArrays({**arrays, "blocks": blocks}, tile)
+        return StepArrays({**arrays, "blocks": blocks}, tile)  # The blocks last: `StaticInputs` has room for more.
+
+    def foresee(self, entries: Sequence[BatchEntry]) -> None:
+        """Build the next decode step while the device works on this one: only tokens and new blocks are unknown."""
+        guessed, new_blocks, place = [], {}, 0
+        for i, entry in enumerate(entries):
+            ids, start = entry.block_ids, entry.context_len
+            if start == len(ids) * self._block_size:
+                new_blocks[i] = place + len(ids)
+                ids = (*ids, 0)
+            place += len(ids)
+            guessed.append(replace(entry, token_ids=(0,), start=start, block_ids=ids))
+        self._guess = _Guess(guessed, self.arrays(guessed), new_blocks)
+
+    def decode_arrays(self, entries: Sequence[BatchEntry]) -> StepArrays:
+        """`arrays` of a step with one token per sequence; ready but for the tokens if it was foreseen."""
+        guess, self._guess = self._guess, None
+        if guess is None or not _came_true(guess, entries):
+            return self.arrays(entries)
+        arrays = guess.step.arrays
+        arrays["token_ids"] = np.array([e.token_ids[0] for e in entries], dtype=np.int64)
+        for i, place in guess.new_blocks.items():
+            arrays["blocks"][place] = entries[i].block_ids[-1]
+            arrays["slots"][i] = entries[i].block_ids[-1] * self._block_size
+        return guess.step
 
     def tile(self, num_tokens: int) -> AttentionTile:
         """Attention's tile for a step whose sequences have up to so many query tokens."""
@@ -173,12 +212,26 @@ class StaticInputs:
 
     def load(self, entries: Sequence[BatchEntry]) -> None:
         """Put a step in its places, after whatever the device still has to do with the last one."""
-        arrays = dict(self._steps.arrays(entries).arrays)
+        arrays = dict(self._steps.decode_arrays(entries).arrays)
         missing = self.num_rows - len(entries)
         for name, filler in (("token_ids", 0), ("positions", 0), ("slots", _NO_SLOT)):
             arrays[name] = np.pad(arrays[name], (0, missing), constant_values=filler)
         host = write(self._layout, arrays, pinned=self._steps.device.type == "cuda")
         self._buffer[: len(host)].copy_(host, non_blocking=True)
+
+
+def _came_true(guess: _Guess, entries: Sequence[BatchEntry]) -> bool:
+    """Whether a step is the one that was expected, whatever its tokens and the blocks that are new in it."""
+    if len(entries) != len(guess.entries):
+        return False
+    for i, (expected, entry) in enumerate(zip(guess.entries, entries, strict=True)):
+        known = len(expected.block_ids) - (i in guess.new_blocks)
+        same_blocks = (
+            len(entry.block_ids) == len(expected.block_ids) and entry.block_ids[:known] == expected.block_ids[:known]
+        )
+        if entry.request_id != expected.request_id or entry.start != expected.start or not same_blocks:
+            return False
+    return True
 
 
 def _count(window: _Window) -> str:

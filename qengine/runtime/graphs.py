@@ -106,6 +106,10 @@ class DecodeGraphs:
         recording.replay()
         return recording.output[: len(entries)]
 
+    def foresee(self, entries: Sequence[BatchEntry]) -> None:
+        """Prepare the step after this one, which has been queued; costs the device no time."""
+        self._steps.foresee(entries)
+
     def _record(self, bucket: int, entries: Sequence[BatchEntry]) -> tuple[StaticInputs, Recording]:
         """Record a bucket on a real step: what it stores is stored again, the same, when the step is replayed."""
         static = StaticInputs(self._steps, bucket, self._max_blocks)

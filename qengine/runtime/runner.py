@@ -57,6 +57,10 @@ class Graphs(Protocol):
         """Hidden states [len(entries), hidden] of a decode step, or None where it must be launched."""
         ...
 
+    def foresee(self, entries: Sequence[BatchEntry]) -> None:
+        """Prepare the decode step that is likely to follow."""
+        ...
+
 
 class ModelRunner:
     """Owns the model and the KV cache of one device. `graphs` is None where steps are always launched one by one."""
@@ -78,8 +82,10 @@ class ModelRunner:
     def begin(self, batch: Batch) -> PendingStep:
         """Queue a step. The next one may be queued only after this one is finished."""
         hidden = None if self._graphs is None else self._graphs.try_run(batch.entries)
-        if hidden is not None:
-            return PendingStep(batch.entries, self._sample(batch.entries, hidden), {}, self.cache)
+        if hidden is not None and self._graphs is not None:
+            pending = PendingStep(batch.entries, self._sample(batch.entries, hidden), {}, self.cache)
+            self._graphs.foresee(batch.entries)
+            return pending
         step = self._steps.prepare(batch)
         hidden = self.model.forward(step.token_ids, self.cache.layers, step.inputs)
         entries = step.sample_entries

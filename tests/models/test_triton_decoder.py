@@ -10,6 +10,8 @@ from typing import Any
 import pytest
 import torch
 
+pytest.importorskip("triton")
+
 from qengine.models.decoder import Decoder
 from qengine.runtime.device_inputs import DeviceSteps
 from quant_kernels.attention.kv_format import KVFormat

@@ -7,16 +7,19 @@ largest value, the second u of the result.
 
 from __future__ import annotations
 
+import math
+
 import pytest
 import torch
 
 from quant_kernels.attention import reference
-from quant_kernels.attention.kv_format import FP8_E4M3, FP8_E5M2, INT8, KVFormat, plain, read
+from quant_kernels.attention.kv_format import FP8_E4M3, FP8_E5M2, INT8, KVFormat, plain, read, write
 from quant_kernels.attention.paged import Rule, Scratch, paged_attention
 from quant_kernels.attention.work import Sharing
 from quant_kernels.tolerance import UNIT_ROUNDOFF
 from quant_kernels.tuning.attention import AttentionTile
 from tests.quant_kernels.caches import Case, make_case
+from tests.quant_kernels.records import make_cache
 
 BYTES = (INT8, FP8_E4M3, FP8_E5M2)
 FORMATS = (plain(torch.float16), plain(torch.bfloat16), *BYTES)
@@ -24,6 +27,7 @@ MIXED = ((0, 1), (70, 1), (33, 9), (0, 20), (150, 2))
 TILE = AttentionTile(16, 32, 4, 2)
 NUM_SLOTS = 64
 SUMS = 3e-5
+RNG = torch.Generator().manual_seed(11)
 
 
 def run(
@@ -162,6 +166,31 @@ def test_one_tiny_value_does_not_hide_the_others(device: torch.device) -> None:
     made.cache.values.view(made.cache.values.shape)[first, 0] = (made.cache.values[first, 0] & -256) | 128
     made.cache.scales[first, :, 0, 1] = 2.0**-100
     check(made, Rule(3.0), run(made, Rule(3.0)))
+
+
+@pytest.mark.parametrize("kv_format", BYTES, ids=lambda f: f.name)
+def test_what_quantizing_costs_is_bounded(kv_format: KVFormat, device: torch.device) -> None:
+    """If no score moves by more than e, no weight of the softmax moves by more than a factor exp(2 e).
+
+    So a result moves by at most (exp(2 e) - 1) times the largest value, and by the values' own error.
+    """
+    made = case(kv_format, device, entries=((60, 1), (20, 5)), spread=0.5)
+    keys, values = (torch.randn(made.cache.keys.shape[0] * 16, 2, 16, generator=RNG) for _ in range(2))
+    slots = torch.tensor([b * 16 + t for table in made.tables for b in table for t in range(16)])
+    for cache in (made.cache, exact := make_cache(plain(torch.float32), len(keys) // 16, 16, 2, 16, device)):
+        write(cache, slots.to(device), keys[slots].to(device), values[slots].to(device))
+    rule = Rule(0.25)
+    got = run(made, rule).cpu().float()
+    wanted, largest = expected(Case(made.entries, made.tables, exact, made.query), rule)
+    key_error, value_error = (
+        float((a.cpu() - b.cpu()).abs()[made.blocks.tolist()].max())
+        for a, b in zip(read(made.cache, slice(None), torch.float32), (exact.keys, exact.values), strict=True)
+    )
+    assert key_error > 0
+    moved = rule.scale * float(made.query.abs().sum(dim=-1).max()) * key_error
+    bound = math.expm1(2 * moved) * largest + value_error + UNIT_ROUNDOFF[torch.float16] * (largest + 1)
+    assert float((got - wanted).abs().max()) <= bound
+    assert not torch.allclose(got, wanted, atol=1e-5), "the cache is not quantized at all"
 
 
 @pytest.mark.parametrize("kv_format", [plain(torch.float16), INT8], ids=lambda f: f.name)
