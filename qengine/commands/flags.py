@@ -151,7 +151,7 @@ BATCH_FLAGS = Group(
             "tokens in one step; longer prompts are computed in parts",
             "N",
             count,
-            default="256 on a CPU",
+            default="2048; 256 on a CPU",
         ),
     ),
 )
@@ -159,7 +159,7 @@ BATCH_FLAGS = Group(
 DEVICE_FLAGS = Group(
     "Devices",
     (
-        Flag("--device", "auto or cpu", "DEVICE", default="auto"),
+        Flag("--device", "auto (a GPU if there is one), cpu or cuda", "DEVICE", default="auto"),
         Flag("--tensor-parallel-size", "devices that share each layer", "N", count, default="1", short="-tp"),
         Flag("--pipeline-parallel-size", "devices that share the layers", "N", count, default="1", short="-pp"),
         _switch("--enforce-eager", "no CUDA graphs"),

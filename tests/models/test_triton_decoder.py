@@ -1,6 +1,6 @@
 """The decoder wholly on Triton's operations, in float32, against transformers: every architecture, chunked and mixed.
 
-The same cases as on the CPU, with the launches of a decode step counted.
+The same cases as on the CPU; `test_launches` counts what a layer costs.
 """
 
 from __future__ import annotations
