@@ -464,7 +464,9 @@ def attention_constants(
     """The constants that depend on the cache, the tile and the queries' dtype."""
     interpreted = interpreting()
     compute = kv_format.dtype or torch.float16
-    if dtype == torch.float32 or (interpreted and torch.bfloat16 in (compute, dtype)):
+    # Assembly makes float16 of bytes, whatever meets them.
+    takes_float32 = interpreted or kv_format.kind == KVKind.PLAIN
+    if (dtype == torch.float32 and takes_float32) or (interpreted and torch.bfloat16 in (compute, dtype)):
         compute = torch.float32
     return {
         "HEAD_DIM": head_dim,
