@@ -44,8 +44,8 @@ class DummySource:
         kind = f"{quantization.upper()} 4-bit, group {group_size}" if quantization else "unquantized bfloat16"
         self.description = f"dummy weights, {kind}"
 
-    @staticmethod
-    def open(path: Path, quantization: str | None, seed: int, device: torch.device = CPU) -> DummySource:
+    @classmethod
+    def open(cls, path: Path, quantization: str | None, seed: int, device: torch.device = CPU) -> DummySource:
         """Read the folder's config.json.
 
         Args:
@@ -63,7 +63,7 @@ class DummySource:
         group_size = declared.get("group_size", 128)
         if method not in (None, "awq", "gptq") or not isinstance(group_size, int):
             raise CheckpointError(f"load_format dummy makes awq, gptq or unquantized weights, not '{method}'")
-        return DummySource(str(path), config, method, group_size, seed, device)
+        return cls(str(path), config, method, group_size, seed, device)
 
     def has_linear(self, name: str) -> bool:
         """A head of its own exists unless the config ties it."""
