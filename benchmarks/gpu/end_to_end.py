@@ -20,7 +20,7 @@ from benchmarks.gpu.device import Machine, free_memory, kernel_seconds, memory_r
 from benchmarks.gpu.engine import LoadedModel, StepTime, TokenEngine, engine_config, load, open_dummy, start
 from benchmarks.gpu.models import CONFIGS, Config
 from benchmarks.gpu.workloads import EndToEnd, weights_text
-from quant_kernels.attention.kv_format import KV_FORMATS
+from quant_kernels.attention.kv_format import KVFormat
 
 #: Steps that the profiler watches.
 PROFILED_STEPS = 16
@@ -53,8 +53,17 @@ def measure(workload: EndToEnd, config: Config, machine: Machine) -> Iterator[di
         loaded = load(opened, machine.make_platform(False), first)
     free_memory(machine.device)
     yield {**base, "what": "memory", **capacity(workload, loaded, machine)}
+    steps: dict[tuple[str, int], float] = {}
     for variant in workload.variants:
         for record in measure_variant(workload, variant, loaded, machine):
+            yield {**base, "variant": variant, **record}
+            if record.get("status") == "measured":
+                steps[variant, record["batch"]] = record["step_seconds"]
+        free_memory(machine.device)
+    # Last, so that a profiler that breaks takes no speeds with it.
+    for variant in workload.variants:
+        batches = {batch: seconds for (name, batch), seconds in steps.items() if name == variant}
+        for record in profile_variant(workload, variant, loaded, machine, batches):
             yield {**base, "variant": variant, **record}
         free_memory(machine.device)
 
@@ -76,15 +85,21 @@ def capacity(workload: EndToEnd, loaded: LoadedModel, machine: Machine) -> dict[
     }
 
 
+def start_variant(
+    workload: EndToEnd, variant: str, loaded: LoadedModel, machine: Machine
+) -> tuple[TokenEngine, KVFormat]:
+    """An engine, and the format of its cache."""
+    kv_name, eager = VARIANTS[variant]
+    platform = machine.make_platform(eager)
+    config = engine_config(memory_limit=workload.memory_limit, kv_cache_dtype=kv_name)
+    return start(loaded, platform, config), platform.kv_format(kv_name)
+
+
 def measure_variant(
     workload: EndToEnd, variant: str, loaded: LoadedModel, machine: Machine
 ) -> Iterator[dict[str, Any]]:
     """Decode at every batch, and prefill, of one engine."""
-    kv_name, eager = VARIANTS[variant]
-    platform = machine.make_platform(eager)
-    config = engine_config(memory_limit=workload.memory_limit, kv_cache_dtype=kv_name)
-    engine = start(loaded, platform, config)
-    kv_format = KV_FORMATS.get(kv_name, platform.kv_format("auto"))
+    engine, kv_format = start_variant(workload, variant, loaded, machine)
     model = loaded.opened.config
     per_token = model.num_layers * kv_format.bytes_per_token(model.num_kv_heads, model.head_dim)
     yield {"what": "prefill", **prefill(workload, engine, model.vocab_size)}
@@ -94,7 +109,7 @@ def measure_variant(
             why = f"{needed} KV blocks are needed and {engine.plan.num_blocks} fit"
             yield {"what": "decode", "batch": batch, "status": "left out", "why": why}
             continue
-        found = decode(workload, engine, batch, model.vocab_size, machine.device)
+        found = decode(workload, engine, batch, model.vocab_size)
         context = workload.prompt_tokens + (workload.decode_tokens + 1) / 2
         num_bytes = loaded.weight_bytes_per_step + int(batch * context * per_token)
         bound = num_bytes / machine.copy_bytes_per_s
@@ -119,10 +134,8 @@ def prefill(workload: EndToEnd, engine: TokenEngine, vocab_size: int) -> dict[st
     return {"prompt_tokens": workload.prefill_tokens, "tokens_per_s": spread.median, "runs": list(spread.values)}
 
 
-def decode(
-    workload: EndToEnd, engine: TokenEngine, batch: int, vocab_size: int, device: torch.device
-) -> dict[str, Any]:
-    """Tokens per second of all sequences together, seconds of a step, and those of its kernels."""
+def decode(workload: EndToEnd, engine: TokenEngine, batch: int, vocab_size: int) -> dict[str, Any]:
+    """Tokens per second of all sequences together, and seconds of a step."""
     rates = []
     for run in range(workload.runs + 1):
         add_all(workload, engine, batch, vocab_size, run)
@@ -130,15 +143,18 @@ def decode(
         assert steps, f"{batch} sequences never ran together"
         rates.append(batch * len(steps) / sum(step.seconds for step in steps))
     spread = Spread.of(rates[1:])
-    step_seconds = batch / spread.median
-    in_kernels = profiled_step(workload, engine, batch, vocab_size, device)
-    return {
-        "tokens_per_s": spread.median,
-        "runs": list(spread.values),
-        "step_seconds": step_seconds,
-        "kernel_seconds": in_kernels,
-        "outside_kernels": None if in_kernels is None else max(0.0, 1.0 - in_kernels / step_seconds),
-    }
+    return {"tokens_per_s": spread.median, "runs": list(spread.values), "step_seconds": batch / spread.median}
+
+
+def profile_variant(
+    workload: EndToEnd, variant: str, loaded: LoadedModel, machine: Machine, batches: Mapping[int, float]
+) -> Iterator[dict[str, Any]]:
+    """The part of a decode step that passes outside kernels, by the seconds that a step of each batch takes."""
+    engine, _ = start_variant(workload, variant, loaded, machine)
+    for batch, seconds in batches.items():
+        in_kernels = profiled_step(workload, engine, batch, loaded.opened.config.vocab_size, machine.device)
+        outside = None if in_kernels is None else max(0.0, 1.0 - in_kernels / seconds)
+        yield {"what": "profile", "batch": batch, "kernel_seconds": in_kernels, "outside_kernels": outside}
 
 
 def add_all(workload: EndToEnd, engine: TokenEngine, batch: int, vocab_size: int, run: int) -> None:

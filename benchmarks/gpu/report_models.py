@@ -46,8 +46,15 @@ def _decode(records: Sequence[Record]) -> str:
             lines.append([r["variant"], str(r["batch"]), f"left out: {r['why']}", "-", "-", "-"])
             continue
         figures = [f"{r['tokens_per_s']:.0f}", f"{r['step_seconds'] * 1e3:.2f}"]
-        lines.append([r["variant"], str(r["batch"]), *figures, share(r["of_bound"]), share(r["outside_kernels"])])
+        lines.append([r["variant"], str(r["batch"]), *figures, share(r["of_bound"]), share(_outside(records, r))])
     return table(header, lines, text=("engine",)) if lines else ""
+
+
+def _outside(records: Sequence[Record], decode: Record) -> float | None:
+    """The share of a decode step that the profiler found outside kernels."""
+    keys = ("variant", "batch")
+    same = (r for r in records if r["what"] == "profile" and all(r[key] == decode[key] for key in keys))
+    return next((r["outside_kernels"] for r in same), None)
 
 
 def _prefill_and_peak(records: Sequence[Record]) -> str:
@@ -117,7 +124,7 @@ def target_lines(models: Sequence[Record], serving: Sequence[Record]) -> list[st
     outside = [
         r["outside_kernels"]
         for r in models
-        if r["what"] == "decode" and r["variant"] != "eager" and r.get("outside_kernels") is not None
+        if r["what"] == "profile" and r["variant"] != "eager" and r["outside_kernels"] is not None
     ]
     if outside:
         reached = sum(value <= OUTSIDE for value in outside)
