@@ -1,9 +1,10 @@
 """Everything that needs a GPU, in one command: `make gpu-check`, or `python -m benchmarks.gpu_check`.
 
-Runs the tests that carry the `gpu` marker, then the matmul benchmarks, in parts of under eight minutes each, and writes
-benchmarks/results/<gpu>-<date>.json and a Markdown table beside it after every part. Run it again and it goes on where
+Runs the tests of the kernels on the device, compares whole models with transformers, and measures attention, models end
+to end, serving and matmuls, in parts of under eight minutes each; weights are made up, so nothing is downloaded. Writes
+benchmarks/results/<gpu>-<date>.json and Markdown tables beside it after every part. Run it again and it goes on where
 it stopped; parts that have run on this card with these sources are not repeated. It needs torch, triton, numpy and
-pytest alone.
+pytest, and transformers for parts that run models.
 
 Exit codes: 0 when everything has run and passed; 1 when a test failed or a part broke; 2 for wrong input or no GPU;
 75 when time was up and parts are left; 130 after Ctrl-C.
@@ -18,13 +19,15 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
 from datetime import datetime, timezone
 from pathlib import Path
 from typing import Any
 
 from benchmarks.common import REPOSITORY, BenchmarkError, InputError, check_writable, write_text
 from benchmarks.gpu.parts import PART_SECONDS, PARTS, Origin, Part, State, fingerprint
-from benchmarks.gpu.report import BENCHMARK, SCHEMA, load_results, markdown_report
+from benchmarks.gpu.report import BENCHMARK, SCHEMA, TABLES, load_results, markdown_report
 from benchmarks.machine import environment_record, package_version, publishable
 
 DEFAULT_STATE = REPOSITORY / "build" / "gpu-check"
@@ -92,37 +95,57 @@ def run(
 
 
 def run_part(part: Part, extras: Mapping[str, Any]) -> dict[str, Any]:
-    """Run one part in a process of its own."""
+    """Run one part in a process of its own; tests in one for each of the part's runs, side by side."""
     begun = time.monotonic()
     if part.kind == "tests":
-        command = [sys.executable, "-m", "pytest", "--no-header", "-p", "no:cacheprovider", *part.arguments]
-    else:
-        workload = None if part.workload is None else part.workload.to_json()
-        spec = json.dumps({"kind": part.kind, "workload": workload, **extras})
-        command = [sys.executable, "-m", "benchmarks.gpu.worker", spec]
-    try:
-        done = subprocess.run(command, capture_output=True, text=True, timeout=PART_SECONDS, cwd=REPOSITORY)
-        code, out, err = done.returncode, done.stdout, done.stderr
-    except subprocess.TimeoutExpired as late:
-        code, out, err = -1, _text(late.stdout), _text(late.stderr) + f"\nended after {PART_SECONDS} s"
+        pytest = [sys.executable, "-m", "pytest", "--no-header", "-p", "no:cacheprovider"]
+        with ThreadPoolExecutor(len(part.runs)) as side_by_side:
+            ends = list(side_by_side.map(_run, ([*pytest, *arguments] for arguments in part.runs)))
+        return _test_record(part.runs, ends, round(time.monotonic() - begun, 1))
+    workload = None if part.workload is None else part.workload.to_json()
+    spec = json.dumps({"kind": part.kind, "workload": workload, **extras})
+    end = _run([sys.executable, "-m", "benchmarks.gpu.worker", spec])
     seconds = round(time.monotonic() - begun, 1)
-    if part.kind == "tests":
-        return _test_record(code, out, err, seconds)
-    records = [json.loads(line) for line in out.splitlines() if line.startswith("{")]
+    records = [json.loads(line) for line in end.out.splitlines() if line.startswith("{")]
     summary = f"{len(records)} records in {seconds} s"
-    record = {"status": "ok" if code == 0 else "failed", "seconds": seconds, "records": records, "summary": summary}
-    if code != 0:
-        record |= {"summary": f"failed after {summary}: {_last_line(err)}", "output": _tail(err)}
+    record = {"status": "ok" if end.code == 0 else "failed", "seconds": seconds, "records": records, "summary": summary}
+    if end.code != 0:
+        record |= {"summary": f"failed after {summary}: {_last_line(end.err)}", "output": _tail(end.err)}
     return record
 
 
-def _test_record(code: int, out: str, err: str, seconds: float) -> dict[str, Any]:
-    summary = _last_line(out) or _last_line(err)
-    passed = code == 0 and " passed" in f" {summary}"
+@dataclass(frozen=True, slots=True)
+class _End:
+    """How a process ended."""
+
+    code: int
+    out: str
+    err: str
+
+
+def _run(command: Sequence[str]) -> _End:
+    try:
+        done = subprocess.run(command, capture_output=True, text=True, timeout=PART_SECONDS, cwd=REPOSITORY)
+    except subprocess.TimeoutExpired as late:
+        return _End(-1, _text(late.stdout), _text(late.stderr) + f"\nended after {PART_SECONDS} s")
+    return _End(done.returncode, done.stdout, done.stderr)
+
+
+def _test_record(runs: Sequence[Sequence[str]], ends: Sequence[_End], seconds: float) -> dict[str, Any]:
+    """The record of a part of tests: one summary where it has one run, else one for each, by its arguments."""
+    summaries, outputs, passed = [], [], True
+    for arguments, end in zip(runs, ends, strict=True):
+        summary = _last_line(end.out) or _last_line(end.err)
+        summaries.append(
+            summary if len(runs) == 1 else f"{' '.join((Path(arguments[0]).stem, *arguments[1:]))}: {summary}"
+        )
+        if end.code != 0 or " passed" not in f" {summary}":
+            passed = False
+            outputs.append(_tail(end.out + end.err))
     record: dict[str, Any] = {"status": "ok" if passed else "failed", "seconds": seconds, "records": []}
-    record["summary"] = summary
+    record["summary"] = "; ".join(summaries)
     if not passed:
-        record["output"] = _tail(out + err)
+        record["output"] = "\n".join(outputs)
         print(record["output"], file=sys.stderr)
     return record
 
@@ -143,7 +166,8 @@ def write_results(folder: Path, arguments: Sequence[str], card: Mapping[str, Any
             for name, r in records.items()
             if r["kind"] == "tests"
         ],
-        "matmul": [m for r in records.values() if r["kind"] == "matmul" for m in r["records"]],
+        **{kind: [m for r in records.values() if r["kind"] == kind for m in r["records"]] for kind in TABLES},
+        "failed": [{"part": name, "summary": r["summary"]} for name, r in records.items() if r["status"] != "ok"],
         "pending": [p.name for p in PARTS if p.name not in records],
     }
     stem = f"{card['slug']}-{datetime.now(timezone.utc):%Y-%m-%d}"
@@ -196,9 +220,9 @@ def _tail(text: str) -> str:
 def _parse(arguments: Sequence[str]) -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         prog="python -m benchmarks.gpu_check",
-        description="Test and measure the kernels on this machine's NVIDIA GPU, in parts that can be continued.",
+        description="Test and measure qengine on this machine's NVIDIA GPU, in parts that can be continued.",
     )
-    parser.add_argument("parts", nargs="*", help="only parts with this in their name, e.g. tests or matmul-8b")
+    parser.add_argument("parts", nargs="*", help="only parts with this in their name, e.g. tests or end-to-end")
     parser.add_argument("--list", action="store_true", help="list the parts and stop")
     parser.add_argument(
         "--limit",

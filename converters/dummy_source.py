@@ -1,12 +1,13 @@
 """DummySource: random weights of the right shapes, for trying sizes and speeds without a checkpoint.
 
 Needs a folder with a ``config.json`` and a tokenizer, but no weights. Quantized as the config says, or as
-`quantization` asks (4 bits, group 128). Invariant: the same seed gives the same weights, and logits stay finite. Its
-text is noise by nature.
+`quantization` asks (4 bits, group 128). Invariant: a weight depends on the seed and its name alone, whatever was read
+before it (each kind of device has random numbers of its own), and logits stay finite. Its text is noise by nature.
 """
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -19,25 +20,36 @@ from converters.source import LinearKind, LinearSlot, Slot, TensorSlot, Weight
 from quant_kernels.packed_weight import DenseWeight, PackedWeight
 
 _EMBEDDING = "model.embed_tokens"
+CPU = torch.device("cpu")
 
 
 class DummySource:
-    """A WeightSource that makes everything up. Unquantized parts are bfloat16."""
+    """A WeightSource that makes everything up, on `device`. Unquantized parts are bfloat16."""
 
     def __init__(
-        self, path: str, config: Mapping[str, Any], quantization: str | None, group_size: int, seed: int
+        self,
+        path: str,
+        config: Mapping[str, Any],
+        quantization: str | None,
+        group_size: int,
+        seed: int,
+        device: torch.device = CPU,
     ) -> None:
         self.path = path
         self.config = config
         self.quantization = quantization
         self._group_size = group_size
-        self._random = torch.Generator().manual_seed(seed)
+        self._seed = seed
+        self._device = device
         kind = f"{quantization.upper()} 4-bit, group {group_size}" if quantization else "unquantized bfloat16"
         self.description = f"dummy weights, {kind}"
 
-    @staticmethod
-    def open(path: Path, quantization: str | None, seed: int) -> DummySource:
+    @classmethod
+    def open(cls, path: Path, quantization: str | None, seed: int, device: torch.device = CPU) -> DummySource:
         """Read the folder's config.json.
+
+        Args:
+            device: where weights are made: a GPU makes billions in the time that a CPU takes for millions.
 
         Raises:
             CheckpointError: if there is none, or it is no JSON object.
@@ -51,7 +63,7 @@ class DummySource:
         group_size = declared.get("group_size", 128)
         if method not in (None, "awq", "gptq") or not isinstance(group_size, int):
             raise CheckpointError(f"load_format dummy makes awq, gptq or unquantized weights, not '{method}'")
-        return DummySource(str(path), config, method, group_size, seed)
+        return cls(str(path), config, method, group_size, seed, device)
 
     def has_linear(self, name: str) -> bool:
         """A head of its own exists unless the config ties it."""
@@ -77,21 +89,30 @@ class DummySource:
     def read_tensor(self, slot: TensorSlot) -> torch.Tensor:
         """Norm weights of one, embeddings of unit variance."""
         if len(slot.shape) == 1:
-            return torch.ones(slot.shape, dtype=torch.bfloat16)
-        return torch.randn(slot.shape, generator=self._random, dtype=torch.bfloat16)
+            return torch.ones(slot.shape, dtype=torch.bfloat16, device=self._device)
+        return self._normal(slot.name, slot.shape)
 
     def read_linear(self, slot: LinearSlot) -> Weight:
         """Weights with a standard deviation of 1 / sqrt(K)."""
         rows, columns = slot.in_features, slot.out_features
-        bias = torch.zeros(columns, dtype=torch.bfloat16) if slot.has_bias else None
+        bias = torch.zeros(columns, dtype=torch.bfloat16, device=self._device) if slot.has_bias else None
         if not self._is_quantized(slot.name):
-            weight = torch.randn(columns, rows, generator=self._random, dtype=torch.bfloat16)
+            weight = self._normal(f"{slot.name}.weight", (columns, rows))
             return DenseWeight(weight.mul_(rows**-0.5), bias)
         group = self._group(rows)
-        codes = torch.randint(-(2**31), 2**31 - 1, (rows // 8, columns), generator=self._random, dtype=torch.int32)
+        words, random = (rows // 8, columns), self._random(slot.name)
+        codes = torch.randint(-(2**31), 2**31 - 1, words, generator=random, dtype=torch.int32, device=self._device)
         # Uniform codes around 8 have a standard deviation of 4.6.
-        scales = torch.full((rows // group, columns), rows**-0.5 / 4.6, dtype=torch.float16)
+        scales = torch.full((rows // group, columns), rows**-0.5 / 4.6, dtype=torch.float16, device=self._device)
         return PackedWeight(4, codes, scales, group, rows, columns, zero_const=8, bias=bias)
+
+    def _normal(self, name: str, shape: tuple[int, ...]) -> torch.Tensor:
+        return torch.randn(shape, generator=self._random(name), dtype=torch.bfloat16, device=self._device)
+
+    def _random(self, name: str) -> torch.Generator:
+        """Random numbers of this name's own."""
+        digest = hashlib.blake2b(f"{self._seed}:{name}".encode(), digest_size=8).digest()
+        return torch.Generator(self._device).manual_seed(int.from_bytes(digest, "little") >> 1)
 
     def _is_quantized(self, name: str) -> bool:
         return self.quantization is not None and name not in ("lm_head", _EMBEDDING)

@@ -6,13 +6,14 @@ cold weights (`timing`). One record per shape, rows and contender: the median, l
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 import torch
 
 from benchmarks.common import Spread
-from benchmarks.gpu.contenders import CUDA, DTYPES, Case, Contender, random_weight
+from benchmarks.gpu.contenders import CUDA, DTYPES, Case, Contender, contenders, random_weight
 from benchmarks.gpu.problems import SHAPES, Shape, Workload
 from benchmarks.gpu.timing import TimedGraph
 from quant_kernels.linear.p16.prepared import P16Linear
@@ -21,6 +22,14 @@ from quant_kernels.tolerance import bound, error
 from quant_kernels.tuning.select import Selector
 
 REPLAYS_PER_ROUND = 5
+
+
+def records(spec: Mapping[str, Any]) -> Iterator[dict[str, Any]]:
+    """What the GPU's worker answers for a spec, which may name the folders of peers."""
+    selector = Selector.of(CUDA)
+    folders = (spec.get(name) for name in ("gemlite", "marlin"))
+    everyone = contenders(selector, *(None if folder is None else Path(folder) for folder in folders))
+    yield from measure(Workload.from_json(spec["workload"]), selector, everyone)
 
 
 def measure(workload: Workload, selector: Selector, everyone: Sequence[Contender]) -> Iterator[dict[str, Any]]:

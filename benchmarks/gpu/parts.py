@@ -1,8 +1,11 @@
 """The parts of a GPU check, each well under eight minutes, and what is known of those that have run.
 
 A part's record is a JSON file in the state folder, written whole when the part ends; so a check that is cut off goes
-on where it was. A record counts only for the sources, the card and the versions that made it. Later kinds of checks
-(attention, end to end, memory) are further entries of `PARTS`.
+on where it was. A record counts only for the sources, the card and the versions that made it.
+
+Parts come in the order of what they are worth: is it right, then the figures that models are judged by, then details.
+What is early fits three calls of eight minutes. Seconds are estimates for an H100 whose kernels are not compiled yet:
+no part has run on a GPU.
 """
 
 from __future__ import annotations
@@ -10,16 +13,25 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 from benchmarks.common import REPOSITORY, write_text
 from benchmarks.gpu.problems import Workload
+from benchmarks.gpu.workloads import Attention, EndToEnd, Logits, Serving
 
 #: A part that takes longer is ended, and failed.
 PART_SECONDS = 470
-_SOURCES = ("quant_kernels", "benchmarks/gpu", "tests/quant_kernels")
+_SOURCES = ("quant_kernels", "qengine", "converters", "benchmarks/gpu", "tests/quant_kernels")
+
+
+class Measured(Protocol):
+    """What a part measures, as its worker is told."""
+
+    def to_json(self) -> dict[str, Any]:
+        """Values that JSON has."""
+        ...
 
 
 @dataclass(frozen=True, slots=True)
@@ -28,17 +40,17 @@ class Part:
 
     Attributes:
         name: of its record.
-        kind: "tests" runs pytest, "bandwidth" and "matmul" measure.
+        kind: "tests" runs pytest; what others measure is in `worker.MODULES`.
         seconds: about how long it takes on a fast card; a part is not begun if less is left.
-        arguments: for pytest.
-        workload: for "matmul".
+        runs: arguments of each pytest; they run side by side, since compiling is most of their time.
+        workload: for what measures.
     """
 
     name: str
     kind: str
     seconds: int
-    arguments: tuple[str, ...] = ()
-    workload: Workload | None = field(default=None)
+    runs: tuple[tuple[str, ...], ...] = ()
+    workload: Measured | None = None
 
 
 def _matmul(shapes: str, dtype: str, group: int = 128, zero: str = "const", seconds: int = 150) -> Part:
@@ -48,20 +60,38 @@ def _matmul(shapes: str, dtype: str, group: int = 128, zero: str = "const", seco
 
 _KERNEL_TESTS = "tests/quant_kernels"
 _REAL = f"{_KERNEL_TESTS}/test_gpu.py"
+_ATTENTION = f"{_KERNEL_TESTS}/test_gpu_attention.py"
+_SMALL = ("p16_matmul", "p16_prepared", "elementwise", "kv_format", "rope_store", "sampling", "paged")
+#: Names of tests that share out the attention tests about evenly; the last takes what the others leave.
+_ATTENTION_SHARES = (
+    "head_and_block_sizes and not float16",
+    "head_and_block_sizes and float16",
+    "long_contexts or windows",
+    "store_at_real_sizes",
+    "not head_and_block_sizes and not long_contexts and not windows and not store_at_real_sizes",
+)
 PARTS: tuple[Part, ...] = (
+    Part("tests-kernels", "tests", 110, tuple((f"{_KERNEL_TESTS}/test_{name}.py",) for name in _SMALL)),
+    Part("tests-attention", "tests", 110, tuple((_ATTENTION, "-k", share) for share in _ATTENTION_SHARES)),
+    Part("attention", "attention", 100, workload=Attention()),
+    Part("end-to-end-8b", "end-to-end", 150, workload=EndToEnd("llama-3-8b", variants=("graphs", "eager", "KV int8"))),
+    Part("logits", "logits", 110, workload=Logits()),
     Part(
-        "tests-kernels",
-        "tests",
-        150,
-        tuple(f"{_KERNEL_TESTS}/{name}.py" for name in ("test_p16_matmul", "test_p16_prepared", "test_elementwise")),
+        "end-to-end-8b-16-bit",
+        "end-to-end",
+        60,
+        workload=EndToEnd("llama-3-8b", quantization=None, variants=("graphs",), batches=(1, 32)),
     ),
-    Part("tests-real-sizes", "tests", 200, (_REAL, "-m", "gpu and not every_tile")),
-    Part("tests-every-tile-float16", "tests", 300, (_REAL, "-m", "every_tile", "-k", "every_tile and float16")),
-    Part("tests-every-tile-bfloat16", "tests", 300, (_REAL, "-m", "every_tile", "-k", "every_tile and bfloat16")),
-    Part("bandwidth", "bandwidth", 15),
+    Part("serving", "serving", 140, workload=Serving("llama-3-8b")),
     _matmul("8b", "float16"),
+    Part("end-to-end-7b", "end-to-end", 110, workload=EndToEnd("llama-2-7b")),
+    Part("end-to-end-13b", "end-to-end", 130, workload=EndToEnd("llama-2-13b")),
+    Part("tests-real-sizes", "tests", 200, ((_REAL, "-m", "gpu and not every_tile"),)),
+    Part("bandwidth", "bandwidth", 15),
     _matmul("8b", "bfloat16"),
     _matmul("square", "float16", seconds=60),
+    Part("tests-every-tile-float16", "tests", 300, ((_REAL, "-m", "every_tile", "-k", "every_tile and float16"),)),
+    Part("tests-every-tile-bfloat16", "tests", 300, ((_REAL, "-m", "every_tile", "-k", "every_tile and bfloat16"),)),
     _matmul("70b", "float16", seconds=240),
     _matmul("70b", "bfloat16", seconds=240),
     _matmul("8b", "float16", zero="integer"),

@@ -1,29 +1,23 @@
-"""Results of a GPU run as text: the Markdown table, and the distance to the numbers that were aimed at.
+"""Results of a GPU run as text: Markdown tables, the distance to each bound, and the numbers that were aimed at.
 
-Works on the results record alone, so an old file prints as a new one does. `targets` are aims, not tests: a card that
-misses them is told so and nothing fails.
+Works on the results record alone, so an old file prints as a new one does. Each kind of part has its own module; this
+one puts them together. Aims are no tests: a card that misses them is told so and nothing fails.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from benchmarks.common import InputError, read_results
+from benchmarks.gpu import report_attention, report_matmul, report_models
+from benchmarks.gpu.tables import Record
 
 BENCHMARK = "gpu"
 SCHEMA = 1
-OWN = "qengine"
-Record = Mapping[str, Any]
-#: (contender, from rows, to rows, ratio): how many times faster than a peer the kernel aims to be on an H100.
-TARGETS = (
-    ("torch int4", 4, 16, 1.0),
-    ("cuBLAS", 1, 16, 2.0),
-    ("cuBLAS", 17, 1 << 30, 0.9),
-    ("GemLite", 1, 16, 1.5),
-    ("Marlin", 1, 16, 0.9),
-)
+#: Kinds of parts whose records are kept in the results, by kind.
+TABLES = ("matmul", "attention", "logits", "end-to-end", "serving")
 
 
 def check_results(record: Any) -> Record:
@@ -43,43 +37,27 @@ def load_results(path: Path) -> Record:
 
 
 def markdown_report(results: Record) -> str:
-    """Everything that was measured: tests, then a table per weight type, then what was aimed at."""
+    """Everything that was measured: tests, aims, then tables, from whole models down to matmuls."""
     environment = results["environment"]
     title = f"# {results['card']['name']}\n\nMeasured {environment['date'][:10]} by `{environment['command']}`."
-    parts = [title, _facts(results), _tests(results)]
-    parts += [_table(group, list(rows), results) for group, rows in _groups(results["matmul"])]
-    parts += [_targets(results["matmul"]), _wrong(results["matmul"]), _pending(results)]
+    matmul, attention, logits, models, serving = (results.get(kind, []) for kind in TABLES)
+    parts = [title, _facts(results), _tests(results), _failed(results), _aims(results)]
+    parts += report_models.end_to_end_sections(models)
+    parts += [report_models.serving_section(serving), report_models.logits_section(logits)]
+    parts += report_attention.sections(attention)
+    parts += report_matmul.sections(matmul, results.get("copy_bytes_per_s"))
+    parts.append(_pending(results))
     return "\n\n".join(part for part in parts if part) + "\n"
 
 
-def ratios(records: Iterable[Record]) -> Iterator[tuple[Record, str, float]]:
-    """(record of ours, peer, how many times faster ours is) wherever both were measured."""
-    for key, contenders in _problems(records).items():
-        own = contenders.get(OWN)
-        if own is None or own["status"] != "measured":
-            continue
-        for name, other in contenders.items():
-            if name != OWN and other["status"] == "measured":
-                assert key, "problems have a key"
-                yield own, name, other["us"] / own["us"]
-
-
-def target_lines(records: Sequence[Record]) -> list[str]:
-    """For each aim that has figures: the lowest ratio, where it was, and how many problems reach it."""
-    found = list(ratios(records))
-    lines = []
-    for peer, low, high, wanted in TARGETS:
-        group = [(r, own) for own, name, r in found if name == peer and low <= own["rows"] <= high]
-        if not group:
-            continue
-        worst, where = min(group, key=lambda item: item[0])
-        reached = sum(r >= wanted for r, _ in group)
-        rows = f"M {low} to {high}" if high < 1 << 30 else f"M from {low}"
-        lines.append(
-            f"{rows}: {wanted:.1f}x {peer} on {reached} of {len(group)} problems; lowest {worst:.2f}x "
-            f"({where['shape']}, M {where['rows']}, {where['dtype']}, group {where['group_size'] or 'K'})"
-        )
-    return lines
+def _aims(results: Record) -> str:
+    matmul, attention, _, models, serving = (results.get(kind, []) for kind in TABLES)
+    lines = [
+        *report_models.target_lines(models, serving),
+        *report_attention.target_lines(attention),
+        *report_matmul.target_lines(matmul),
+    ]
+    return _listed("Aimed at, on an H100:", lines)
 
 
 def _facts(results: Record) -> str:
@@ -96,71 +74,20 @@ def _facts(results: Record) -> str:
 
 
 def _tests(results: Record) -> str:
-    lines = [f"- {t['part']}: {t['summary']}" for t in results["tests"]]
-    return "Tests on the device:\n\n" + "\n".join(lines) if lines else ""
+    return _listed("Tests on the device:", [f"{t['part']}: {t['summary']}" for t in results["tests"]])
 
 
-def _groups(records: Sequence[Record]) -> Iterator[tuple[tuple[Any, ...], Iterator[Record]]]:
-    keys = dict.fromkeys((r["dtype"], r["group_size"], r["zero"]) for r in records)
-    for key in keys:
-        yield key, (r for r in records if (r["dtype"], r["group_size"], r["zero"]) == key)
-
-
-def _problems(records: Iterable[Record]) -> dict[tuple[Any, ...], dict[str, Record]]:
-    found: dict[tuple[Any, ...], dict[str, Record]] = {}
-    for r in records:
-        key = (r["dtype"], r["group_size"], r["zero"], r["shape"], r["rows"])
-        found.setdefault(key, {})[r["contender"]] = r
-    return found
-
-
-def _table(group: tuple[Any, ...], records: Sequence[Record], results: Record) -> str:
-    dtype, group_size, zero = group
-    names = [n for n in dict.fromkeys(r["contender"] for r in records if r["status"] == "measured") if n != OWN]
-    header = ["layer", "M", "us", "GB/s", "of copy", "TFLOPS", "configuration", *(f"vs {n}" for n in names)]
-    lines = [_row(header), _row(["---", *["---:"] * 5, "---", *["---:"] * len(names)])]
-    for contenders in _problems(records).values():
-        own = contenders.get(OWN)
-        if own is not None and own["status"] == "measured":
-            lines.append(_row(_cells(own, contenders, names, results.get("copy_bytes_per_s"))))
-    zeros = "constant zero point" if zero == "const" else "integer zero points"
-    return f"## 4-bit weights, groups of {group_size or 'K'}, {zeros}, {dtype}\n\n" + "\n".join(lines)
-
-
-def _cells(own: Record, contenders: Mapping[str, Record], names: Sequence[str], bandwidth: float | None) -> list[str]:
-    seconds = own["us"] * 1e-6
-    rate = own["bytes"] / seconds
-    split = f", K / {own['split_k']}" if own["split_k"] > 1 else ""
-    others = [contenders.get(name) for name in names]
-    return [
-        own["shape"],
-        str(own["rows"]),
-        f"{own['us']:.1f}",
-        f"{rate / 1e9:.0f}",
-        f"{rate / bandwidth:.0%}" if bandwidth else "-",
-        f"{own['flop'] / seconds / 1e12:.1f}",
-        own["configuration"] + split,
-        *(f"{o['us'] / own['us']:.2f}x" if o and o["status"] == "measured" else "-" for o in others),
-    ]
-
-
-def _targets(records: Sequence[Record]) -> str:
-    lines = target_lines(records)
-    return "Aimed at:\n\n" + "\n".join(f"- {line}" for line in lines) if lines else ""
-
-
-def _wrong(records: Sequence[Record]) -> str:
-    """Problems whose result was off by more than its bound: their times mean nothing."""
-    wrong = [r for r in records if r["contender"] == OWN and r["error"] > r["error_bound"]]
-    lines = [f"- WRONG RESULT: {r['shape']}, M {r['rows']}, {r['dtype']}: error {r['error']:.1e}" for r in wrong]
-    return "\n".join(lines)
+def _failed(results: Record) -> str:
+    tests = {t["part"] for t in results["tests"]}
+    lines = [f"{f['part']}: {f['summary']}" for f in results.get("failed", []) if f["part"] not in tests]
+    return _listed("FAILED:", lines)
 
 
 def _pending(results: Record) -> str:
-    reasons = dict.fromkeys(f"{r['contender']}: {r['why']}" for r in results["matmul"] if r["status"] != "measured")
-    notes = [*reasons, *(f"not run yet: {name}" for name in results["pending"])]
+    missing = report_matmul.notes(results.get("matmul", [])) + report_attention.notes(results.get("attention", []))
+    notes = [*missing, *(f"not run yet: {name}" for name in results["pending"])]
     return "\n".join(f"- {note}" for note in notes)
 
 
-def _row(cells: Sequence[str]) -> str:
-    return "| " + " | ".join(cells) + " |"
+def _listed(title: str, lines: Sequence[str]) -> str:
+    return title + "\n\n" + "\n".join(f"- {line}" for line in lines) if lines else ""

@@ -7,7 +7,8 @@ never set.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import Any
 
 import torch
 
@@ -46,6 +47,11 @@ def copy_bandwidth() -> float:
     target = torch.empty_like(source)
     graph = TimedGraph([lambda: target.copy_(source)])
     return 2 * _COPY_BYTES / (min(graph.microseconds()) * 1e-6)
+
+
+def records(spec: Mapping[str, Any]) -> Iterator[dict[str, Any]]:
+    """What the GPU's worker answers: the bandwidth alone."""
+    yield {"copy_bytes_per_s": copy_bandwidth()}
 
 
 def _warm_up(calls: Calls) -> None:

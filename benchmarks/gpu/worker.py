@@ -1,47 +1,46 @@
 """One measuring part of a GPU check in a process of its own: `python -m benchmarks.gpu.worker SPEC`.
 
-Answers with one JSON line per record on stdout. A process per part gives each a clean device, and lets one that hangs
-be ended.
+Answers with one JSON line per record on stdout; exits with a message if what it has found is a failure. A process per
+part gives each a clean device, and lets one that hangs be ended.
 """
 
 from __future__ import annotations
 
+import importlib
 import json
 import sys
 from collections.abc import Iterator, Mapping
-from pathlib import Path
 from typing import Any
 
 import torch
 
 from benchmarks.common import answer, take_stdout
-from benchmarks.gpu.contenders import CUDA, contenders
-from benchmarks.gpu.matmul import measure
-from benchmarks.gpu.problems import Workload
-from benchmarks.gpu.timing import copy_bandwidth
-from quant_kernels.tuning.select import Selector
+
+#: Who measures a kind of part. Imported when asked for: matmuls need no transformers, and no model code.
+MODULES: Mapping[str, str] = {
+    "bandwidth": "benchmarks.gpu.timing",
+    "matmul": "benchmarks.gpu.matmul",
+    "attention": "benchmarks.gpu.attention",
+    "logits": "benchmarks.gpu.logits",
+    "end-to-end": "benchmarks.gpu.end_to_end",
+    "serving": "benchmarks.gpu.serving",
+}
 
 
 def main() -> int:
     """Run the part that the command line names."""
     channel = take_stdout()
-    for record in _records(json.loads(sys.argv[1])):
-        answer(channel, record)
+    spec = json.loads(sys.argv[1])
+    with torch.no_grad():
+        for record in find_records(spec):
+            answer(channel, record)
     return 0
 
 
-def _records(spec: Mapping[str, Any]) -> Iterator[dict[str, Any]]:
-    torch.set_grad_enabled(False)
-    if spec["kind"] == "bandwidth":
-        yield {"copy_bytes_per_s": copy_bandwidth()}
-        return
-    selector = Selector.of(CUDA)
-    everyone = contenders(selector, _path(spec.get("gemlite")), _path(spec.get("marlin")))
-    yield from measure(Workload.from_json(spec["workload"]), selector, everyone)
-
-
-def _path(text: str | None) -> Path | None:
-    return None if text is None else Path(text)
+def find_records(spec: Mapping[str, Any]) -> Iterator[dict[str, Any]]:
+    """The records of a part, as they come."""
+    found: Iterator[dict[str, Any]] = importlib.import_module(MODULES[spec["kind"]]).records(spec)
+    return found
 
 
 if __name__ == "__main__":

@@ -32,6 +32,8 @@ from quant_kernels.tuning.attention import AttentionTile
 NUM_FIELDS = tl.constexpr(_NUM_FIELDS)
 #: exp is computed as exp2, and scores carry this factor.
 LOG2_E = tl.constexpr(1.4426950408889634)
+#: Numbers of a head that a program holds at least: a half of them must be as long as the tensor cores' sums, 16.
+MIN_BLOCK_D = 32
 _TYPES = {torch.float16: tl.float16, torch.bfloat16: tl.bfloat16, torch.float32: tl.float32}
 
 
@@ -462,11 +464,13 @@ def attention_constants(
     """The constants that depend on the cache, the tile and the queries' dtype."""
     interpreted = interpreting()
     compute = kv_format.dtype or torch.float16
-    if dtype == torch.float32 or (interpreted and torch.bfloat16 in (compute, dtype)):
+    # Assembly makes float16 of bytes, whatever meets them.
+    takes_float32 = interpreted or kv_format.kind == KVKind.PLAIN
+    if (dtype == torch.float32 and takes_float32) or (interpreted and torch.bfloat16 in (compute, dtype)):
         compute = torch.float32
     return {
         "HEAD_DIM": head_dim,
-        "BLOCK_D": triton.next_power_of_2(head_dim),
+        "BLOCK_D": max(MIN_BLOCK_D, triton.next_power_of_2(head_dim)),
         "BLOCK_SIZE": block_size,
         "BLOCK_M": tile.block_m,
         "KEYS": tile.keys,

@@ -46,8 +46,8 @@ PIVOTS = 4
 _LOG2_E = tl.constexpr(1.4426950408889634)
 #: Key of the largest finite distance. Tokens beyond it have no weight, like the padding of a row.
 _LAST_KEY = tl.constexpr(0x7F7FFFFF)
-#: Below any min_p that a float32 weight could be compared with.
-_LEAST_WEIGHT = tl.constexpr(1e-38)
+#: Below any min_p that a float32 weight could be compared with; a smaller constant would be a float64 to Triton 3.6.
+_LEAST_WEIGHT = tl.constexpr(2.0**-126)
 
 
 @triton.jit

@@ -14,9 +14,11 @@ import pytest
 
 from benchmarks import gpu_check
 from benchmarks.common import InputError
+from benchmarks.gpu import report_attention, report_models
 from benchmarks.gpu.parts import PART_SECONDS, PARTS, Origin, Part, State, fingerprint
 from benchmarks.gpu.problems import ROWS, SHAPES, Workload, num_copies
-from benchmarks.gpu.report import check_results, markdown_report, ratios, target_lines
+from benchmarks.gpu.report import check_results, markdown_report
+from benchmarks.gpu.report_matmul import ratios, target_lines
 
 CARD = {
     "name": "Test Card", "slug": "test-card", "arch": 90, "num_sms": 132, "l2_bytes": 50 * 2**20,
@@ -40,6 +42,55 @@ def measured(contender: str, us: float, rows: int = 1, **changes: Any) -> dict[s
     }  # fmt: skip
 
 
+def decoded(rate: float, batch: int, weights: str = "4-bit, groups of 128", **changes: Any) -> dict[str, Any]:
+    return {
+        "model": "llama-3-8b", "weights": weights, "copy_bytes_per_s": 3e12, "variant": "graphs", "what": "decode",
+        "batch": batch, "status": "measured", "tokens_per_s": rate, "step_seconds": batch / rate,
+        "bytes_per_step": 5e9, "of_bound": 0.4, **changes,
+    }  # fmt: skip
+
+
+def attended(contender: str, us: float, kind: str = "decode", **changes: Any) -> dict[str, Any]:
+    return {
+        "kind": kind, "format": "float16", "batch": 8, "context": 8192, "rows": 8, "bytes": 300_000_000,
+        "flop": 10**9, "copies": 2, "tile": "16x64 w2 s3", "error": 1e-4, "error_bound": 1e-3,
+        "contender": contender, "status": "measured", "us": us, "us_min": us, "us_max": us,
+        "copy_bytes_per_s": 3e12, **changes,
+    }  # fmt: skip
+
+
+_MODEL = {"model": "llama-3-8b", "weights": "4-bit, groups of 128"}
+#: What parts that run models would answer.
+MADE_UP: Mapping[str, Sequence[dict[str, Any]]] = {
+    "attention": [
+        attended("qengine", 125.0), attended("torch", 100.0), attended("qengine", 900.0, "prompt"),
+        attended("torch", 300.0, "prompt"), {**attended("torch", 0.0, "chunk"), "status": "unavailable", "why": "no"},
+    ],
+    "end-to-end": [
+        {**_MODEL, "what": "memory", "memory_limit": 24 * 2**30, "weight_bytes": 6 * 2**30, "load_seconds": 3.0,
+         "kv": {"auto": {"blocks": 10, "tokens": 160}, "int8": {"blocks": 19, "tokens": 304}}},
+        {**_MODEL, "what": "prefill", "variant": "graphs", "prompt_tokens": 2048, "tokens_per_s": 12345.0},
+        decoded(270.0, 1), decoded(3000.0, 32), decoded(2700.0, 32, "16-bit"),
+        *({**_MODEL, "what": "profile", "variant": "graphs", "batch": batch, "kernel_seconds": 1e-3,
+           "outside_kernels": outside} for batch, outside in ((1, 0.1), (32, 0.2), (64, None))),
+        {**_MODEL, "what": "decode", "variant": "graphs", "batch": 128, "status": "left out",
+         "why": "9 KV blocks are needed and 8 fit"},
+        {**_MODEL, "what": "peak", "variant": "graphs", "peak_reserved": 20 * 2**30, "card_used": 21 * 2**30},
+    ],
+    "serving": [
+        {**_MODEL, "requests": 64, "contender": "qengine", "seconds": 4.0, "tokens_per_s": 2000.0,
+         "peak_reserved": 2**34},
+        {**_MODEL, "requests": 64, "contender": "transformers", "timed_requests": 6, "seconds": 20.0,
+         "tokens_per_s": 40.0, "peak_reserved": 2**34},
+    ],
+    "logits": [
+        {"model": "llama", "weights": "16-bit", "mode": "prefill", "dtype": "bfloat16", "positions": 9,
+         "max_error": 0.02, "mean_error": 0.002, "max_bound": 0.05, "mean_bound": 0.005, "top1": 0.99,
+         "peer_max_error": 0.02, "peer_mean_error": 0.002, "peer_top1": 0.98, "passed": True},
+    ],
+}  # fmt: skip
+
+
 class FakeRunner:
     """Stands for `run_part`: says what it was asked and answers by kind."""
 
@@ -57,6 +108,8 @@ class FakeRunner:
         elif part.kind == "matmul":
             records = [measured("qengine", 8.0), measured("cuBLAS", 20.0)]
             records.append({**measured("Marlin", 0), "status": "unavailable", "why": "no built copy given (--marlin)"})
+        else:
+            records = list(MADE_UP.get(part.kind, ()))
         return {"status": "ok", "seconds": 1, "records": records, "summary": "3 passed"}
 
 
@@ -77,7 +130,7 @@ def test_everything_runs_once_and_is_written(tmp_path: Path, capsys: pytest.Capt
     results = check_results(json.loads(file.read_text()))
     assert results["pending"] == []
     assert results["copy_bytes_per_s"] == 3e12
-    assert len(results["tests"]) == 4
+    assert len(results["tests"]) == sum(part.kind == "tests" for part in PARTS)
     text = file.with_suffix(".md").read_text()
     assert text == markdown_report(results)
     assert "| 8B o | 1 | 8.0 | 1125 | 38% |" in text
@@ -129,6 +182,9 @@ def test_parts_by_name(tmp_path: Path) -> None:
     gpu_check.run(options(tmp_path, parts=["8b-float16"]), [], CARD, state(tmp_path), runner)
     assert runner.ran
     assert all("8b-float16" in name for name in runner.ran)
+    models = FakeRunner()
+    gpu_check.run(options(tmp_path, parts=["end-to-end", "serving"]), [], CARD, state(tmp_path), models)
+    assert len(models.ran) == sum(part.kind in ("end-to-end", "serving") for part in PARTS)
     with pytest.raises(InputError, match="no part is called nothing"):
         gpu_check.run(options(tmp_path, parts=["nothing"]), [], CARD, state(tmp_path), runner)
 
@@ -137,22 +193,76 @@ def test_parts_are_short_and_their_files_exist() -> None:
     assert len({part.name for part in PARTS}) == len(PARTS)
     for part in PARTS:
         assert part.seconds <= PART_SECONDS < 480
-        for argument in part.arguments:
+        for argument in (argument for run in part.runs for argument in run):
             assert not argument.endswith(".py") or (gpu_check.REPOSITORY / argument).is_file()
 
 
-@pytest.mark.parametrize("part", [p for p in PARTS if p.kind == "tests"], ids=lambda p: p.name)
-def test_pytest_understands_every_part(part: Part) -> None:
-    command = [sys.executable, "-m", "pytest", "--collect-only", *part.arguments]
+def test_what_is_worth_most_fits_three_calls() -> None:
+    """The first parts, in their order, in calls of 480 s that begin nothing they cannot end."""
+    wanted = {"attention", "end-to-end-8b", "end-to-end-8b-16-bit", "logits", "serving", "matmul-8b-float16-g128"}
+    left, calls = list(PARTS), 3
+    done: list[str] = []
+    for _ in range(calls):
+        seconds = 480
+        while left and left[0].seconds <= seconds:
+            seconds -= left[0].seconds
+            done.append(left.pop(0).name)
+    assert wanted <= set(done)
+    assert done[:2] == ["tests-kernels", "tests-attention"]
+
+
+def test_pytest_understands_every_run() -> None:
+    """Each run has tests, no test is in two runs of a part, and the attention tests are all in one."""
+    parts = [part for part in PARTS if part.kind == "tests"]
+    (attention,) = (part for part in parts if part.name == "tests-attention")
+    runs = [run for part in parts for run in part.runs]
+    found = dict(zip([*runs, "whole"], collected([*runs, attention.runs[0][:1]]), strict=True))
+    for part in parts:
+        tests = [test for run in part.runs for test in found[run]]
+        assert all(found[run] for run in part.runs)
+        assert len(tests) == len(set(tests))
+    assert {test for run in attention.runs for test in found[run]} == set(found["whole"])
+
+
+def collected(runs: Sequence[Sequence[str]]) -> list[list[str]]:
+    """The tests that pytest finds for each; all in one process, which imports torch once."""
+    script = "import json, pytest, sys\nfor run in json.loads(sys.argv[1]):\n    "
+    script += "print('ended', int(pytest.main(['--collect-only', '-p', 'no:cacheprovider', *run])))"
+    command = [sys.executable, "-c", script, json.dumps(runs)]
     done = subprocess.run(command, capture_output=True, text=True, timeout=120, cwd=gpu_check.REPOSITORY)
     assert done.returncode == 0, done.stdout + done.stderr
+    assert done.stdout.count("ended 0") == len(runs), done.stdout[-3000:]
+    return [[line for line in out.splitlines() if "::" in line] for out in done.stdout.split("ended 0")[:-1]]
 
 
 def test_a_part_in_which_nothing_passed_is_no_success(capsys: pytest.CaptureFixture[str]) -> None:
-    assert gpu_check._test_record(0, "3 passed, 1 skipped in 2 s\n", "", 2.0)["status"] == "ok"
-    assert gpu_check._test_record(0, "4 skipped in 2 s\n", "", 2.0)["status"] == "failed"
-    assert gpu_check._test_record(1, "1 failed, 3 passed in 2 s\n", "", 2.0)["status"] == "failed"
+    def status(*ends: tuple[int, str]) -> str:
+        runs = [("tests/test_some.py", "-k", "x")] * len(ends)
+        record = gpu_check._test_record(runs, [gpu_check._End(code, out, "") for code, out in ends], 2.0)
+        return str(record["status"])
+
+    assert status((0, "3 passed, 1 skipped in 2 s\n")) == "ok"
+    assert status((0, "4 skipped in 2 s\n")) == "failed"
+    assert status((1, "1 failed, 3 passed in 2 s\n")) == "failed"
     assert "4 skipped" in capsys.readouterr().err
+    assert status((0, "3 passed\n"), (0, "2 passed\n")) == "ok"
+    assert status((0, "3 passed\n"), (1, "1 failed\n")) == "failed"
+
+
+def test_runs_go_side_by_side_and_are_told_apart(monkeypatch: pytest.MonkeyPatch) -> None:
+    commands: list[Sequence[str]] = []
+
+    def passes(command: Sequence[str], **options: Any) -> Any:
+        commands.append(command)
+        return argparse.Namespace(returncode=0, stdout=f"{len(commands)} passed\n", stderr="")
+
+    monkeypatch.setattr(gpu_check.subprocess, "run", passes)
+    part = Part("some", "tests", 1, (("tests/test_a.py",), ("tests/test_b.py", "-k", "x")))
+    record = gpu_check.run_part(part, {})
+    assert record["status"] == "ok"
+    assert sorted(command[-1] for command in commands) == ["tests/test_a.py", "x"]
+    assert "test_a: " in record["summary"]
+    assert "test_b -k x: " in record["summary"]
 
 
 def test_a_wrong_result_is_flagged(tmp_path: Path) -> None:
@@ -212,6 +322,41 @@ def test_aims_name_the_worst_problem() -> None:
     assert len(lines) == 2
 
 
+def test_aims_of_models_and_attention() -> None:
+    models, serving = MADE_UP["end-to-end"], MADE_UP["serving"]
+    assert report_models.target_lines(models, serving) == [
+        "reached: llama-3-8b, one sequence: 270 of 260 tokens/s",
+        "MISSED: llama-3-8b, 32 sequences: 1.11 of 1.2 times the speed of 16-bit weights",
+        "MISSED: at most 15% of a recorded step outside kernels on 1 of 2 problems; highest 20%",
+        "reached: serving: 50.0 of 24 times transformers",
+    ]
+    assert report_models.target_lines([], []) == []
+    lines = report_attention.target_lines(MADE_UP["attention"])
+    assert lines[0].startswith("reached: attention, decode from 8192 tokens on: 60% of copy bandwidth on 1 of 1")
+    assert lines[1].startswith("MISSED: attention, prompts: 50% of torch's speed on 0 of 1 problems; lowest 33%")
+    assert report_attention.target_lines([]) == []
+
+
+def test_the_report_shows_models_and_attention(tmp_path: Path) -> None:
+    gpu_check.run(options(tmp_path), [], CARD, state(tmp_path), FakeRunner(failing="logits"))
+    (file,) = (tmp_path / "results").glob("*.json")
+    text = file.with_suffix(".md").read_text()
+    for line in (
+        "| graphs | 1 | 270 | 3.70 | 40% | 10% |",
+        "| graphs | 128 | left out: 9 KV blocks are needed and 8 fit | - | - | - |",
+        "- graphs: a prompt of 2048 tokens at 12345 tokens/s",
+        "Tokens that the KV cache holds, by format: 160 in auto, 304 in int8.",
+        "| transformers | 6 | 20.0 | 40 | 16.0 |",
+        "| float16 | 8 | 8192 | 125.0 | 2400 | 80% | 0.80x |",
+        "| prompt | float16 | 16x64 w2 s3 | 900.0 | 1.1 | 0.33x |",
+        "- attention, torch, chunk, float16, 8 x 8192: no",
+        "- logits: 1 failed",
+    ):
+        assert line in text
+    old = {key: value for key, value in json.loads(file.read_text()).items() if key not in MADE_UP and key != "failed"}
+    assert "## llama-3-8b" not in markdown_report(old)
+
+
 def test_copies_defeat_the_cache() -> None:
     assert num_copies(8 * 2**20, 50 * 2**20) == 20
     assert num_copies(2**30, 50 * 2**20) == 2
@@ -220,8 +365,9 @@ def test_copies_defeat_the_cache() -> None:
 def test_workloads_survive_json() -> None:
     for part in PARTS:
         if part.workload is not None:
-            assert Workload.from_json(json.loads(json.dumps(part.workload.to_json()))) == part.workload
-            assert part.workload.shapes in SHAPES
+            kind: Any = type(part.workload)
+            assert kind.from_json(json.loads(json.dumps(part.workload.to_json()))) == part.workload
+            assert not isinstance(part.workload, Workload) or part.workload.shapes in SHAPES
     assert ROWS[0] == 1
 
 

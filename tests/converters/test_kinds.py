@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
@@ -13,6 +14,7 @@ from gguf.quants import quantize
 from converters.dummy_source import DummySource
 from converters.errors import CheckpointError
 from converters.source import LinearKind, LinearSlot
+from quant_kernels.packed_weight import DenseWeight
 from tests.converters.folders import gptq_config, open_checked, write_folder, write_json
 from tests.converters.gguf_files import write_gguf
 
@@ -75,3 +77,18 @@ def test_dummy_kinds_follow_shape_and_name(tmp_path: Path) -> None:
     assert kinds[0] == kinds[1]
     assert len(set(kinds)) == 3
     assert [kind.is_dense for kind in kinds] == [False, False, False, True]
+
+
+@pytest.mark.parametrize("quantization", [None, "gptq"])
+def test_dummy_weights_depend_on_seed_and_name_alone(tmp_path: Path, quantization: str | None) -> None:
+    write_json(tmp_path / "config.json", {"quantization_config": {"group_size": 32}})
+
+    def numbers(order: Sequence[LinearSlot], seed: int = 0) -> dict[str, torch.Tensor]:
+        source = DummySource.open(tmp_path, quantization, seed)
+        weights = {slot.name: source.read_linear(slot) for slot in order}
+        return {name: w.weight if isinstance(w, DenseWeight) else w.codes for name, w in weights.items()}
+
+    forth, back, other = numbers(SLOTS), numbers(SLOTS[::-1]), numbers(SLOTS, seed=1)
+    assert all(torch.equal(forth[name], back[name]) for name in forth)
+    assert not any(torch.equal(forth[name], other[name]) for name in forth)
+    assert not torch.equal(forth[SLOTS[0].name], forth[SLOTS[1].name])

@@ -1,6 +1,7 @@
 """The decoder wholly on Triton's operations, in float32, against transformers: every architecture, chunked and mixed.
 
-The same cases as on the CPU; `test_launches` counts what a layer costs.
+The same cases as on the CPU; `test_launches` counts what a layer costs. Float32 on tiny heads is for the interpreter
+alone: on a machine with a GPU these are skipped, and `benchmarks.gpu_check` compares logits at real sizes there.
 """
 
 from __future__ import annotations
@@ -22,6 +23,7 @@ from quant_kernels.tuning.table import TuningTable
 from tests.models.in_memory import CPU, FLOAT32, Sequences, build_from_state
 from tests.models.test_decoder import CASES, make, prompt, reference_logits
 
+pytestmark = pytest.mark.skipif(torch.cuda.is_available(), reason="needs the interpreter; see benchmarks.gpu_check")
 CARD = KNOWN_CARDS["4090"]
 TARGET = Target(CPU, torch.float32, Selector(CARD, TuningTable.empty(CARD)))
 BLOCK = 16

@@ -63,21 +63,22 @@ def make_case(
 
     `spread` is the standard deviation of values.
     """
-    rng = torch.Generator().manual_seed(seed)
+    rng = torch.Generator(device=device).manual_seed(seed)
     needed = [-(-(start + count) // block_size) for start, count in entries]
-    order = torch.randperm(sum(needed) + 3, generator=rng).tolist()
+    order = torch.randperm(sum(needed) + 3, generator=rng, device=device).tolist()
     cache = make_cache(kv_format, len(order), block_size, kv_heads, head_dim, device)
     _fill_with_garbage(cache)
     tables = []
     for (start, count), number in zip(entries, needed, strict=True):
         table, order = order[:number], order[number:]
-        positions = range(start + count)
-        slots = torch.tensor([table[p // block_size] * block_size + p % block_size for p in positions])
-        keys, values = (torch.randn(len(positions), kv_heads, head_dim, generator=rng) for _ in range(2))
-        write(cache, slots.to(device), keys.to(device, dtype), (values * spread).to(device, dtype))
+        positions = torch.arange(start + count, device=device)
+        slots = torch.tensor(table, device=device)[positions // block_size] * block_size + positions % block_size
+        shape = (start + count, kv_heads, head_dim)
+        keys, values = (torch.randn(shape, generator=rng, device=device) for _ in range(2))
+        write(cache, slots, keys.to(dtype), (values * spread).to(dtype))
         tables.append(table)
     rows = sum(count for _, count in entries)
-    query = torch.randn(rows, heads, head_dim, generator=rng).to(device, dtype)
+    query = torch.randn(rows, heads, head_dim, generator=rng, device=device).to(dtype)
     return Case(entries, tables, cache, query)
 
 

@@ -14,7 +14,7 @@ import torch
 
 from quant_kernels.attention import reference
 from quant_kernels.attention.kv_format import FP8_E4M3, FP8_E5M2, INT8, KVFormat, plain, read, write
-from quant_kernels.attention.paged import Rule, Scratch, paged_attention
+from quant_kernels.attention.paged import Rule, Scratch, attention_constants, paged_attention
 from quant_kernels.attention.work import Sharing
 from quant_kernels.tolerance import UNIT_ROUNDOFF
 from quant_kernels.tuning.attention import AttentionTile
@@ -116,6 +116,14 @@ def test_head_and_block_sizes(kv_format: KVFormat, head_dim: int, block_size: in
     made = case(kv_format, device, head_dim=head_dim, block_size=block_size, entries=((40, 1), (3, 5)), heads=2)
     rule = Rule(head_dim**-0.5)
     check(made, rule, run(made, rule))
+
+
+@pytest.mark.parametrize("head_dim", [8, 16, 24, 64, 80])
+def test_products_are_long_enough_for_tensor_cores(head_dim: int) -> None:
+    """The interpreter multiplies matrices of any size; the compiler refuses sums of fewer than 16 products."""
+    block = attention_constants(INT8, TILE, head_dim, 16, torch.float16)["BLOCK_D"]
+    assert block >= head_dim
+    assert block // 2 >= 16
 
 
 @pytest.mark.parametrize("kv_format", [plain(torch.float16), FP8_E4M3], ids=lambda f: f.name)

@@ -63,8 +63,9 @@ def check_cache(got: LayerCache, expected: LayerCache) -> None:
         read(got, slice(None), torch.float32), read(expected, slice(None), torch.float32), strict=True
     ):
         if got.format.dtype is not None:
-            step = torch.finfo(got.format.dtype).eps
-            assert torch.allclose(mine, theirs, rtol=step, atol=1e-6)
+            # A GPU contracts products and sums, and its square roots are approximate: float32 differs in its last bits.
+            step = max(torch.finfo(got.format.dtype).eps, 4e-6)
+            assert torch.allclose(mine, theirs, rtol=step, atol=4e-6)
             continue
         largest = theirs.abs().amax(dim=-1, keepdim=True)
         base = largest if got.format is INT8 else theirs.abs()

@@ -11,6 +11,7 @@ from dataclasses import dataclass
 
 import pytest
 import torch
+import triton.language as tl
 
 from quant_kernels.sampling import reference
 from quant_kernels.sampling import sample as kernel
@@ -179,6 +180,14 @@ def test_odd_sizes_and_the_real_number_of_pivots(
 ) -> None:
     monkeypatch.undo()
     check_steps(some_logits(vocab), Settings(top_k=30, top_p=0.95), device, most=3)
+
+
+def test_constants_are_float32() -> None:
+    """Triton 3.6 makes a float64 of a constant below the normal float32 numbers, and what it meets becomes one too."""
+    constants = [value.value for value in vars(kernel).values() if isinstance(value, tl.constexpr)]
+    numbers = [abs(c) for c in constants if isinstance(c, float)]
+    assert numbers
+    assert all(2.0**-126 <= number < 2.0**128 for number in numbers)
 
 
 def test_rows_may_lie_apart(device: torch.device) -> None:
