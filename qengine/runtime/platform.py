@@ -24,7 +24,7 @@ from qengine.runtime.sampler import make_sampler
 from quant_kernels.attention.kv_format import KV_FORMATS, KVFormat, plain
 from quant_kernels.late import try_import
 from quant_kernels.linear.dispatch import MIN_ARCH, Target
-from quant_kernels.tuning.attention import BLOCK_SIZES, MAX_GROUP
+from quant_kernels.tuning.attention import BLOCK_SIZES, HEAD_DIMS, max_group
 
 if TYPE_CHECKING:
     from qengine.runtime.graphs import Recorder
@@ -78,7 +78,8 @@ class Platform:
             ConfigError: naming the option or the model's property.
         """
         wanted_length(model, config.scheduler.max_model_len)
-        if self.target.selector is None:
+        selector = self.target.selector
+        if selector is None:
             return
         if config.cache.block_size not in BLOCK_SIZES:
             known = " or ".join(map(str, BLOCK_SIZES))
@@ -86,10 +87,11 @@ class Platform:
         if self.device.type == "cuda" and config.cache.kv_cache_dtype == "float32":
             raise ConfigError("kv_cache_dtype is float32, which is for CPUs; use auto, float16, bfloat16, int8 or fp8")
         group = model.num_heads // model.num_kv_heads
-        if group > MAX_GROUP or model.head_dim > 256:
+        most = max_group(selector.card.arch, model.head_dim)
+        if group > most or model.head_dim > HEAD_DIMS[-1]:
             raise ConfigError(
                 f"the model has {group} query heads per KV head of {model.head_dim} numbers; the GPU's attention takes "
-                f"up to {MAX_GROUP} heads of up to 256; use --device cpu"
+                f"up to {most} heads of up to {HEAD_DIMS[-1]}; use --device cpu"
             )
 
     def plan(self, model: ModelConfig, config: EngineConfig, kv_format: KVFormat) -> MemoryPlan:

@@ -27,7 +27,7 @@ from quant_kernels.attention.kv_format import KVFormat, KVKind, LayerCache
 from quant_kernels.attention.words import FACTORS, PLAIN, log2_and_inverse, scale_values, unpack
 from quant_kernels.attention.work import NUM_FIELDS as _NUM_FIELDS
 from quant_kernels.launching import interpreting, launch_options, stored_dtype
-from quant_kernels.tuning.attention import AttentionTile
+from quant_kernels.tuning.attention import MAX_ORDERED_ROWS, AttentionTile
 
 NUM_FIELDS = tl.constexpr(_NUM_FIELDS)
 #: exp is computed as exp2, and scores carry this factor.
@@ -424,6 +424,7 @@ def paged_attention(
     rows, num_heads, head_dim = query.shape
     kv_heads = cache.num_kv_heads
     out = query.new_empty(rows, num_heads * head_dim, dtype=stored_dtype(query.dtype))
+    places_now = places if tile.block_m <= MAX_ORDERED_ROWS else None
     # Both scales of a token are one int32.
     scales = cache.keys if cache.scales is None else cache.scales.view(torch.int32)
     paged_attention_kernel[(work.programs, kv_heads)](
@@ -435,7 +436,7 @@ def paged_attention(
         work.num_items,
         work.items,
         blocks,
-        blocks if places is None else places,
+        blocks if places_now is None else places_now,
         query if rule.sinks is None else rule.sinks,
         scratch.sums,
         scratch.stats,
@@ -451,10 +452,12 @@ def paged_attention(
         WINDOW=rule.window is not None,
         SOFTCAP=rule.softcap is not None,
         SINKS=rule.sinks is not None,
-        PERMUTED=places is not None,
+        PERMUTED=places_now is not None,
         **attention_constants(cache.format, tile, head_dim, cache.block_size, query.dtype, twin=twin),
         **launch_options(tile.num_warps, tile.num_stages),
     )
+    if places is not None and places_now is None:
+        out = torch.empty_like(out).index_copy_(1, places.long(), out)
     return out.to(query.dtype)
 
 

@@ -19,7 +19,13 @@ from quant_kernels.attention.kv_format import FP8_E4M3, FP8_E5M2, INT8, KVFormat
 from quant_kernels.attention.paged import attention_constants, paged_attention_kernel
 from quant_kernels.launching import launch_options
 from quant_kernels.scheme import ACTIVATION_DTYPES
-from quant_kernels.tuning.attention import BLOCK_SIZES, HEAD_DIMS, AttentionTile, attention_tiles
+from quant_kernels.tuning.attention import (
+    BLOCK_SIZES,
+    HEAD_DIMS,
+    MAX_ORDERED_ROWS,
+    AttentionTile,
+    attention_tiles,
+)
 from quant_kernels.tuning.card import SHARED_PER_BLOCK
 
 #: kernel, types, constants, options: what a compilation needs.
@@ -82,7 +88,8 @@ class AttentionVariant:
         }
         constants = {
             **attention_constants(self.kv_format, self.tile, self.head_dim, self.block_size, self.dtype),
-            **dict.fromkeys(("WINDOW", "SOFTCAP", "SINKS", "PERMUTED"), self.odd),
+            **dict.fromkeys(("WINDOW", "SOFTCAP", "SINKS"), self.odd),
+            "PERMUTED": self.odd and self.tile.block_m <= MAX_ORDERED_ROWS,
             "GROUP": _GROUP,
         }
         return paged_attention_kernel, types, constants, launch_options(self.tile.num_warps, self.tile.num_stages)

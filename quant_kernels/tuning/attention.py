@@ -14,8 +14,8 @@ from quant_kernels.tuning.card import Card
 #: Head sizes that models have; others fit the next one's registers, but nobody has compiled them.
 HEAD_DIMS = (64, 80, 96, 128, 256)
 BLOCK_SIZES = (16, 32)
-#: Query heads that may share a key: one token of all of them must fit a tile.
-MAX_GROUP = 64
+#: Rows of a tile that can store its columns in another order; taller ones have no registers left for the places.
+MAX_ORDERED_ROWS = 16
 #: Keys that a share holds at least; shorter ones end before their pipeline is full.
 MIN_SHARE = 128
 #: Programs per multiprocessor that shares are cut for.
@@ -50,11 +50,17 @@ def attention_tiles(arch: int, head_dim: int, *, packed: bool) -> tuple[Attentio
         packed: whether the cache holds bytes, which come two to a word.
     """
     if head_dim > 128:
-        return (AttentionTile(16, 32, 4, 3), AttentionTile(64, 32, 4, 2))
+        return (AttentionTile(16, 32, 4, 3), AttentionTile(32, 32, 4, 2))
     short = AttentionTile(16, 64, 2, 3)
     if arch == 90:
         return (short, AttentionTile(64, 64, 4, 3), AttentionTile(128, 64, 8, 3))
-    return (short, AttentionTile(64, 64, 4, 2))
+    # The compiler for sm_120 keeps more of a plain tile in registers than four warps have.
+    return (short, AttentionTile(64, 64, 8 if arch == 120 and not packed else 4, 2))
+
+
+def max_group(arch: int, head_dim: int) -> int:
+    """Query heads that may share a key: one token of all of them must fit a tile."""
+    return max(tile.block_m for tile in attention_tiles(arch, head_dim, packed=False))
 
 
 def select_attention(card: Card, head_dim: int, group: int, num_tokens: int, *, packed: bool) -> AttentionTile:

@@ -15,6 +15,7 @@ from quant_kernels.attention.work import FIELDS, Ints, Sharing, Spans, plan_item
 from quant_kernels.tuning.attention import (
     AttentionTile,
     attention_tiles,
+    max_group,
     most_shares,
     select_attention,
 )
@@ -105,6 +106,7 @@ def test_tiles_by_what_a_sequence_has_to_do(name: str) -> None:
         assert select_attention(card, head_dim, 4, 4, packed=False) == decode
         chunk = select_attention(card, head_dim, 4, 500, packed=False)
         assert chunk == attention_tiles(card.arch, head_dim, packed=False)[-1]
-        assert select_attention(card, head_dim, 40, 1, packed=False).block_m == 64
+        most = max_group(card.arch, head_dim)
+        assert select_attention(card, head_dim, most, 1, packed=False).block_m == most
     assert most_shares(card, 8) * 8 >= card.num_sms
     assert most_shares(card, 1024) == 1

@@ -151,8 +151,9 @@ def test_tall_tiles(device: torch.device) -> None:
 def test_columns_go_to_their_places(device: torch.device) -> None:
     made = case(plain(torch.float16), device)
     perm = torch.randperm(6 * 16, generator=torch.Generator().manual_seed(3)).to(device)
-    plainly = run(made, Rule(0.25))
-    assert torch.equal(run(made, Rule(0.25), places=torch.argsort(perm).int()), plainly[:, perm])
+    for tile in (TILE, AttentionTile(64, 32, 4, 2)):
+        plainly = run(made, Rule(0.25), tile=tile)
+        assert torch.equal(run(made, Rule(0.25), tile=tile, places=torch.argsort(perm).int()), plainly[:, perm])
 
 
 @pytest.mark.parametrize("kv_format", BYTES, ids=lambda f: f.name)
