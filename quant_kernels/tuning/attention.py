@@ -51,11 +51,13 @@ def attention_tiles(arch: int, head_dim: int, *, packed: bool) -> tuple[Attentio
     """
     if head_dim > 128:
         return (AttentionTile(16, 32, 4, 3), AttentionTile(32, 32, 4, 2))
-    short = AttentionTile(16, 64, 2, 3)
+    # Two warps do the least besides multiplying, but heads of 80 and 96 need masks, for which they have no registers.
+    has_masks = head_dim & (head_dim - 1) != 0 and not packed
+    short = AttentionTile(16, 64, 4 if has_masks else 2, 3)
     if arch == 90:
         return (short, AttentionTile(64, 64, 4, 3), AttentionTile(128, 64, 8, 3))
-    # The compiler for sm_120 keeps more of a plain tile in registers than four warps have.
-    return (short, AttentionTile(64, 64, 8 if arch == 120 and not packed else 4, 2))
+    # Bytes are half as many registers on their way as floats.
+    return (short, AttentionTile(64, 64, 4 if packed else 8, 2))
 
 
 def max_group(arch: int, head_dim: int) -> int:
