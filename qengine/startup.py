@@ -1,7 +1,8 @@
 """From an EngineConfig to the parts of an engine: everything that happens once, at the start.
 
 Order: check the file's headers, plan memory, load the tokenizer, then the weights, then the KV cache. Invariant: what
-cannot work fails before a weight is read, with a message for the user. It runs no request.
+cannot work fails before a weight is read, with a message for the user; but on a GPU the cache is planned after them,
+from what they leave. It runs no request.
 """
 
 from __future__ import annotations
@@ -106,6 +107,7 @@ def start_on(
     model_config, on_gpu = opened.config, platform.device.type == "cuda"
     kv_format = platform.kv_format(config.cache.kv_cache_dtype)
     platform.check(model_config, config)
+    platform.cap_memory(config)
     # A GPU's cache takes what the weights leave; a CPU's share is known before.
     plan = None if on_gpu else platform.plan(model_config, config, kv_format)
     longest = wanted_length(model_config, config.scheduler.max_model_len) if plan is None else plan.max_model_len

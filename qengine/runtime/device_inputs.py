@@ -193,7 +193,8 @@ class StaticInputs:
 
     def __init__(self, steps: DeviceSteps, num_rows: int, max_blocks: int) -> None:
         """`max_blocks`: of one sequence."""
-        most = num_rows * steps.most_items
+        # Every share beyond a sequence's first takes a slot.
+        most = min(num_rows * steps.most_items, num_rows + NUM_SLOTS)
         lengths = {"token_ids": num_rows, "positions": num_rows, "slots": num_rows}
         for window in steps.windows:
             lengths |= {_count(window): 1, _items(window): most * NUM_FIELDS}

@@ -20,10 +20,11 @@ _GIB = 2**30
 CONTEXT_BYTES = _GIB // 2
 #: What a graph of a whole model takes beside its tensors. Not measured yet: a few hundred nodes of some kilobytes.
 GRAPH_BYTES = 8 * 2**20
-#: A logit in the model's dtype, in float32, and once more while it is edited.
-_LOGIT_BYTES = 2 + 4 + 4
-#: Slices of an expanded weight, and partial sums of the widest linear, which few rows may have in several shares.
-_SCRATCH_BYTES = 192 * 2**20
+#: A logit in the model's dtype, in float32, edited, and as a log-probability that is compared with others.
+_LOGIT_BYTES = 2 + 4 + 4 + 4 + 1
+#: Slices of an expanded weight, partial sums of the widest linear and of attention, cuBLAS's own room, and what torch's
+#: allocator loses in its segments.
+_SCRATCH_BYTES = 384 * 2**20
 #: Batch sizes whose decode steps are recorded as graphs; larger batches, and mixed ones, run eagerly.
 BUCKETS = (1, 2, 4, 8, 16, 24, 32, 48, 64, 96, 128, 192, 256)
 #: Tokens of one step by default, and on cards of at least so many bytes.
@@ -72,9 +73,16 @@ def allowed_bytes(cache: CacheConfig, device: torch.device) -> int:
 
 
 def cap_process(allowed: int, device: torch.device) -> None:
-    """Make torch fail rather than take more, so that a smaller card can be tried on a larger one."""
+    """Make torch fail rather than take more than is allowed beside the driver, so that a smaller card can be tried on a
+    larger one. Holds for the whole process until it is set anew."""
     total = torch.cuda.mem_get_info(device)[1]
-    torch.cuda.set_per_process_memory_fraction(min(1.0, allowed / total), device)
+    torch.cuda.set_per_process_memory_fraction(min(1.0, max(1, allowed - CONTEXT_BYTES) / total), device)
+
+
+def taken_bytes(device: torch.device) -> int:
+    """What torch holds of the card, after it has given back what it does not need."""
+    torch.cuda.empty_cache()
+    return torch.cuda.memory_reserved(device)
 
 
 def default_batched_tokens(device: torch.device) -> int:
@@ -108,4 +116,5 @@ def buckets(max_num_seqs: int) -> tuple[int, ...]:
 def step_bytes(model: ModelConfig, rows: int) -> int:
     """Bytes of 16-bit activations alive at once, at most, in a step of `rows` tokens; partial sums not counted."""
     attention = (2 * model.num_heads + 2 * model.num_kv_heads) * model.head_dim
-    return 2 * rows * (3 * model.hidden_size + max(attention, 3 * model.intermediate_size))
+    # The residual, two norms, and what attention and the layer before left live on while gate, up and product are made.
+    return 2 * rows * (5 * model.hidden_size + max(attention, 3 * model.intermediate_size))

@@ -52,20 +52,20 @@ class CudaRecording:
 
 
 class CudaRecorder:
-    """Captures CUDA graphs into one shared pool."""
+    """Captures CUDA graphs into one shared pool, all on one stream: cuBLAS keeps memory for each that it sees."""
 
     def __init__(self) -> None:
         self._pool: Any = torch.cuda.graph_pool_handle()
+        self._stream = torch.cuda.Stream()  # type: ignore[no-untyped-call]
 
     def record(self, work: Callable[[], torch.Tensor]) -> CudaRecording:
-        # Compiling kernels and setting up cuBLAS is not allowed while capturing; capturing wants a stream of its own.
-        stream = torch.cuda.Stream()  # type: ignore[no-untyped-call]
-        stream.wait_stream(torch.cuda.current_stream())
-        with torch.cuda.stream(stream):
+        # Compiling kernels and setting up cuBLAS is not allowed while capturing.
+        self._stream.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(self._stream):
             work()
-        torch.cuda.current_stream().wait_stream(stream)
+        torch.cuda.current_stream().wait_stream(self._stream)
         graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph, pool=self._pool):
+        with torch.cuda.graph(graph, pool=self._pool, stream=self._stream):
             output = work()
         return CudaRecording(graph, output)
 
@@ -83,11 +83,7 @@ class DecodeGraphs:
         self._recorder = recorder
         self._max_blocks = max_blocks
         self._buckets = buckets(max_num_seqs)
-        self._recorded: dict[int, tuple[StaticInputs, Recording]] = {}
-
-    @property
-    def num_recorded(self) -> int:
-        return len(self._recorded)
+        self._recorded: dict[int, tuple[StaticInputs, Recording] | None] = {}
 
     def try_run(self, entries: Sequence[BatchEntry]) -> torch.Tensor | None:
         """Hidden states [len(entries), hidden] of a step with one token per sequence; None if it has no graph.
@@ -100,8 +96,11 @@ class DecodeGraphs:
         if bucket is None:
             return None
         if bucket not in self._recorded:
-            self._recorded[bucket] = self._record(bucket, entries)
-        static, recording = self._recorded[bucket]
+            self._recorded[bucket] = self._try_record(bucket, entries)
+        recorded = self._recorded[bucket]
+        if recorded is None:
+            return None
+        static, recording = recorded
         static.load(entries)
         recording.replay()
         return recording.output[: len(entries)]
@@ -109,6 +108,14 @@ class DecodeGraphs:
     def foresee(self, entries: Sequence[BatchEntry]) -> None:
         """Prepare the step after this one, which has been queued; costs the device no time."""
         self._steps.foresee(entries)
+
+    def _try_record(self, bucket: int, entries: Sequence[BatchEntry]) -> tuple[StaticInputs, Recording] | None:
+        """A bucket's recording; None if the device refuses it, which costs speed and nothing else."""
+        try:
+            return self._record(bucket, entries)
+        except RuntimeError as error:
+            logger.warning("steps of up to %d sequences run without a CUDA graph: %s", bucket, error)
+            return None
 
     def _record(self, bucket: int, entries: Sequence[BatchEntry]) -> tuple[StaticInputs, Recording]:
         """Record a bucket on a real step: what it stores is stored again, the same, when the step is replayed."""

@@ -94,6 +94,15 @@ class Platform:
                 f"up to {most} heads of up to {HEAD_DIMS[-1]}; use --device cpu"
             )
 
+    def cap_memory(self, config: EngineConfig) -> None:
+        """Before weights are loaded: hold torch to what the user allows of a GPU.
+
+        Raises:
+            ConfigError: if that is more than the card has.
+        """
+        if self.device.type == "cuda":
+            gpu_memory.cap_process(gpu_memory.allowed_bytes(config.cache, self.device), self.device)
+
     def plan(self, model: ModelConfig, config: EngineConfig, kv_format: KVFormat) -> MemoryPlan:
         """Context length and number of blocks; on a GPU with the weights in their place.
 
@@ -103,18 +112,23 @@ class Platform:
         per_token = model.num_layers * kv_format.bytes_per_token(model.num_kv_heads, model.head_dim)
         if self.device.type != "cuda":
             return plan_memory(model, config, kv_bytes_per_token=per_token, free_bytes=available_memory())
+        taken = gpu_memory.taken_bytes(self.device)
         allowed = gpu_memory.allowed_bytes(config.cache, self.device)
-        gpu_memory.cap_process(allowed, self.device)
         batched = config.scheduler.max_num_batched_tokens or gpu_memory.default_batched_tokens(self.device)
         budget = gpu_memory.plan_gpu(
             model,
             allowed,
-            torch.cuda.memory_allocated(self.device),
+            taken,
             batched_tokens=batched,
             max_num_seqs=config.scheduler.max_num_seqs,
             with_graphs=self.recorder is not None,
         )
         logger.info("memory of %s: %s", torch.cuda.get_device_name(self.device), budget.text)
+        if not budget.kv_cache:
+            raise ConfigError(
+                f"nothing is left for the KV cache: {budget.text}; lower --max-num-batched-tokens or --max-num-seqs, "
+                "allow more memory, or take a smaller model"
+            )
         return plan_memory(
             model,
             config,

@@ -1,9 +1,10 @@
 """ModelRunner: one engine step on one device, from a Batch to sampled tokens.
 
-`begin` queues a step and `finish` waits for its tokens; on a GPU nothing in between waits for the device, so the host
-is free while it works. Invariant: only rows that are sampled, or a few at a time for prompt log-probabilities, get
-logits, so a step's memory does not grow with the vocabulary times the chunk. A sequence whose logits are not finite
-fails alone: its bad blocks are zeroed and the others are unaffected. It does not schedule and does not stop sequences.
+`begin` queues a step and `finish` waits for its tokens; on a GPU nothing in between waits for the device (but prompt
+log-probabilities, where they are asked for), so the host is free while it works. Invariant: only rows that are sampled,
+or a few at a time for prompt log-probabilities, get logits, so a step's memory does not grow with the vocabulary times
+the chunk. A sequence whose logits are not finite fails alone: its bad blocks are zeroed and the others are unaffected.
+It does not schedule and does not stop sequences.
 """
 
 from __future__ import annotations

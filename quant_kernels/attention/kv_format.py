@@ -178,8 +178,9 @@ def encode(x: torch.Tensor, kv_format: KVFormat) -> tuple[torch.Tensor, torch.Te
 
 
 def _rounded_up(x: torch.Tensor) -> torch.Tensor:
-    """Numbers that are not negative, as the next bfloat16."""
-    return ((x.contiguous().view(torch.int32) + 0xFFFF) >> 16).to(torch.int16).view(torch.bfloat16)
+    """Numbers that are not negative, as the next bfloat16; NaN for what is not finite."""
+    rounded = ((x.contiguous().view(torch.int32) + 0xFFFF) >> 16).to(torch.int16).view(torch.bfloat16)
+    return torch.where(x.isfinite(), rounded, torch.nan)
 
 
 def decode(codes: torch.Tensor, kv_format: KVFormat, dtype: torch.dtype) -> torch.Tensor:

@@ -117,12 +117,13 @@ def _to_float8(x, LARGEST: tl.constexpr, MANTISSA: tl.constexpr, BIAS: tl.conste
 
 @triton.jit
 def scale_of(largest, KIND: tl.constexpr):
-    """The scale of numbers up to `largest` (float32) as the bits of a bfloat16, rounded up."""
+    """The scale of numbers up to `largest` (float32) as the bits of a bfloat16, rounded up; NaN stays NaN."""
     if KIND == INT8:
         quotient = largest / 127.0
     else:
         quotient = largest / E4M3_MAX
-    return (tl.maximum(quotient, MIN_SCALE).to(tl.int32, bitcast=True) + 0xFFFF) >> 16
+    bits = (tl.where(quotient < MIN_SCALE, MIN_SCALE, quotient).to(tl.int32, bitcast=True) + 0xFFFF) >> 16
+    return tl.where(quotient == quotient, bits, 0x7FC0)
 
 
 @triton.jit

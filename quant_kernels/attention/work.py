@@ -11,8 +11,9 @@ whole card busy. An item is one share of one tile, in int32::
     slot       where the tile's partial results begin
     share, shares    which one this is, of how many; a single share writes the result itself
 
-Invariant: how a tile is cut depends on its own sequence alone, so a row's result has the same bits in any company; only
-when partial results would outgrow their memory is everybody cut less. Works on the host with numpy.
+Invariant: how a tile is cut depends on its own sequence alone, so with one kind of tile a row's result has the same
+bits in any company; only when partial results would outgrow their memory is everybody cut less. Works on the host with
+numpy.
 """
 
 from __future__ import annotations

@@ -53,8 +53,8 @@ class TritonOps:
         eps: float,
         places: torch.Tensor | None,
     ) -> torch.Tensor:
-        nothing = residual.new_empty(0, *residual.shape)
-        return add_rms_norm(nothing if sums is None else sums, residual, weight, eps, places)
+        sums = residual.new_empty(0, *residual.shape) if sums is None else sums
+        return add_rms_norm(sums, residual, weight, eps, places)
 
     def silu_mul(self, sums: torch.Tensor, dtype: torch.dtype, places: torch.Tensor | None) -> torch.Tensor:
         return silu_mul(sums, dtype, places)

@@ -57,7 +57,7 @@ def test_the_emulator_would_notice(kv_format: KVFormat) -> None:
 
 @triton.jit
 def twin_kernel(words_ptr, low_ptr, high_ptr, KIND: tl.constexpr, BLOCK: tl.constexpr):  # type: ignore[no-untyped-def]
-    places = tl.arange(0, BLOCK)
+    places = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
     low, high = words.unpack(tl.load(words_ptr + places), KIND, tl.float16, False)
     tl.store(low_ptr + places, low)
     tl.store(high_ptr + places, high)
@@ -65,7 +65,7 @@ def twin_kernel(words_ptr, low_ptr, high_ptr, KIND: tl.constexpr, BLOCK: tl.cons
 
 @triton.jit
 def pack_kernel(x_ptr, out_ptr, KIND: tl.constexpr, BLOCK: tl.constexpr):  # type: ignore[no-untyped-def]
-    places = tl.arange(0, BLOCK)
+    places = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
     tl.store(out_ptr + places, words.pack_byte(tl.load(x_ptr + places), KIND).to(tl.uint8))
 
 
@@ -73,7 +73,7 @@ def pack_kernel(x_ptr, out_ptr, KIND: tl.constexpr, BLOCK: tl.constexpr):  # typ
 def test_twin(kv_format: KVFormat, device: torch.device) -> None:
     stored = torch.from_numpy(LOW.astype(np.uint16).view(np.int16)).to(device)
     low, high = (torch.empty(len(LOW), dtype=torch.float16, device=device) for _ in range(2))
-    twin_kernel[(1,)](stored, low, high, KIND=int(kv_format.kind), BLOCK=len(LOW))
+    twin_kernel[(len(LOW) // 4096,)](stored, low, high, KIND=int(kv_format.kind), BLOCK=4096)
     assert agree(low.cpu(), numbers(LOW & 0xFF, kv_format))
     assert agree(high.cpu(), numbers(LOW >> 8, kv_format))
 
@@ -86,7 +86,7 @@ def test_rounding_to_bytes_is_torchs(kv_format: KVFormat, device: torch.device) 
     halves = torch.cat([halves, halves.nextafter(torch.tensor(1e9)), halves.nextafter(torch.tensor(-1e9))])
     x = torch.nn.functional.pad(halves, (0, triton.next_power_of_2(len(halves)) - len(halves))).to(device)
     out = torch.empty(len(x), dtype=torch.uint8, device=device)
-    pack_kernel[(1,)](x, out, KIND=int(kv_format.kind), BLOCK=len(x))
+    pack_kernel[(len(x) // 4096,)](x, out, KIND=int(kv_format.kind), BLOCK=4096)
     if kv_format is FP8_E5M2:
         expected, _ = encode(x.cpu(), kv_format)
     else:

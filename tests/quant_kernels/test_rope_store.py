@@ -51,9 +51,8 @@ def both(
 
     shape = Heads(num_heads, kv_heads, head_dim, norms=None if weights is None else weights.float(), norm_eps=1e-5)
     angles = (t[positions.long()].unsqueeze(1) for t in (cos, sin))
-    inputs = TorchInputs(slots.long().clamp_min(0), *angles, segments=())
     kept = x.float()[:, :-1]
-    inputs = TorchInputs(slots[:-1].long(), inputs.cos[:-1], inputs.sin[:-1], ())
+    inputs = TorchInputs(slots[:-1].long(), *(angle[:-1] for angle in angles), segments=())
     expected = TorchOps().store(kept, torch.float32, shape, caches[1], inputs)
     return (query, caches[0]), (expected, caches[1])
 
@@ -114,3 +113,21 @@ def test_queries_are_rounded_once(dtype: torch.dtype, device: torch.device) -> N
     (query, _), (wanted, _) = both(plain(dtype), device, dtype=dtype)
     assert query.dtype == dtype
     assert bool(((query[:-1].float() - wanted).abs() <= wanted.abs() * torch.finfo(dtype).eps / 2 + 1e-6).all())
+
+
+@pytest.mark.parametrize("kv_format", [INT8, FP8_E4M3], ids=lambda f: f.name)
+@pytest.mark.parametrize("bad", [torch.nan, torch.inf])
+def test_what_is_not_finite_shows_by_its_scale(kv_format: KVFormat, bad: float, device: torch.device) -> None:
+    """On both paths: a number that is none must not become a wrong one in silence."""
+    x = torch.ones(1, 1, (2 + 2 * 2) * 16)
+    x[..., 2 * 16 + 3] = bad
+    x[..., 4 * 16 + 9] = bad
+    cos, sin = tables(16, device)
+    place = torch.zeros(1, dtype=torch.int32, device=device)
+    mine, theirs = (make_cache(kv_format, 1, 16, 2, 16, device) for _ in range(2))
+    rope_store(x.to(device), 2, mine, Placement(place, place, cos, sin), torch.float32)
+    inputs = TorchInputs(place.long(), cos[:1].unsqueeze(1), sin[:1].unsqueeze(1), segments=())
+    TorchOps().store(x.to(device), torch.float32, Heads(2, 2, 16), theirs, inputs)
+    for cache in (mine, theirs):
+        assert cache.scales is not None
+        assert cache.scales[0, :, 0].isfinite().tolist() == [[False, False], [True, True]]

@@ -12,13 +12,20 @@ from typing import Any
 import numpy as np
 import torch
 
+_ALIGNMENT = 16
+
 
 def to_device(arrays: Sequence[np.ndarray[Any, Any]], device: torch.device) -> list[torch.Tensor]:
-    """One-dimensional arrays of one dtype as tensors on the device, moved in a single copy."""
-    joined = torch.from_numpy(np.concatenate(arrays))
+    """One-dimensional arrays of one dtype as tensors on the device, moved in a single copy.
+
+    Each begins at a multiple of 16 bytes, which is what kernels are compiled for.
+    """
+    padded = [np.pad(array, (0, -len(array) % (_ALIGNMENT // array.itemsize))) for array in arrays]
+    joined = torch.from_numpy(np.concatenate(padded))
     if device.type == "cuda":
         joined = joined.pin_memory()
-    return list(torch.split(joined.to(device, non_blocking=True), [len(array) for array in arrays]))
+    parts = torch.split(joined.to(device, non_blocking=True), [len(array) for array in padded])
+    return [part[: len(array)] for part, array in zip(parts, arrays, strict=True)]
 
 
 def to_host(tensor: torch.Tensor) -> torch.Tensor:
