@@ -85,6 +85,11 @@ class DecodeGraphs:
         self._buckets = buckets(max_num_seqs)
         self._recorded: dict[int, tuple[StaticInputs, Recording] | None] = {}
 
+    @property
+    def num_recorded(self) -> int:
+        """Buckets that have been recorded."""
+        return sum(recorded is not None for recorded in self._recorded.values())
+
     def try_run(self, entries: Sequence[BatchEntry]) -> torch.Tensor | None:
         """Hidden states [len(entries), hidden] of a step with one token per sequence; None if it has no graph.
 
