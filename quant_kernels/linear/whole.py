@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
+
 import torch
 
 
-class WholeLinear:
+class WholeLinear(ABC):
     """The parts of `PreparedLinear` that need no kernel of ours."""
 
     places: torch.Tensor | None = None
 
+    @abstractmethod
     def __call__(self, x: torch.Tensor) -> torch.Tensor:
-        raise NotImplementedError
+        """x [M, K] to [M, N]."""
 
     def partial_sums(self, x: torch.Tensor) -> torch.Tensor:
         """x [M, K] to [1, M, N]."""
