@@ -24,11 +24,11 @@ from converters.detect import GPTQ_BITS, ModuleScheme, QuantizationScheme
 from converters.errors import CheckpointError
 from converters.files import shown
 from converters.formats.base import FLOAT_DTYPES, check_bias, check_tensor, read_bias, read_scales
-from converters.formats.bitfields import add_one_to_words, gather_rows, unpack_columns, widen_rows
+from converters.formats.bitfields import add_one_to_words, unpack_columns, widen_rows
 from converters.report import Notices, Report, shape_text
 from converters.source import LinearSlot
 from quant_kernels.packed_weight import CODES_PER_WORD, DenseWeight, PackedWeight
-from quant_kernels.packing import unpack_codes
+from quant_kernels.packing import gather_rows, unpack_codes
 
 _USUAL_GROUP_SIZES = (16, 32, 64, 128, 256, 512, 1024)
 #: Word rows looked at when the zero-point convention is cross-checked.
