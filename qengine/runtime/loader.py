@@ -90,7 +90,7 @@ def open_model(load: LoadConfig) -> OpenedModel:
 
 def _open_source(location: ModelLocation, load: LoadConfig) -> WeightSource:
     if load.load_format == "dummy":
-        return DummySource.open(location.path, load.quantization, load.seed)
+        return DummySource.open(location.path, load.quantization, load.seed, bits=load.bits, group_size=load.group_size)
     return open_checkpoint(location.path, load.quantization)
 
 
