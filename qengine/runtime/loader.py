@@ -26,8 +26,8 @@ from qengine.config import LoadConfig, ModelConfig
 from qengine.errors import ConfigError, LoadError, RequestError
 from qengine.layers.linear import Weight
 from qengine.models.decoder import Decoder, Materials, build
-from qengine.models.shapes import HEAD, LinearShape, TensorShape, slots
 from qengine.models.registry import find_spec
+from qengine.models.shapes import HEAD, LinearShape, TensorShape, slots
 from qengine.models.spec import read_model_config, read_token_ids
 from qengine.request import SamplingParams
 from qengine.runtime.locate import ModelLocation, locate_model
@@ -91,7 +91,7 @@ def open_model(load: LoadConfig) -> OpenedModel:
 
 def _open_source(location: ModelLocation, load: LoadConfig) -> WeightSource:
     if load.load_format == "dummy":
-        return DummySource.open(location.path, load.quantization, load.seed)
+        return DummySource.open(location.path, load.quantization, load.seed, bits=load.bits, group_size=load.group_size)
     return open_checkpoint(location.path, load.quantization)
 
 
