@@ -121,7 +121,7 @@ def start_on(
     runner = platform.make_runner(model_config, model, cache, plan, config.scheduler.max_num_seqs)
     watch.lap("kv cache")
     _log_kernels(model.linears())
-    weight_bytes = sum(linear.num_bytes for linear in model.linears()) + model.embedding.num_bytes
+    weight_bytes = model.num_bytes
     info = _info(config, opened, plan, platform.target, weight_bytes)
     eos_token_ids = opened.eos_token_ids | tokenizer.eos_token_ids
     return EngineParts(
