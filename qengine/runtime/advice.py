@@ -145,8 +145,8 @@ def _more_of_the_card(case: _Case) -> Iterator[_Case]:
 
 def _four_bit_head(case: _Case) -> Iterator[_Case]:
     """A checkpoint whose head is quantized too; one that the embedding lends would need memory of its own."""
-    head = next(linear for linear in case.model.linears if linear.role == HEAD)
-    if head.parts[0].bits is None and not case.model.tied:
+    is_plain = any(linear.role == HEAD and linear.parts[0].bits is None for linear in case.model.linears)
+    if is_plain and not case.model.tied:
         yield case.then("a checkpoint with a 4-bit lm_head", model=_with(case.model, HEAD, bits=4, group=_USUAL_GROUP))
 
 
