@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import json
 import shutil
-from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Any
 
 from qengine.commands.settings import PlanSettings
@@ -22,24 +22,56 @@ from qengine.runtime.plan_table import WIDTH, plan_text
 from qengine.runtime.planner import Card, Machine, MemoryPlan, check_gpu, compute_dtype, make_plan
 
 _DOES_NOT_FIT = 1
+_CARD_FIGURES = (
+    "total_bytes",
+    "weight_bytes",
+    "step_buffer_bytes",
+    "graph_bytes",
+    "reserve_bytes",
+    "kv_bytes",
+    "kv_bytes_per_token",
+    "num_blocks",
+    "free_bytes",
+)
 _LEAST_WIDTH, _MOST_WIDTH = 40, 120
+
+
+@dataclass(frozen=True, slots=True)
+class Planned:
+    """What was asked, what it was planned for, and what came of it."""
+
+    settings: PlanSettings
+    model: ModelFacts
+    machine: Machine
+    plan: MemoryPlan
+    advice: tuple[str, ...]
 
 
 def run(settings: PlanSettings) -> int:
     """Returns the exit code. Raises ConfigError or LoadError."""
+    found = plan_model(settings)
+    if settings.as_json:
+        print(json.dumps(as_json(found), indent=1))
+    else:
+        width = min(max(_LEAST_WIDTH, shutil.get_terminal_size((WIDTH, 40)).columns), _MOST_WIDTH)
+        print(plan_text(found.model, settings.engine, found.machine, found.plan, found.advice, width))
+    return 0 if found.plan.fits else _DOES_NOT_FIT
+
+
+def plan_model(settings: PlanSettings) -> Planned:
+    """Read the model's headers and plan it.
+
+    Raises:
+        ConfigError: if the request contradicts the model or the cards.
+        LoadError: if the model cannot be loaded, as far as headers tell.
+    """
     opened = open_model_headers(settings.engine.load)
     machine = _machine(settings, opened.config.torch_dtype)
     model = ModelFacts.of(opened)
     if machine.is_gpu:
         check_gpu(model.config, settings.engine)
     plan = make_plan(model, settings.engine, machine)
-    advice = advise(model, settings.engine, machine, plan)
-    if settings.as_json:
-        print(json.dumps(as_json(model, settings, machine, plan, advice), indent=1))
-    else:
-        width = min(max(_LEAST_WIDTH, shutil.get_terminal_size((WIDTH, 40)).columns), _MOST_WIDTH)
-        print(plan_text(model, settings.engine, machine, plan, advice, width))
-    return 0 if plan.fits else _DOES_NOT_FIT
+    return Planned(settings, model, machine, plan, advise(model, settings.engine, machine, plan))
 
 
 def _machine(settings: PlanSettings, stored_dtype: str | None) -> Machine:
@@ -72,31 +104,16 @@ def _named_cards(settings: PlanSettings) -> tuple[Card, ...] | None:
     return found[:ranks]
 
 
-def as_json(
-    model: ModelFacts, settings: PlanSettings, machine: Machine, plan: MemoryPlan, advice: Sequence[str]
-) -> dict[str, Any]:
+def as_json(found: Planned) -> dict[str, Any]:
     """All figures in bytes and tokens; `max_model_len` of a plan that does not fit is the longest that would, or 0."""
-    cache = settings.engine.cache.kv_cache_dtype
+    model, machine, plan = found.model, found.machine, found.plan
+    cache = found.settings.engine.cache.kv_cache_dtype
     return {
         "fits": plan.fits,
         "max_model_len": plan.max_model_len,
         "max_concurrency": plan.max_concurrency,
-        "cards": [
-            {
-                "name": card.name,
-                "total_bytes": card.total_bytes,
-                "weight_bytes": card.weight_bytes,
-                "step_buffer_bytes": card.step_buffer_bytes,
-                "graph_bytes": card.graph_bytes,
-                "reserve_bytes": card.reserve_bytes,
-                "kv_bytes": card.kv_bytes,
-                "kv_bytes_per_token": card.kv_bytes_per_token,
-                "num_blocks": card.num_blocks,
-                "free_bytes": card.free_bytes,
-            }
-            for card in plan.cards
-        ],
-        "advice": list(advice),
+        "cards": [{"name": card.name} | {name: getattr(card, name) for name in _CARD_FIGURES} for card in plan.cards],
+        "advice": list(found.advice),
         "model": model.name,
         "quantization": model.quantization,
         "bits": model.bits,

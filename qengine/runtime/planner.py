@@ -59,16 +59,19 @@ class Machine:
         kernels: "gpu", or "cpu" with the computer's memory as the only card.
         dtype: compute dtype.
         has_graphs: decode steps are recorded.
+        is_interpreted: a GPU's kernels run in Triton's interpreter, in the computer's memory.
     """
 
     kernels: Kernels
     cards: tuple[Card, ...]
     dtype: str
     has_graphs: bool = True
+    is_interpreted: bool = False
 
     @property
     def is_gpu(self) -> bool:
-        return self.kernels == "gpu"
+        """Whether the memory is a card's own."""
+        return self.kernels == "gpu" and not self.is_interpreted
 
 
 @dataclass(frozen=True, slots=True)

@@ -104,7 +104,13 @@ class Platform:
         is_cuda = self.device.type == "cuda"
         card = gpu_memory.card_of(self.device) if is_cuda else Card(CPU, available_memory())
         dtype = str(self.target.dtype).removeprefix("torch.")
-        return Machine(kernels, (card,), dtype, has_graphs=self.recorder is not None)
+        return Machine(
+            kernels,
+            (card,),
+            dtype,
+            has_graphs=self.recorder is not None,
+            is_interpreted=kernels == "gpu" and not is_cuda,
+        )
 
     def plan(self, opened: OpenedHeaders, config: EngineConfig, *, measured_weights: int | None = None) -> MemoryPlan:
         """Where all bytes go, from headers alone; holds torch to what the user allows of a GPU.
