@@ -43,9 +43,7 @@ class Group(Protocol):
     def recv(self, tensors: list[torch.Tensor], source: int, tag: int) -> Work: ...
 
 
-def connect(
-    backend: Literal["gloo", "nccl"], store: Store, rank: int, size: int, limit_s: float
-) -> DistTransport:
+def connect(backend: Literal["gloo", "nccl"], store: Store, rank: int, size: int, limit_s: float) -> DistTransport:
     """Meet the other ranks at a store that all of them share, which may have no other group's keys in it.
 
     Args:
