@@ -46,7 +46,7 @@ WEB = {"fastapi", "starlette", "uvicorn", "pydantic", "httpx", "prometheus_clien
 #: The same inside quant_kernels/: what describes a weight, what chooses, what computes, what watches.
 KERNEL_FLOORS: tuple[tuple[str, ...], ...] = (
     ("footprint", "packed_weight", "scheme", "late", "launching"),
-    ("packing", "tuning", "tolerance"),
+    ("packing", "sharding", "tuning", "tolerance"),
     ("reference", "elementwise", "attention", "sampling"),
     ("ops",),
     ("linear",),

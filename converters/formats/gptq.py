@@ -20,13 +20,13 @@ from converters.detect import QuantizationScheme
 from converters.errors import CheckpointError
 from converters.files import shown
 from converters.formats.base import read_bias, read_scales
-from converters.formats.bitfields import add_one_to_words, gather_rows, unpack_columns, widen_rows
+from converters.formats.bitfields import add_one_to_words, unpack_columns, widen_rows
 from converters.formats.gptq_headers import GPTQHeaders, Layout
 from converters.report import Notices
 from converters.source import LinearSlot
 from converters.tensors import ReadableCheckpoint
 from quant_kernels.packed_weight import CODES_PER_WORD, DenseWeight, PackedWeight
-from quant_kernels.packing import unpack_codes
+from quant_kernels.packing import gather_rows, unpack_codes
 
 #: Word rows looked at when the zero-point convention is cross-checked.
 _SAMPLED_WORDS = 16

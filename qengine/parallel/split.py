@@ -44,13 +44,20 @@ class RankShape:
     intermediate: range
     vocab: range
 
-    def local(self, config: ModelConfig) -> ModelConfig:
-        """The config of a model that has only this rank's heads and intermediate columns; the vocabulary is whole."""
+    def local(self, config: ModelConfig, layers: range | None = None) -> ModelConfig:
+        """The config of a model that has only this rank's heads and intermediate columns; the vocabulary is whole.
+
+        Args:
+            layers: of this rank's stage; None for all. The model that is described counts its own from 0.
+        """
+        layers = range(config.num_layers) if layers is None else layers
         return replace(
             config,
+            num_layers=len(layers),
             num_heads=len(self.query_heads),
             num_kv_heads=len(self.kv_heads),
             intermediate_size=len(self.intermediate),
+            windows=config.windows[layers.start : layers.stop],
         )
 
 
@@ -106,14 +113,6 @@ def stage_layers(num_layers: int, num_stages: int, weights: Sequence[float] | No
             f"least one; use at most {num_layers}"
         )
     return _ranges(share_out(num_layers, loads), num_layers)
-
-
-def regrouped(group_size: int, first_input: int) -> int:
-    """The largest group that divides `group_size` and starts at `first_input`: a cut group's parts are such groups.
-
-    The rows of scales and zero points are repeated for them, so nothing is rounded.
-    """
-    return math.gcd(group_size, first_input)
 
 
 def share_out(num_units: int, weights: Sequence[float]) -> list[int]:
