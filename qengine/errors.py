@@ -15,6 +15,20 @@ class ConfigError(QEngineError, ValueError):
     """An option is unknown, malformed, or contradicts another one or the model."""
 
 
+class DoesNotFitError(ConfigError):
+    """A model, as it was asked for, needs more memory than there is.
+
+    Attributes:
+        summary: what is missing, in one line.
+        table: where the memory would go, and what would help; several lines.
+    """
+
+    def __init__(self, summary: str, table: str) -> None:
+        super().__init__(f"{summary}\n{table}")
+        self.summary = summary
+        self.table = table
+
+
 class LoadError(QEngineError):
     """A model cannot be loaded: not found, broken, unsupported, or too large for the memory given."""
 
@@ -35,3 +49,15 @@ class RequestError(QEngineError, ValueError):
 
 class EngineDeadError(QEngineError):
     """The engine stopped after an internal failure and answers no more requests."""
+
+
+class TransportError(QEngineError):
+    """Ranks cannot hand each other tensors any more: one is stalled, has ended, or has made another call.
+
+    Attributes:
+        rank: the rank that is to blame as far as this one can tell, or None.
+    """
+
+    def __init__(self, message: str, *, rank: int | None = None) -> None:
+        super().__init__(message)
+        self.rank = rank
