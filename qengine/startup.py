@@ -22,6 +22,7 @@ from qengine.runtime.kv_cache import KVCache
 from qengine.runtime.loader import OpenedModel, load_decoder, open_model
 from qengine.runtime.planner import MemoryPlan, size_text
 from qengine.runtime.platform import Platform, choose_device, choose_dtype
+from qengine.runtime.warm_up import run_worst_step
 from qengine.scheduling.block_pool import BlockPool
 from qengine.scheduling.scheduler import Scheduler, SchedulerLimits
 from qengine.tokenizer import IdsOnlyTokenizer, Tokenizer, has_tokenizer, load_tokenizer, tokenizer_from_gguf
@@ -116,6 +117,10 @@ def start_on(
     cache = KVCache(model_config, plan.num_blocks, plan.block_size, kv_format, platform.device)
     runner = platform.make_runner(model_config, model, cache, plan, config.scheduler.max_num_seqs)
     watch.lap("kv cache")
+    if platform.device.type == "cuda":
+        # A CPU has no allocator that would keep the memory, and would take seconds.
+        run_worst_step(runner, plan)
+        watch.lap("warm-up")
     _log_kernels(model.linears())
     info = _info(config, opened, plan, platform.target, model.num_bytes)
     eos_token_ids = opened.eos_token_ids | tokenizer.eos_token_ids
