@@ -1,0 +1,135 @@
+"""`python -m qengine.runtime.rank`: one rank of a model, as a process that an engine has started.
+
+It takes orders from a socket that it inherits, one after the other, and lives as long as the engine. Invariant: each
+order is answered, or the answer is `Failed` with the reason, after which nothing more is done; the command line holds
+numbers only. Who started it decides everything: it reads no flags.
+"""
+
+from __future__ import annotations
+
+import logging
+import signal
+import socket
+import sys
+import traceback
+from collections.abc import Sequence
+
+from qengine.errors import ConfigError, LoadError
+from qengine.logs import set_up_logging
+from qengine.runtime.channel import Channel, ChannelClosedError, ProtocolError
+from qengine.runtime.loader import open_model
+from qengine.runtime.messages import (
+    Allocate,
+    Check,
+    Clear,
+    Done,
+    Failed,
+    Loaded,
+    Order,
+    Report,
+    Start,
+    Step,
+    Stop,
+    decode_order,
+    encode,
+)
+from qengine.runtime.parent_death import die_with
+from qengine.runtime.platform import Platform, choose_device, choose_dtype
+from qengine.runtime.step_messages import StepReader, write_result
+from qengine.runtime.worker import Worker
+
+logger = logging.getLogger(__name__)
+
+
+def main(argv: Sequence[str]) -> int:
+    """Serve the engine with process id argv[1] over the socket argv[0]. Returns the exit code."""
+    # Ctrl-C in a terminal is for the engine, which then stops its ranks.
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    descriptor, parent_pid = (int(word) for word in argv)
+    channel = Channel(socket.socket(fileno=descriptor))
+    die_with(parent_pid, channel)
+    try:
+        _serve(channel)
+    except ChannelClosedError:
+        return 0
+    except Exception as error:  # noqa: BLE001 - whatever it was, the engine must hear of it
+        _report_failure(channel, error)
+        return 1
+    return 0
+
+
+def _serve(channel: Channel) -> None:
+    """Follow orders until `Stop`."""
+    start = _expect_start(channel)
+    set_up_logging(start.log_level)
+    worker = _start(start)
+    try:
+        worker.load(show_progress=start.show_progress)
+        if start.rank == 0:
+            worker.log_kernels()
+        _send(channel, Loaded(worker.plan(), worker.weight_bytes))
+        reader = StepReader()
+        while not isinstance(order := decode_order(channel.receive()), Stop):
+            report = _follow(order, worker, reader, answers=start.rank == 0)
+            if report is not None:
+                _send(channel, report)
+    finally:
+        worker.shutdown()
+
+
+def _expect_start(channel: Channel) -> Start:
+    order = decode_order(channel.receive())
+    if not isinstance(order, Start):
+        raise ProtocolError(f"the first message is {type(order).__name__}, expected Start")
+    return order
+
+
+def _start(start: Start) -> Worker:
+    config = start.config
+    device = choose_device(config.load.device)
+    opened = open_model(config.load)
+    dtype = choose_dtype(config.load.dtype, device, opened.config.torch_dtype)
+    return Worker(Platform.of(device, dtype, enforce_eager=config.enforce_eager), config, opened)
+
+
+def _follow(order: Order, worker: Worker, reader: StepReader, *, answers: bool) -> Report | None:
+    """Do what an order says. Returns the answer if there is one."""
+    if isinstance(order, Step):
+        batch = reader.read(order)
+        result = worker.step(batch)
+        return write_result(batch, result) if answers else None
+    if isinstance(order, Clear):
+        worker.clear_not_finite(order.block_ids)
+        return None
+    if isinstance(order, Allocate):
+        worker.allocate(order.plan)
+    elif isinstance(order, Check):
+        worker.check()
+    else:
+        raise ProtocolError(f"unexpected message {type(order).__name__}")
+    return Done()
+
+
+def _send(channel: Channel, report: Report) -> None:
+    channel.send(encode(report))
+
+
+def _report_failure(channel: Channel, error: Exception) -> None:
+    """Say why, and wait for the end: the engine decides what becomes of the ranks."""
+    if isinstance(error, ConfigError):
+        failed = Failed("config", str(error))
+    elif isinstance(error, LoadError):
+        failed = Failed("load", str(error))
+    else:
+        logger.error("%s", "".join(traceback.format_exception(error)).rstrip())
+        failed = Failed("internal", f"{type(error).__name__}: {error}")
+    try:
+        _send(channel, failed)
+        while True:
+            channel.receive()
+    except ChannelClosedError:
+        return
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))

@@ -1,0 +1,122 @@
+"""Worker: all that one rank of a model does, whether it is the only one, in this process, or one of several.
+
+    worker = Worker(platform, config, opened)
+    worker.load(); worker.allocate(worker.plan())       # once
+    worker.step(batch)                                  # again and again
+    worker.shutdown()
+
+Invariant: the ranks of a model make the same calls in the same order. What the device cannot do is refused before
+weights are read. It knows neither how it is called from elsewhere nor what becomes of its answers.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Sequence
+
+from qengine.config import EngineConfig
+from qengine.errors import EngineDeadError
+from qengine.models.decoder import Decoder
+from qengine.runtime.inspection import summarize_loaded
+from qengine.runtime.kv_cache import KVCache
+from qengine.runtime.loader import OpenedModel, load_decoder
+from qengine.runtime.planner import MemoryPlan, wanted_length
+from qengine.runtime.platform import Platform
+from qengine.runtime.runner import ModelRunner, PendingStep
+from qengine.scheduling.batch import Batch, StepResult
+
+logger = logging.getLogger(__name__)
+
+
+class Worker:
+    """One rank on one device.
+
+    Raises:
+        ConfigError: the device cannot run the model as it is configured.
+    """
+
+    def __init__(self, platform: Platform, config: EngineConfig, opened: OpenedModel) -> None:
+        self._platform = platform
+        self._config = config
+        self._opened = opened
+        self._kv_format = platform.kv_format(config.cache.kv_cache_dtype)
+        platform.check(opened.config, config)
+        platform.cap_memory(config)
+        # A GPU's cache takes what the weights leave; a CPU's share is known before.
+        self._plan = None if platform.device.type == "cuda" else self._make_plan()
+        self._model: Decoder | None = None
+        self._runner: ModelRunner | None = None
+
+    def load(self, *, show_progress: bool = False) -> None:
+        """Read this rank's weights.
+
+        Raises:
+            LoadError: the data itself is bad.
+        """
+        asked = self._config.scheduler.max_model_len
+        longest = wanted_length(self._opened.config, asked) if self._plan is None else self._plan.max_model_len
+        self._model = load_decoder(self._opened, self._platform.target, longest, show_progress=show_progress)
+
+    def log_kernels(self) -> None:
+        """One line per distinct linear shape as `qengine inspect` shows it: nothing slow is used in silence."""
+        for summary in summarize_loaded(self._loaded().linears()):
+            logger.info("%s", summary.text)
+
+    @property
+    def weight_bytes(self) -> int:
+        """Of all weights that were loaded."""
+        model = self._loaded()
+        return sum(linear.num_bytes for linear in model.linears()) + model.embedding.num_bytes
+
+    def plan(self) -> MemoryPlan:
+        """What this rank can hold beside its weights, which on a GPU must be in their place.
+
+        Raises:
+            ConfigError: what was asked for does not fit.
+        """
+        return self._plan or self._make_plan()
+
+    def allocate(self, plan: MemoryPlan) -> None:
+        """Make the KV cache. `plan` is the same for all ranks."""
+        model, config = self._loaded(), self._opened.config
+        cache = KVCache(config, plan.num_blocks, plan.block_size, self._kv_format, self._platform.device)
+        self._runner = self._platform.make_runner(config, model, cache, plan, self._config.scheduler.max_num_seqs)
+
+    @property
+    def runner(self) -> ModelRunner:
+        """The runner.
+
+        Raises:
+            EngineDeadError: after shutdown.
+        """
+        if self._runner is None:
+            raise EngineDeadError("the model has been released; start a new engine")
+        return self._runner
+
+    def begin(self, batch: Batch) -> PendingStep:
+        """Queue a step. The next one may be queued only after this one is finished."""
+        return self.runner.begin(batch)
+
+    def step(self, batch: Batch) -> StepResult:
+        """Run one step to its end."""
+        return self.begin(batch).finish()
+
+    def clear_not_finite(self, block_ids: Sequence[int]) -> None:
+        """Zero those of the blocks that hold NaN or infinity, which a sequence that failed may have left."""
+        self.runner.cache.clear_not_finite(block_ids)
+
+    def check(self) -> None:
+        """Raises EngineDeadError if a step could not be run."""
+        assert self.runner.model is self._model
+
+    def shutdown(self) -> None:
+        """Let go of the model and the cache, so that their memory is free. Idempotent."""
+        self._runner = self._model = None
+
+    def _loaded(self) -> Decoder:
+        if self._model is None:
+            raise EngineDeadError("the model is not loaded; start a new engine")
+        return self._model
+
+    def _make_plan(self) -> MemoryPlan:
+        return self._platform.plan(self._opened.config, self._config, self._kv_format)
