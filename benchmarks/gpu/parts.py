@@ -23,7 +23,7 @@ from benchmarks.gpu.workloads import Attention, EndToEnd, Logits, Serving
 
 #: A part that takes longer is ended, and failed.
 PART_SECONDS = 470
-_SOURCES = ("quant_kernels", "qengine", "converters", "benchmarks/gpu", "tests/quant_kernels")
+_SOURCES = ("quant_kernels", "qengine", "converters", "benchmarks/gpu", "tests/quant_kernels", "tests/runtime")
 
 
 class Measured(Protocol):
@@ -61,7 +61,8 @@ def _matmul(shapes: str, dtype: str, group: int = 128, zero: str = "const", seco
 _KERNEL_TESTS = "tests/quant_kernels"
 _REAL = f"{_KERNEL_TESTS}/test_gpu.py"
 _ATTENTION = f"{_KERNEL_TESTS}/test_gpu_attention.py"
-_SMALL = ("p16_matmul", "p16_prepared", "elementwise", "kv_format", "rope_store", "sampling", "paged")
+_SMALL = ("p16_matmul", "p16_prepared", "elementwise", "kv_format", "kv_words", "rope_store", "sampling", "paged")
+_SAMPLER = "tests/runtime/test_sampler.py"
 #: Names of tests that share out the attention tests about evenly; the last takes what the others leave.
 _ATTENTION_SHARES = (
     "head_and_block_sizes and not float16",
@@ -73,6 +74,7 @@ _ATTENTION_SHARES = (
 PARTS: tuple[Part, ...] = (
     Part("tests-kernels", "tests", 110, tuple((f"{_KERNEL_TESTS}/test_{name}.py",) for name in _SMALL)),
     Part("tests-attention", "tests", 110, tuple((_ATTENTION, "-k", share) for share in _ATTENTION_SHARES)),
+    Part("tests-engine", "tests", 100, (("tests/runtime/test_gpu_runner.py",), (_SAMPLER, "-m", "gpu"))),
     Part("attention", "attention", 100, workload=Attention()),
     Part("end-to-end-8b", "end-to-end", 150, workload=EndToEnd("llama-3-8b", variants=("graphs", "eager", "KV int8"))),
     Part("logits", "logits", 110, workload=Logits()),

@@ -18,9 +18,10 @@ import torch
 
 from qengine.commands.settings import InspectSettings
 from qengine.errors import ConfigError, LoadError
-from qengine.runtime.inspection import EIGHT_BITS, CacheCost, Inspection, LinearSummary, inspect_model
+from qengine.runtime.inspection import CacheCost, Inspection, LinearSummary, inspect_model
 from qengine.runtime.loader import open_model
 from qengine.runtime.platform import choose_dtype
+from quant_kernels.attention.kv_format import INT8
 from quant_kernels.linear.dispatch import Target
 from quant_kernels.tuning.card import KNOWN_CARDS, Card, card_of
 from quant_kernels.tuning.select import Selector
@@ -216,8 +217,8 @@ def _totals(found: Inspection) -> list[str]:
 
 def _cache_text(cost: CacheCost, num_sequences: int) -> str:
     size = f"{_size(cost.bytes_per_token)} per token of context in {cost.dtype}"
-    if cost.dtype == EIGHT_BITS:
-        size = f"with {cost.dtype} it would be {_size(cost.bytes_per_token)}"
+    if cost.dtype == INT8.name:
+        size = f"with --kv-cache-dtype {cost.dtype} it would be {_size(cost.bytes_per_token)}"
     if cost.equal_context is None:
         return f"{size}; sliding windows keep it below the weights"
     where = "" if num_sequences == 1 else " each"

@@ -14,6 +14,7 @@ from qengine.config import ModelConfig
 from qengine.layers.linear import Linear, MergedPlan, plan_linear
 from qengine.models.shapes import MergedShape, all_merged_linears
 from qengine.runtime.loader import OpenedModel, linear_kind, sketch_linear
+from quant_kernels.attention.kv_format import INT8, KVFormat, plain
 from quant_kernels.late import try_import
 from quant_kernels.linear.dispatch import Target
 from quant_kernels.linear.plan import LinearPlan, launch
@@ -21,8 +22,6 @@ from quant_kernels.packing import fold_input_order
 from quant_kernels.tuning.select import EXPAND, Choice, Selector
 
 GATE_UP = "gate_up"
-#: A cache of one byte per number, whether or not it can be asked for.
-EIGHT_BITS = "8 bits"
 #: What the parts of a linear are called where they run one by one.
 _PARTS: Mapping[str, tuple[str, ...]] = {"qkv": ("q", "k", "v"), GATE_UP: ("gate", "up")}
 
@@ -85,7 +84,8 @@ class CacheCost:
     """What a KV cache of one dtype adds to a step.
 
     Attributes:
-        bytes_per_token: of context, all layers together.
+        dtype: of the cache, as `--kv-cache-dtype` takes it.
+        bytes_per_token: of context, all layers together, scales included.
         equal_context: tokens of context per sequence at which a step reads as much cache as weights; None where
             sliding windows keep it below that for ever.
     """
@@ -155,7 +155,7 @@ def inspect_model(
     linears = summarize(_plans(opened, target), target.selector, num_sequences)
     weight_bytes = sum(linear.num_bytes for linear in linears)
     dtype = str(target.dtype).removeprefix("torch.")
-    values = {dtype: target.dtype.itemsize, EIGHT_BITS: 1}
+    formats = (plain(target.dtype), INT8)
     return Inspection(
         model=opened.location.name,
         architecture=opened.config.architecture,
@@ -166,7 +166,7 @@ def inspect_model(
         num_sequences=num_sequences,
         bytes_per_s=bytes_per_s,
         linears=tuple(linears),
-        cache=tuple(_cache_cost(opened.config, *value, weight_bytes / num_sequences) for value in values.items()),
+        cache=tuple(_cache_cost(opened.config, one, weight_bytes / num_sequences) for one in formats),
     )
 
 
@@ -289,11 +289,11 @@ def _issue_share(planned: LinearPlan, choice: Choice | None, selector: Selector 
     return share
 
 
-def _cache_cost(config: ModelConfig, dtype: str, value_bytes: int, weight_bytes: float) -> CacheCost:
+def _cache_cost(config: ModelConfig, kv_format: KVFormat, weight_bytes: float) -> CacheCost:
     """`weight_bytes` are those that one sequence of the step has to bear."""
-    per_token = config.kv_values_per_token * value_bytes
+    per_token = config.num_layers * kv_format.bytes_per_token(config.num_kv_heads, config.head_dim)
     windows = config.windows or (None,) * config.num_layers
-    return CacheCost(dtype, per_token, _equal_context(weight_bytes * config.num_layers / per_token, windows))
+    return CacheCost(kv_format.name, per_token, _equal_context(weight_bytes * config.num_layers / per_token, windows))
 
 
 def _equal_context(layer_tokens: float, windows: Sequence[int | None]) -> int | None:

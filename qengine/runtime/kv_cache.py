@@ -31,6 +31,10 @@ class KVCache:
         self.layers = [LayerCache(kv_format, *parts) for parts in zip(*self._parts, strict=True)]
 
     @property
+    def device(self) -> torch.device:
+        return self._parts[0].device
+
+    @property
     def num_bytes(self) -> int:
         return sum(part.numel() * part.element_size() for part in self._parts)
 
@@ -39,11 +43,15 @@ class KVCache:
 
         Sound blocks stay: they may be a prefix that other sequences share.
         """
-        for block_id in block_ids:
-            parts = [part[:, block_id] for part in self._parts]
-            if not all(bool(part.isfinite().all()) for part in parts if part.is_floating_point()):
-                for part in parts:
-                    part.zero_()
+        ids = torch.tensor(tuple(block_ids), dtype=torch.int64, device=self.device)
+        bad = torch.zeros(len(ids), dtype=torch.bool, device=self.device)
+        numbers = [part for part in self._parts if part.is_floating_point()]
+        # A layer at a time, since a long sequence's blocks are copied to be looked at.
+        for layer in (layer for part in numbers for layer in part):
+            bad |= ~layer.index_select(0, ids).isfinite().flatten(1).all(dim=1)
+        ids = ids[bad]
+        for part in self._parts:
+            part.index_fill_(1, ids, 0)
 
 
 def _zeros(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> torch.Tensor:

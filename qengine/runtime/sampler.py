@@ -19,13 +19,13 @@ import torch
 from qengine.runtime.sampling import torch_choice
 from qengine.runtime.sampling.edits import Edits
 from qengine.runtime.sampling.history import Histories
-from qengine.runtime.sampling.logprobs import PendingLogprobs, RawLogprobs, token_logprobs
+from qengine.runtime.sampling.logprobs import PendingLogprobs, RawLogprobs
 from qengine.runtime.sampling.settings import RowSettings, uniform
-from qengine.runtime.sampling.transfer import to_host
+from qengine.runtime.sampling.transfer import Arrival, to_host
 from qengine.scheduling.batch import SampledToken, SampleSpec
 from quant_kernels.late import try_import
 
-__all__ = ["Choose", "PendingSamples", "Sampler", "make_sampler", "token_logprobs", "uniform"]
+__all__ = ["Choose", "PendingSamples", "Sampler", "make_sampler", "uniform"]
 
 #: Edited logits [rows, vocab] to token ids [rows], -1 where a row is not finite.
 Choose = Callable[[torch.Tensor, RowSettings], torch.Tensor]
@@ -42,9 +42,7 @@ class PendingSamples:
         self.token_ids = token_ids
         self._logprobs = logprobs
         self._on_host = to_host(token_ids)
-        self._is_done: torch.cuda.Event | None = None
-        if token_ids.device.type == "cuda":
-            self._is_done = torch.cuda.current_stream(token_ids.device).record_event()
+        self._arrival = Arrival(token_ids.device)
 
     def finish(self) -> list[SampledToken | None]:
         """Wait for the tokens.
@@ -52,8 +50,7 @@ class PendingSamples:
         Returns:
             One per row; None for a row whose logits held NaN or +inf, or left nothing to choose from.
         """
-        if self._is_done is not None:
-            self._is_done.synchronize()
+        self._arrival.wait()
         tokens: list[int] = self._on_host.tolist()
         records = self._logprobs.records(tokens) if self._logprobs is not None else [None] * len(tokens)
         return [

@@ -230,7 +230,7 @@ def _add_shares(
     return acc, total, top
 
 
-@triton.jit(do_not_specialize=["num_places", "window"])
+@triton.jit(do_not_specialize=["num_places", "window", "num_kv_heads"])
 def paged_attention_kernel(
     query_ptr,
     key_ptr,

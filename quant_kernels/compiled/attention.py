@@ -2,7 +2,7 @@
 
 Every tile that `tuning.attention` can select is here for every head size and format. What changes a kernel around its
 loop (windows, caps, sinks, an order of columns, blocks of 32, queries of another type) is compiled for the commonest
-sizes. Nothing is compiled here.
+sizes, one at a time where they are rarely met together. Nothing is compiled here.
 """
 
 from __future__ import annotations
@@ -141,7 +141,7 @@ class StoreVariant:
 
 
 def attention_variants() -> Iterator[AttentionVariant | StoreVariant]:
-    """Both kernels in every form that can be launched."""
+    """Both kernels in the forms that models launch."""
     for arch in SHARED_PER_BLOCK:
         for kv_format, dtype in _caches():
             for head_dim in HEAD_DIMS:
@@ -150,23 +150,25 @@ def attention_variants() -> Iterator[AttentionVariant | StoreVariant]:
 
 def _caches() -> Iterator[tuple[KVFormat, torch.dtype]]:
     """Formats with the dtypes of the models that use them."""
-    yield from ((plain(dtype), dtype) for dtype in ACTIVATION_DTYPES)
-    yield from itertools.product(_PACKED, ACTIVATION_DTYPES)
+    yield from itertools.product((*map(plain, ACTIVATION_DTYPES), *_PACKED), ACTIVATION_DTYPES)
 
 
 def _of_cache(
     kv_format: KVFormat, dtype: torch.dtype, head_dim: int, arch: int
 ) -> Iterator[AttentionVariant | StoreVariant]:
     is_common = head_dim == _COMMON_DIM
+    is_packed = kv_format.dtype is None
+    is_mixed = not is_packed and kv_format.dtype != dtype
+    if is_mixed and not is_common:
+        return
     for heads, splits in itertools.product(_STORED_HEADS, (1, _MOST_SPLITS)):
         if is_common or (heads, splits) == (_STORED_HEADS[0], 1):
             yield StoreVariant(kv_format, head_dim, heads, splits, arch, dtype)
-    is_packed = kv_format.dtype is None
     if is_packed and dtype == torch.bfloat16 and not is_common:
         return
     for tile in attention_tiles(arch, head_dim, packed=is_packed):
         yield AttentionVariant(kv_format, head_dim, _COMMON_BLOCK, tile, arch, dtype)
-        if head_dim in _ODD_DIMS:
+        if head_dim in _ODD_DIMS and not is_mixed:
             yield AttentionVariant(kv_format, head_dim, _COMMON_BLOCK, tile, arch, dtype, odd=True)
         if is_common:
             yield AttentionVariant(kv_format, head_dim, BLOCK_SIZES[-1], tile, arch, dtype)

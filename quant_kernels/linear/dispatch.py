@@ -104,13 +104,19 @@ class Target:
 def checked(target: Target) -> Target:
     """The target, set to plain Triton if the assembly does not give the right bits on it."""
     selector = target.selector
-    module = try_import("quant_kernels.linear.p16.self_test")
-    if selector is None or module is None or selector.card.arch < MIN_ARCH or target.dtype not in ACTIVATION_DTYPES:
+    linear, cache = (try_import(f"quant_kernels.{part}.self_test") for part in ("linear.p16", "attention"))
+    if (
+        selector is None
+        or linear is None
+        or cache is None
+        or selector.card.arch < MIN_ARCH
+        or target.dtype not in ACTIVATION_DTYPES
+    ):
         return target
     if selector.card.arch not in SHARED_PER_BLOCK:
         known = ", ".join(f"sm_{arch}" for arch in SHARED_PER_BLOCK)
         logger.warning("the kernels were made for %s and have not been seen on sm_%d", known, selector.card.arch)
-    if module.assembly_is_right(target.device, target.dtype):
+    if linear.assembly_is_right(target.device, target.dtype) and cache.words_are_right(target.device):
         return target
     logger.warning(
         "the kernels' assembly gives wrong results on %s with this triton; running plain Triton, which is slower. "

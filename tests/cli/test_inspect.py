@@ -149,7 +149,7 @@ def test_json(capsys: pytest.CaptureFixture[str]) -> None:
     assert totals["microseconds"] == pytest.approx(sum(one["microseconds"] for one in found["linears"]))
     assert totals["tokens_per_s"] == pytest.approx(4e6 / totals["microseconds"])
     assert sum(one["share"] for one in found["linears"]) == pytest.approx(1)
-    assert [cost["dtype"] for cost in found["kv_cache"]] == ["bfloat16", "8 bits"]
+    assert [cost["dtype"] for cost in found["kv_cache"]] == ["bfloat16", "int8"]
 
 
 def test_what_is_not_known_is_null(capsys: pytest.CaptureFixture[str]) -> None:

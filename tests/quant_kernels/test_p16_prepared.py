@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import subprocess
 import sys
+from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
 
@@ -17,6 +18,7 @@ import torch.nn.functional as F
 
 from converters.open import open_checkpoint
 from converters.source import LinearSlot
+from quant_kernels.attention import self_test as cache_self_test
 from quant_kernels.elementwise.rms_norm import add_rms_norm
 from quant_kernels.elementwise.silu_mul import silu_mul
 from quant_kernels.linear.dispatch import P16, Target, checked, choose, prepare
@@ -230,17 +232,52 @@ def test_memory_is_counted(device: torch.device) -> None:
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_the_self_test_passes(dtype: torch.dtype, device: torch.device) -> None:
     assert self_test.assembly_is_right(device, dtype)
+    assert cache_self_test.words_are_right(device)
     target = Target(device, dtype, selector(device))
     assert checked(target) is target
 
 
-def test_wrong_assembly_is_noticed_and_avoided(
-    device: torch.device, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
-) -> None:
+def _break_matmul(monkeypatch: pytest.MonkeyPatch) -> None:
     def broken(*arguments: Any, twin: bool = False) -> torch.Tensor:
         return matmul(*arguments, twin=twin) + (0 if twin else 1)
 
     monkeypatch.setattr(self_test, "matmul", broken)
+
+
+def _break_words(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(cache_self_test, "_unpack_kernel", _Broken(cache_self_test._unpack_kernel, 7))
+
+
+def _break_scales(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(cache_self_test, "_scales_kernel", _Broken(cache_self_test._scales_kernel, 0.001))
+
+
+class _Broken:
+    """A kernel of the cache's self-test that spoils one number of every second launch, the twin's."""
+
+    def __init__(self, kernel: Any, wrong: float) -> None:
+        self._kernel = kernel
+        self._wrong = wrong
+        self._launches = 0
+
+    def __getitem__(self, grid: tuple[int, ...]) -> Callable[..., None]:
+        def launch(source: torch.Tensor, first: torch.Tensor, second: torch.Tensor, **constants: Any) -> None:
+            self._kernel[grid](source, first, second, **constants)
+            self._launches += 1
+            if self._launches % 2 == 0:
+                first[77] += self._wrong
+
+        return launch
+
+
+@pytest.mark.parametrize("break_part", [_break_matmul, _break_words, _break_scales])
+def test_wrong_assembly_is_noticed_and_avoided(
+    break_part: Callable[[pytest.MonkeyPatch], None],
+    device: torch.device,
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    break_part(monkeypatch)
     target = checked(Target(device, torch.float16, selector(device)))
     assert target.selector is not None
     assert target.selector.twin

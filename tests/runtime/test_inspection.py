@@ -267,7 +267,7 @@ def test_the_cache_and_the_context_that_equals_the_weights(tmp_path: Path) -> No
     found = inspect_model(opened, Target(CPU, torch.bfloat16))
     own, small = found.cache
     assert own.bytes_per_token == 2 * 3 * 8 * 32 * 2
-    assert (own.dtype, small.dtype, small.bytes_per_token) == ("bfloat16", "8 bits", own.bytes_per_token // 2)
+    assert (own.dtype, small.dtype, small.bytes_per_token) == ("bfloat16", "int8", 2 * 3 * 8 * (32 + 2))
     assert own.equal_context == found.num_bytes // own.bytes_per_token
     shared = inspect_model(opened, Target(CPU, torch.bfloat16), num_sequences=4)
     assert shared.cache[0].equal_context == found.num_bytes // (4 * own.bytes_per_token)

@@ -6,7 +6,7 @@ its neighbours want.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -44,14 +44,7 @@ class RawLogprobs:
 
     def report(self, token_ids: torch.Tensor) -> PendingLogprobs:
         """Look up the sampled tokens, int [rows]; entries below 0 yield nothing of use."""
-        tokens = token_ids.index_select(0, self.rows).long().clamp_(min=0).unsqueeze(1)
-        own = self.log_probs.gather(1, tokens)
-        ranks = (self.log_probs > own).sum(dim=-1, keepdim=True) + 1
-        num_top = min(max(want or 0 for want in self.wanted), self.log_probs.shape[1])
-        values, ids = self.log_probs.topk(num_top, dim=-1)
-        return PendingLogprobs(
-            self.wanted, to_host(torch.cat([ranks, ids], dim=1)), to_host(torch.cat([own, values], dim=1))
-        )
+        return PendingLogprobs.of(self.log_probs, token_ids.index_select(0, self.rows), self.wanted)
 
 
 @dataclass(frozen=True, slots=True)
@@ -61,6 +54,15 @@ class PendingLogprobs:
     wanted: tuple[int | None, ...]
     ids: torch.Tensor
     values: torch.Tensor
+
+    @classmethod
+    def of(cls, log_probs: torch.Tensor, token_ids: torch.Tensor, wanted: tuple[int | None, ...]) -> PendingLogprobs:
+        """Look tokens up, int [asked], in log_probs [asked, vocab]; `wanted` is as of `RawLogprobs`."""
+        own = log_probs.gather(1, token_ids.long().clamp_(min=0).unsqueeze(1))
+        ranks = (log_probs > own).sum(dim=-1, keepdim=True) + 1
+        num_top = min(max(want or 0 for want in wanted), log_probs.shape[1])
+        values, ids = log_probs.topk(num_top, dim=-1)
+        return cls(wanted, to_host(torch.cat([ranks, ids], dim=1)), to_host(torch.cat([own, values], dim=1)))
 
     def records(self, token_ids: Sequence[int]) -> list[TokenLogprobs | None]:
         """The record of each row of the step, None where none was asked for. The copies must be complete."""
@@ -76,14 +78,33 @@ class PendingLogprobs:
         return records
 
 
-def token_logprobs(log_probs: torch.Tensor, token_id: int, num_top: int) -> TokenLogprobs:
-    """The record of one position: the token's own log-probability and rank, and the `num_top` likeliest.
+@dataclass(frozen=True, slots=True)
+class PendingPromptLogprobs:
+    """Log-probabilities of tokens of a prompt, a few positions to a piece; complete with the step that has them."""
 
-    Args:
-        log_probs: [vocab].
-    """
-    own = log_probs[token_id]
-    rank = int((log_probs > own).sum()) + 1
-    values, ids = log_probs.topk(min(num_top, log_probs.shape[-1]))
-    top = tuple(zip(ids.tolist(), values.tolist(), strict=True))
-    return TokenLogprobs(token_id, float(own), rank, top)
+    token_ids: Sequence[int]
+    pieces: Sequence[PendingLogprobs]
+
+    @classmethod
+    def of(cls, logits: Iterable[torch.Tensor], token_ids: Sequence[int], num_top: int) -> PendingPromptLogprobs:
+        """Look up the token that follows each position, and the `num_top` likeliest.
+
+        Args:
+            logits: [rows, vocab] of some positions at a time; made one after the other, since all would be too many.
+            token_ids: one per position, over all pieces.
+        """
+        pieces, first = [], 0
+        for piece in logits:
+            rows = len(piece)
+            (tokens,) = to_device([np.array(token_ids[first : first + rows], np.int64)], piece.device)
+            log_probs = torch.log_softmax(piece, dim=-1, dtype=torch.float32)
+            pieces.append(PendingLogprobs.of(log_probs, tokens, (num_top,) * rows))
+            first += rows
+        return cls(token_ids, pieces)
+
+    def records(self) -> list[TokenLogprobs]:
+        """One per position. The copies must be complete."""
+        found: list[TokenLogprobs | None] = []
+        for piece in self.pieces:
+            found += piece.records(self.token_ids[len(found) : len(found) + len(piece.wanted)])
+        return [record for record in found if record is not None]

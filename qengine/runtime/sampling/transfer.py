@@ -34,3 +34,15 @@ def to_host(tensor: torch.Tensor) -> torch.Tensor:
         return tensor
     host = torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=True)
     return host.copy_(tensor, non_blocking=True)
+
+
+class Arrival:
+    """The moment when everything that a device's stream has been given by now is done: copies to the host are there."""
+
+    def __init__(self, device: torch.device) -> None:
+        self._event = torch.cuda.current_stream(device).record_event() if device.type == "cuda" else None
+
+    def wait(self) -> None:
+        """Return once it has come; at once where nothing runs behind the host's back."""
+        if self._event is not None:
+            self._event.synchronize()
