@@ -19,7 +19,7 @@ from qengine.request import SamplingParams, TokenLogprobs
 from qengine.runtime.channel import ProtocolError
 from qengine.runtime.planner import MemoryPlan
 
-Count = Annotated[int, msgspec.Meta(ge=0, lt=2**63)]
+Count = Annotated[int, msgspec.Meta(ge=0, le=2**63 - 1)]
 Ids = tuple[Annotated[int, msgspec.Meta(ge=0, lt=2**31)], ...]
 #: In place of a token where there is none: the row failed.
 NO_TOKEN = -1
@@ -139,8 +139,8 @@ class Result(_Message, frozen=True):
 
     token_ids: tuple[Annotated[int, msgspec.Meta(ge=NO_TOKEN, lt=2**31)], ...]
     logprobs: tuple[TokenLogprobs | None, ...] = ()
-    prompt_logprobs: dict[Count, tuple[TokenLogprobs, ...]] = {}  # noqa: RUF012  # frozen, and msgspec copies it
-    failed: dict[Count, str] = {}  # noqa: RUF012
+    prompt_logprobs: dict[Count, tuple[TokenLogprobs, ...]] = {}  # frozen, and msgspec copies it
+    failed: dict[Count, str] = {}
 
 
 class Failed(_Message, frozen=True):

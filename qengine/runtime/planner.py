@@ -8,7 +8,8 @@ no weights.
 from __future__ import annotations
 
 import logging
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
 
 from qengine.config import AUTO, EngineConfig, ModelConfig
 from qengine.errors import ConfigError
@@ -35,6 +36,17 @@ class MemoryPlan:
     @property
     def kv_cache_bytes(self) -> int:
         return self.num_blocks * self.block_size * self.kv_bytes_per_token
+
+
+def common_plan(plans: Sequence[MemoryPlan]) -> MemoryPlan:
+    """What every one of several ranks can hold, from what each could; bytes per token are those of all together."""
+    num_blocks = min(plan.num_blocks for plan in plans)
+    return replace(
+        plans[0],
+        num_blocks=num_blocks,
+        max_model_len=min(num_blocks * plans[0].block_size, *(plan.max_model_len for plan in plans)),
+        kv_bytes_per_token=sum(plan.kv_bytes_per_token for plan in plans),
+    )
 
 
 def available_memory() -> int:

@@ -89,7 +89,7 @@ def _start(start: Start) -> Worker:
     device = choose_device(config.load.device)
     opened = open_model(config.load)
     dtype = choose_dtype(config.load.dtype, device, opened.config.torch_dtype)
-    return Worker(Platform.of(device, dtype, enforce_eager=config.enforce_eager), config, opened)
+    return Worker(Platform.of(device, dtype, enforce_eager=config.enforce_eager), config, opened, start.plan)
 
 
 def _follow(order: Order, worker: Worker, reader: StepReader, *, answers: bool) -> Report | None:

@@ -63,7 +63,7 @@ class RankProcesses:
         self.ranks: list[RankProcess] = []
         self._on_death = on_death
         self._is_closing = False
-        self._start_error: OSError | None = None
+        self._start_errors: list[OSError] = []
         self._started = threading.Event()
         self._waker, self._wakened = socket.socketpair()
         self._thread = threading.Thread(
@@ -71,9 +71,9 @@ class RankProcesses:
         )
         self._thread.start()
         self._started.wait()
-        if self._start_error is not None:
+        for error in self._start_errors:
             self.close(0.0)
-            raise LoadError(f"the processes of the ranks cannot be started: {self._start_error}")
+            raise LoadError(f"the processes of the ranks cannot be started: {error}")
 
     def obituaries(self, within: float) -> list[str]:
         """How those ended that have; waits up to `within` seconds for the first."""
@@ -112,7 +112,7 @@ class RankProcesses:
             for rank in range(count):
                 self.ranks.append(_start(command, rank, environment))
         except OSError as error:
-            self._start_error = error
+            self._start_errors.append(error)
         finally:
             self._started.set()
         self._watch()

@@ -1,9 +1,9 @@
 """SpawnExecutor: the ranks of one model as processes of this machine, tensor-parallel times pipeline-parallel.
 
-Every rank gets every step; the first rank of the last stage answers. Invariant: a rank that fails, dies, or says nothing
-for longer than `step_timeout` is the end of all of them: they are killed at once, so that none waits for another, and
-every call from then on raises EngineDeadError. While they load, what a rank refuses is raised as what it is. It
-neither schedules nor computes, and only one thread may call what is not said to be free for all.
+Every rank gets every step; the first rank of the last stage answers. Invariant: a rank that fails, dies, or says
+nothing for longer than `step_timeout` is the end of all of them: they are killed at once, so that none waits for
+another, and every call from then on raises EngineDeadError. While they load, what a rank refuses is raised as what it
+is. It neither schedules nor computes, and but for what says otherwise only one thread may call it.
 """
 
 from __future__ import annotations
@@ -36,7 +36,6 @@ from qengine.runtime.messages import (
     Report,
     Result,
     Start,
-    Step,
     Stop,
     decode_report,
     encode,
@@ -169,8 +168,8 @@ class SpawnExecutor:
             raise self._dead() from error
         self._is_warm = True
         if result.failed:
-            broken = {block for entry in batch.entries if entry.request_id in result.failed for block in entry.block_ids}
-            self._order(Clear(tuple(sorted(broken))))
+            failed = (entry for entry in batch.entries if entry.request_id in result.failed)
+            self._order(Clear(tuple(sorted({block for entry in failed for block in entry.block_ids}))))
         return result
 
     def check(self, timeout: float) -> None:

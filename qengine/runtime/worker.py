@@ -28,22 +28,37 @@ from qengine.scheduling.batch import Batch, StepResult
 logger = logging.getLogger(__name__)
 
 
+def plan_ahead(platform: Platform, config: EngineConfig, opened: OpenedModel) -> MemoryPlan | None:
+    """The plan where it is known before weights are loaded: a CPU's share. A GPU's cache takes what weights leave.
+
+    Raises:
+        ConfigError: what was asked for does not fit.
+    """
+    if platform.device.type == "cuda":
+        return None
+    return platform.plan(opened.config, config, platform.kv_format(config.cache.kv_cache_dtype))
+
+
 class Worker:
     """One rank on one device.
+
+    Args:
+        plan: the machine's, where several ranks share its memory and it is known.
 
     Raises:
         ConfigError: the device cannot run the model as it is configured.
     """
 
-    def __init__(self, platform: Platform, config: EngineConfig, opened: OpenedModel) -> None:
+    def __init__(
+        self, platform: Platform, config: EngineConfig, opened: OpenedModel, plan: MemoryPlan | None = None
+    ) -> None:
         self._platform = platform
         self._config = config
         self._opened = opened
         self._kv_format = platform.kv_format(config.cache.kv_cache_dtype)
         platform.check(opened.config, config)
         platform.cap_memory(config)
-        # A GPU's cache takes what the weights leave; a CPU's share is known before.
-        self._plan = None if platform.device.type == "cuda" else self._make_plan()
+        self._plan = plan or plan_ahead(platform, config, opened)
         self._model: Decoder | None = None
         self._runner: ModelRunner | None = None
 
@@ -74,7 +89,7 @@ class Worker:
         Raises:
             ConfigError: what was asked for does not fit.
         """
-        return self._plan or self._make_plan()
+        return self._plan or self._platform.plan(self._opened.config, self._config, self._kv_format)
 
     def allocate(self, plan: MemoryPlan) -> None:
         """Make the KV cache. `plan` is the same for all ranks."""
@@ -117,6 +132,3 @@ class Worker:
         if self._model is None:
             raise EngineDeadError("the model is not loaded; start a new engine")
         return self._model
-
-    def _make_plan(self) -> MemoryPlan:
-        return self._platform.plan(self._opened.config, self._config, self._kv_format)
