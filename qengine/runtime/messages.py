@@ -3,8 +3,8 @@
     engine -> rank   Start, Allocate, Step, Clear, Check, Stop
     rank -> engine   Loaded, Done, Result, Failed
 
-Invariant: a message that was decoded has exactly the fields and types declared here, and values that make sense by
-themselves; anything else is one `ProtocolError`. Nothing is ever unpickled or executed. Whether a message comes at the
+Invariant: a message that was decoded has the fields and types declared here, and values that make sense by themselves;
+anything else is one `ProtocolError`. Nothing is ever unpickled or executed. Whether a message comes at the
 right time is for those who exchange it.
 """
 
