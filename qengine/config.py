@@ -204,8 +204,13 @@ class ParallelConfig:
 
     @property
     def world_size(self) -> int:
-        """Ranks, each a process with a device of its own."""
+        """Ranks, each a process with a device of its own; numbered stage by stage."""
         return self.tensor_parallel_size * self.pipeline_parallel_size
+
+    @property
+    def answering_rank(self) -> int:
+        """The rank that draws the tokens: the first one of the last stage."""
+        return self.world_size - self.tensor_parallel_size
 
 
 @dataclass(frozen=True, slots=True)

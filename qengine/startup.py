@@ -20,9 +20,10 @@ from qengine.config import EngineConfig
 from qengine.errors import ConfigError, EngineDeadError, LoadError
 from qengine.logs import level_name
 from qengine.runtime.executors import Executor, UniprocExecutor
+from qengine.runtime.links import check_split
 from qengine.runtime.loader import OpenedModel, open_model
 from qengine.runtime.planner import MemoryPlan, common_plan
-from qengine.runtime.platform import Platform, choose_device, choose_dtype
+from qengine.runtime.platform import Platform, check_ranks, choose_device, choose_dtype
 from qengine.runtime.spawn_executor import RANK_COMMAND, SpawnExecutor
 from qengine.runtime.worker import Worker, plan_ahead
 from qengine.scheduling.block_pool import BlockPool
@@ -133,6 +134,8 @@ def _start_ranks(
 ) -> EngineParts:
     """The same in processes of their own; here are the tokenizer and the scheduler alone."""
     watch = _Stopwatch()
+    check_ranks(config.parallel.world_size, platform.device)
+    check_split(config.parallel, opened)
     platform.check(opened.config, config)
     plan = plan_ahead(platform, config, opened)
     watch.lap("checks")
@@ -149,7 +152,7 @@ def _start_ranks(
         watch.lap("tokenizer")
         loaded = executor.load()
         watch.lap("weights")
-        plan = common_plan([rank.plan for rank in loaded])
+        plan = plan or common_plan([rank.plan for rank in loaded])
         executor.allocate(plan)
         watch.lap("kv cache")
     except BaseException as error:

@@ -110,13 +110,22 @@ def head_linear(config: ModelConfig, *, tied: bool) -> LinearShape:
     return LinearShape(EMBEDDING if tied else HEAD, config.hidden_size, config.vocab_size)
 
 
-def slots(config: ModelConfig, *, tied: bool) -> Iterator[LinearShape | TensorShape]:
-    """Everything the model needs, each name once."""
-    yield TensorShape(EMBEDDING + ".weight", (config.vocab_size, config.hidden_size))
-    for layer in range(config.num_layers):
+def slots(config: ModelConfig, *, tied: bool, layers: range | None = None) -> Iterator[LinearShape | TensorShape]:
+    """Everything the model needs, each name once.
+
+    Args:
+        layers: of one pipeline stage; None for the whole model.
+    """
+    layers = range(config.num_layers) if layers is None else layers
+    is_last = layers.stop == config.num_layers
+    if layers.start == 0 or (tied and is_last):
+        yield TensorShape(EMBEDDING + ".weight", (config.vocab_size, config.hidden_size))
+    for layer in layers:
         yield from layer_norms(config, layer)
         yield from attention_linears(config, layer)
         yield from mlp_linears(config, layer)
+    if not is_last:
+        return
     yield TensorShape(FINAL_NORM, (config.hidden_size,))
     if not tied:
         yield head_linear(config, tied=False)

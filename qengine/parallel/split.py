@@ -44,13 +44,20 @@ class RankShape:
     intermediate: range
     vocab: range
 
-    def local(self, config: ModelConfig) -> ModelConfig:
-        """The config of a model that has only this rank's heads and intermediate columns; the vocabulary is whole."""
+    def local(self, config: ModelConfig, layers: range | None = None) -> ModelConfig:
+        """The config of a model that has only this rank's heads and intermediate columns; the vocabulary is whole.
+
+        Args:
+            layers: of this rank's stage; None for all. The model that is described counts its own from 0.
+        """
+        layers = range(config.num_layers) if layers is None else layers
         return replace(
             config,
+            num_layers=len(layers),
             num_heads=len(self.query_heads),
             num_kv_heads=len(self.kv_heads),
             intermediate_size=len(self.intermediate),
+            windows=config.windows[layers.start : layers.stop],
         )
 
 

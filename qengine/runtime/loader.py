@@ -21,6 +21,7 @@ from qengine.config import LoadConfig
 from qengine.layers.linear import Weight
 from qengine.models.decoder import Decoder, Materials, build
 from qengine.models.shapes import LinearShape, TensorShape, slots
+from qengine.parallel.group import TPGroup
 from qengine.runtime.locate import ModelLocation, locate_model
 from qengine.runtime.opening import OpenedHeaders, check_source, linear_slot, load_errors
 from quant_kernels.linear.dispatch import Target
@@ -59,13 +60,27 @@ def _open_source(location: ModelLocation, load: LoadConfig) -> WeightSource:
     return open_checkpoint(location.path, load.quantization)
 
 
-def load_decoder(opened: OpenedModel, target: Target, max_position: int, *, show_progress: bool = False) -> Decoder:
+def load_decoder(
+    opened: OpenedModel,
+    target: Target,
+    max_position: int,
+    *,
+    group: TPGroup | None = None,
+    layers: range | None = None,
+    show_progress: bool = False,
+) -> Decoder:
     """Read the weights and lay them out for the device.
+
+    Args:
+        group: of the ranks that share every layer, with `split_opened`'s split; None for this one alone.
+        layers: of this pipeline stage, as `stage_layers` says; None for all.
 
     Raises:
         LoadError: if the data itself is bad (scales that are not finite, a file cut short).
     """
-    total = sum(1 for _ in slots(opened.config, tied=opened.tied)) + (1 if opened.tied else 0)
+    total = sum(1 for _ in slots(opened.config, tied=opened.tied, layers=layers))
+    if opened.tied and (layers is None or layers == range(opened.config.num_layers)):
+        total += 1  # The table is read as an embedding and as a head.
     bar = tqdm(total=total, desc="Loading weights", unit=" tensors", disable=not show_progress, leave=False)
 
     def read_tensor(shape: TensorShape) -> torch.Tensor:
@@ -78,7 +93,7 @@ def load_decoder(opened: OpenedModel, target: Target, max_position: int, *, show
 
     with bar, load_errors(opened.location):
         materials = Materials(read_tensor, read_linear, target)
-        return build(opened.config, materials, tied=opened.tied, max_position=max_position)
+        return build(opened.config, materials, tied=opened.tied, max_position=max_position, group=group, layers=layers)
 
 
 def linear_kind(opened: OpenedModel, shape: LinearShape) -> LinearKind:

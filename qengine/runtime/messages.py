@@ -21,6 +21,8 @@ from qengine.runtime.planner import MemoryPlan
 
 Count = Annotated[int, msgspec.Meta(ge=0, le=2**63 - 1)]
 Ids = tuple[Annotated[int, msgspec.Meta(ge=0, lt=2**31)], ...]
+#: The first step may take so long, whatever is said of others: it compiles kernels and makes connections.
+WARM_UP_SECONDS = 600.0
 #: In place of a token where there is none: the row failed.
 NO_TOKEN = -1
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import json
 import logging
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -21,8 +21,9 @@ from converters.source import HeaderSource, LinearSlot, Slot, TensorSlot
 from qengine.config import LoadConfig, ModelConfig
 from qengine.errors import ConfigError, LoadError, RequestError
 from qengine.models.registry import find_spec
-from qengine.models.shapes import HEAD, LinearShape, TensorShape, slots
+from qengine.models.shapes import HEAD, LinearShape, TensorShape, mlp_linears, slots
 from qengine.models.spec import read_model_config, read_token_ids
+from qengine.parallel.split import TPSplit, split_model
 from qengine.request import SamplingParams
 from qengine.runtime.locate import ModelLocation, locate_model
 from quant_kernels.footprint import WeightFacts
@@ -52,6 +53,21 @@ class OpenedHeaders:
         """
         with load_errors(self.location):
             return self.source.linear_facts(linear_slot(shape))
+
+
+def split_opened(opened: OpenedHeaders, num_ranks: int, weights: Sequence[float] | None = None) -> TPSplit:
+    """What each of `num_ranks` tensor-parallel ranks owns of a model: the same for planner, loader and workers.
+
+    Args:
+        weights: how much each rank can take, in any unit; None for alike.
+
+    Raises:
+        ConfigError: if the model cannot be split like that, with the reason.
+    """
+    downs = [mlp_linears(opened.config, layer)[-1] for layer in range(opened.config.num_layers)]
+    facts = [opened.facts(down) for down in downs]
+    groups = {None if fact.bits is None else fact.group_size for fact in facts}
+    return split_model(opened.config, num_ranks, down_groups=groups, weights=weights)
 
 
 @contextmanager

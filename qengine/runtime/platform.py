@@ -18,6 +18,7 @@ from qengine.models.decoder import Decoder
 from qengine.runtime import gpu_memory
 from qengine.runtime.inputs import CpuSteps
 from qengine.runtime.kv_cache import KVCache
+from qengine.runtime.links import Links
 from qengine.runtime.planner import MemoryPlan, available_memory, plan_memory, wanted_length
 from qengine.runtime.runner import ModelRunner
 from qengine.runtime.sampler import make_sampler
@@ -139,21 +140,21 @@ class Platform:
         )
 
     def make_runner(
-        self, config: ModelConfig, model: Decoder, cache: KVCache, plan: MemoryPlan, max_num_seqs: int
+        self, model: Decoder, cache: KVCache, plan: MemoryPlan, max_num_seqs: int, links: Links | None = None
     ) -> ModelRunner:
-        """The runner of a loaded model."""
+        """The runner of a loaded model, or of this rank's part of one."""
         selector = self.target.selector
         sampler = make_sampler(on_triton=selector is not None)
         if selector is None:
-            return ModelRunner(model, cache, CpuSteps(model.rope, cache.block_size, model.dtype), sampler)
+            return ModelRunner(model, cache, CpuSteps(model.rope, cache.block_size, model.dtype), sampler, links=links)
         inputs, graphs = try_import("qengine.runtime.device_inputs"), try_import("qengine.runtime.graphs")
         assert inputs is not None and graphs is not None, "choose_device has looked for triton"  # noqa: PT018
-        steps = inputs.DeviceSteps(config, model.rope, cache.format, cache.block_size, selector.card, self.device)
+        steps = inputs.DeviceSteps(model.config, model.rope, cache.format, cache.block_size, selector.card, self.device)
         if self.recorder is None:
-            return ModelRunner(model, cache, steps, sampler)
+            return ModelRunner(model, cache, steps, sampler, links=links)
         max_blocks = -(-plan.max_model_len // cache.block_size)
         recorded = graphs.DecodeGraphs(model, cache, steps, self.recorder, max_num_seqs, max_blocks)
-        return ModelRunner(model, cache, steps, sampler, recorded)
+        return ModelRunner(model, cache, steps, sampler, recorded, links=links)
 
 
 def choose_device(name: str) -> torch.device:
@@ -172,6 +173,27 @@ def choose_device(name: str) -> torch.device:
     if torch.cuda.is_available():
         logger.warning("running on the CPU although there is a GPU: %s", reason)
     return torch.device("cpu")
+
+
+def check_ranks(num_ranks: int, device: torch.device) -> None:
+    """Refuse more ranks than there are GPUs.
+
+    Raises:
+        ConfigError: with both numbers.
+    """
+    if device.type == "cuda" and num_ranks > torch.cuda.device_count():
+        raise ConfigError(
+            f"tensor_parallel_size times pipeline_parallel_size is {num_ranks}, but torch sees "
+            f"{torch.cuda.device_count()} GPU(s), and each rank needs one; lower them or use --device cpu"
+        )
+
+
+def rank_device(device: torch.device, rank: int) -> torch.device:
+    """The device of one of several ranks like `device`, made current: a GPU of its own."""
+    if device.type != "cuda":
+        return device
+    torch.cuda.set_device(rank)
+    return torch.device("cuda", rank)
 
 
 def _why_no_gpu() -> str | None:

@@ -17,8 +17,10 @@ from collections.abc import Sequence
 from qengine.errors import ConfigError, LoadError
 from qengine.logs import set_up_logging
 from qengine.runtime.channel import Channel, ChannelClosedError, ProtocolError
+from qengine.runtime.links import connect_links
 from qengine.runtime.loader import open_model
 from qengine.runtime.messages import (
+    WARM_UP_SECONDS,
     Allocate,
     Check,
     Clear,
@@ -34,7 +36,7 @@ from qengine.runtime.messages import (
     encode,
 )
 from qengine.runtime.parent_death import die_with
-from qengine.runtime.platform import Platform, choose_device, choose_dtype
+from qengine.runtime.platform import Platform, choose_device, choose_dtype, rank_device
 from qengine.runtime.step_messages import StepReader, write_result
 from qengine.runtime.worker import Worker
 
@@ -61,6 +63,7 @@ def main(argv: Sequence[str]) -> int:
 def _serve(channel: Channel) -> None:
     """Follow orders until `Stop`."""
     start = _expect_start(channel)
+    config = start.config.parallel
     set_up_logging(start.log_level)
     worker = _start(start)
     try:
@@ -70,7 +73,7 @@ def _serve(channel: Channel) -> None:
         _send(channel, Loaded(worker.plan(), worker.weight_bytes))
         reader = StepReader()
         while not isinstance(order := decode_order(channel.receive()), Stop):
-            report = _follow(order, worker, reader, answers=start.rank == 0)
+            report = _follow(order, worker, reader, answers=start.rank == config.answering_rank)
             if report is not None:
                 _send(channel, report)
     finally:
@@ -86,10 +89,13 @@ def _expect_start(channel: Channel) -> Start:
 
 def _start(start: Start) -> Worker:
     config = start.config
-    device = choose_device(config.load.device)
+    device = rank_device(choose_device(config.load.device), start.rank)
     opened = open_model(config.load)
+    limit_s = WARM_UP_SECONDS + config.parallel.step_timeout
+    links = connect_links(config.parallel, start.rank, opened, device, start.rendezvous, limit_s)
     dtype = choose_dtype(config.load.dtype, device, opened.config.torch_dtype)
-    return Worker(Platform.of(device, dtype, enforce_eager=config.enforce_eager), config, opened, start.plan)
+    # Steps that wait for other ranks are not recorded.
+    return Worker(Platform.of(device, dtype, enforce_eager=True), config, opened, start.plan, links)
 
 
 def _follow(order: Order, worker: Worker, reader: StepReader, *, answers: bool) -> Report | None:

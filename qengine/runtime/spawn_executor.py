@@ -26,6 +26,7 @@ from qengine.errors import ConfigError, EngineDeadError, LoadError, QEngineError
 from qengine.runtime.channel import ChannelClosedError, ProtocolError
 from qengine.runtime.executors import OnFailure
 from qengine.runtime.messages import (
+    WARM_UP_SECONDS,
     Allocate,
     Check,
     Clear,
@@ -48,11 +49,8 @@ from qengine.scheduling.batch import Batch, StepResult
 logger = logging.getLogger(__name__)
 
 RANK_COMMAND = (sys.executable, "-m", "qengine.runtime.rank")
-#: The first step compiles kernels and makes connections.
-_WARM_UP_SECONDS = 600.0
 #: A rank that lost its neighbour often says so before the neighbour is known to be dead.
 _OBITUARY_SECONDS = 0.3
-_ORDER_SECONDS = 60.0
 
 _R = TypeVar("_R", bound=Report)
 
@@ -93,7 +91,7 @@ class SpawnExecutor:
     ) -> None:
         parallel = config.parallel
         self.max_in_flight = parallel.pipeline_parallel_size
-        self._answering = parallel.world_size - parallel.tensor_parallel_size
+        self._answering = parallel.answering_rank
         self._step_timeout = parallel.step_timeout
         self._is_warm = False
         self._writer = StepWriter(2 * config.scheduler.max_num_seqs)
@@ -159,7 +157,7 @@ class SpawnExecutor:
         Raises:
             EngineDeadError: a rank failed, died, or took longer than `step_timeout`.
         """
-        timeout = self._step_timeout if self._is_warm else max(self._step_timeout, _WARM_UP_SECONDS)
+        timeout = self._step_timeout if self._is_warm else max(self._step_timeout, WARM_UP_SECONDS)
         try:
             [report] = self._gather(Result, timeout, ranks=[self._processes.ranks[self._answering]])
             result = read_result(batch, report)

@@ -19,6 +19,7 @@ from qengine.errors import EngineDeadError
 from qengine.models.decoder import Decoder
 from qengine.runtime.inspection import summarize_loaded
 from qengine.runtime.kv_cache import KVCache
+from qengine.runtime.links import Links
 from qengine.runtime.loader import OpenedModel, load_decoder
 from qengine.runtime.planner import MemoryPlan, wanted_length
 from qengine.runtime.platform import Platform
@@ -44,17 +45,24 @@ class Worker:
 
     Args:
         plan: the machine's, where several ranks share its memory and it is known.
+        links: to the other ranks; None if there are none.
 
     Raises:
         ConfigError: the device cannot run the model as it is configured.
     """
 
     def __init__(
-        self, platform: Platform, config: EngineConfig, opened: OpenedModel, plan: MemoryPlan | None = None
+        self,
+        platform: Platform,
+        config: EngineConfig,
+        opened: OpenedModel,
+        plan: MemoryPlan | None = None,
+        links: Links | None = None,
     ) -> None:
         self._platform = platform
         self._config = config
         self._opened = opened
+        self._links = links or Links()
         self._kv_format = platform.kv_format(config.cache.kv_cache_dtype)
         platform.check(opened.config, config)
         platform.cap_memory(config)
@@ -70,7 +78,14 @@ class Worker:
         """
         asked = self._config.scheduler.max_model_len
         longest = wanted_length(self._opened.config, asked) if self._plan is None else self._plan.max_model_len
-        self._model = load_decoder(self._opened, self._platform.target, longest, show_progress=show_progress)
+        self._model = load_decoder(
+            self._opened,
+            self._platform.target,
+            longest,
+            group=self._links.group,
+            layers=self._links.layers,
+            show_progress=show_progress,
+        )
 
     def log_kernels(self) -> None:
         """One line per distinct linear shape as `qengine inspect` shows it: nothing slow is used in silence."""
@@ -80,8 +95,7 @@ class Worker:
     @property
     def weight_bytes(self) -> int:
         """Of all weights that were loaded."""
-        model = self._loaded()
-        return sum(linear.num_bytes for linear in model.linears()) + model.embedding.num_bytes
+        return self._loaded().num_bytes
 
     def plan(self) -> MemoryPlan:
         """What this rank can hold beside its weights, which on a GPU must be in their place.
@@ -89,13 +103,13 @@ class Worker:
         Raises:
             ConfigError: what was asked for does not fit.
         """
-        return self._plan or self._platform.plan(self._opened.config, self._config, self._kv_format)
+        return self._plan or self._platform.plan(self._loaded().config, self._config, self._kv_format)
 
     def allocate(self, plan: MemoryPlan) -> None:
         """Make the KV cache. `plan` is the same for all ranks."""
-        model, config = self._loaded(), self._opened.config
-        cache = KVCache(config, plan.num_blocks, plan.block_size, self._kv_format, self._platform.device)
-        self._runner = self._platform.make_runner(config, model, cache, plan, self._config.scheduler.max_num_seqs)
+        model, device = self._loaded(), self._platform.device
+        cache = KVCache(model.config, plan.num_blocks, plan.block_size, self._kv_format, device)
+        self._runner = self._platform.make_runner(model, cache, plan, self._config.scheduler.max_num_seqs, self._links)
 
     @property
     def runner(self) -> ModelRunner:
@@ -125,8 +139,9 @@ class Worker:
         assert self.runner.model is self._model
 
     def shutdown(self) -> None:
-        """Let go of the model and the cache, so that their memory is free. Idempotent."""
+        """Let go of the model, the cache and the other ranks. Idempotent."""
         self._runner = self._model = None
+        self._links.close()
 
     def _loaded(self) -> Decoder:
         if self._model is None:
