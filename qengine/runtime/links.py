@@ -7,6 +7,7 @@ owns follows from the model and the sizes alone. The one place where a transport
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 import torch
@@ -67,13 +68,20 @@ def check_split(parallel: ParallelConfig, opened: OpenedHeaders) -> None:
 
 
 def connect_links(
-    parallel: ParallelConfig, rank: int, opened: OpenedHeaders, device: torch.device, rendezvous: str, limit_s: float
+    parallel: ParallelConfig,
+    rank: int,
+    opened: OpenedHeaders,
+    device: torch.device,
+    rendezvous: str,
+    limit_s: float,
+    shares: Sequence[float] | None = None,
 ) -> Links:
     """Meet the other ranks of this machine; every rank calls it with the same arguments but `rank` and `device`.
 
     Args:
         rendezvous: path of a file that does not exist yet; no port is opened to meet.
         limit_s: seconds that the others may take to come, and a call to complete.
+        shares: as the plan says; how unlike ranks share every layer.
 
     Raises:
         ConfigError: the model cannot be split like that. TransportError: the others do not come.
@@ -87,7 +95,7 @@ def connect_links(
             return SingleTransport()
         return choose_transport(device, PrefixStore(name, store), own, size, limit_s)
 
-    split = split_opened(opened, tp) if tp > 1 else None
+    split = split_opened(opened, tp, shares) if tp > 1 else None
     group = TPGroup(meet(f"stage{stage}", place, tp), split)
     pipe = meet(f"pipe{place}", stage, pp)
     return Links(group, pipe, stage_layers(opened.config.num_layers, pp)[stage])

@@ -36,6 +36,7 @@ from qengine.runtime.messages import (
     encode,
 )
 from qengine.runtime.parent_death import die_with
+from qengine.runtime.planner import Card
 from qengine.runtime.platform import Platform, choose_device, choose_dtype, rank_device
 from qengine.runtime.step_messages import StepReader, write_result
 from qengine.runtime.worker import Worker
@@ -65,12 +66,12 @@ def _serve(channel: Channel) -> None:
     start = _expect_start(channel)
     config = start.config.parallel
     set_up_logging(start.log_level)
-    worker = _start(start)
+    worker, card = _start(start)
     try:
         worker.load(show_progress=start.show_progress)
         if start.rank == 0:
             worker.log_kernels()
-        _send(channel, Loaded(worker.plan(), worker.weight_bytes))
+        _send(channel, Loaded(card, worker.weight_bytes))
         reader = StepReader()
         while not isinstance(order := decode_order(channel.receive()), Stop):
             report = _follow(order, worker, reader, answers=start.rank == config.answering_rank)
@@ -87,15 +88,17 @@ def _expect_start(channel: Channel) -> Start:
     return order
 
 
-def _start(start: Start) -> Worker:
+def _start(start: Start) -> tuple[Worker, Card | None]:
     config = start.config
     device = rank_device(choose_device(config.load.device), start.rank)
     opened = open_model(config.load)
     limit_s = WARM_UP_SECONDS + config.parallel.step_timeout
-    links = connect_links(config.parallel, start.rank, opened, device, start.rendezvous, limit_s)
+    links = connect_links(config.parallel, start.rank, opened, device, start.rendezvous, limit_s, start.plan.shares)
     dtype = choose_dtype(config.load.dtype, device, opened.config.torch_dtype)
     # Steps that wait for other ranks are not recorded.
-    return Worker(Platform.of(device, dtype, enforce_eager=True), config, opened, start.plan, links)
+    platform = Platform.of(device, dtype, enforce_eager=True)
+    card = platform.machine.cards[0] if device.type == "cuda" else None
+    return Worker(platform, config, opened, start.plan, links, rank=start.rank), card
 
 
 def _follow(order: Order, worker: Worker, reader: StepReader, *, answers: bool) -> Report | None:
