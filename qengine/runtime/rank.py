@@ -67,18 +67,17 @@ def _serve(channel: Channel) -> None:
     config = start.config.parallel
     set_up_logging(start.log_level)
     worker, card = _start(start)
-    try:
-        worker.load(show_progress=start.show_progress)
-        if start.rank == 0:
-            worker.log_kernels()
-        _send(channel, Loaded(card, worker.weight_bytes))
-        reader = StepReader()
-        while not isinstance(order := decode_order(channel.receive()), Stop):
-            report = _follow(order, worker, reader, answers=start.rank == config.answering_rank)
-            if report is not None:
-                _send(channel, report)
-    finally:
-        worker.shutdown()
+    worker.load(show_progress=start.show_progress)
+    if start.rank == 0:
+        worker.log_kernels()
+    _send(channel, Loaded(card, worker.weight_bytes))
+    reader = StepReader()
+    while not isinstance(order := decode_order(channel.receive()), Stop):
+        report = _follow(order, worker, reader, answers=start.rank == config.answering_rank)
+        if report is not None:
+            _send(channel, report)
+    # Not after a failure: to be left without a word, the others would say that first.
+    worker.shutdown()
 
 
 def _expect_start(channel: Channel) -> Start:
