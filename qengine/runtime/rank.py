@@ -111,6 +111,7 @@ def _follow(order: Order, worker: Worker, reader: StepReader, *, answers: bool) 
         return None
     if isinstance(order, Allocate):
         worker.allocate(order.plan)
+        worker.warm_up(order.plan)
     elif isinstance(order, Check):
         worker.check()
     else:
