@@ -29,6 +29,8 @@ KV_CACHE_DTYPES = ("auto", "float16", "bfloat16", "float32", "int8", "fp8", "fp8
 QUANTIZATIONS = {"awq": "awq", "gptq": "gptq", "gguf": "gguf", "awq_marlin": "awq", "gptq_marlin": "gptq"}
 LOAD_FORMATS = ("auto", "dummy")
 DEVICES = ("auto", "cpu", "cuda")
+#: One machine has no more cards.
+MAX_RANKS = 64
 _COUNT_SUFFIXES = {"": 1, "k": 1000, "m": 1000**2, "g": 1000**3, "K": 1024, "M": 1024**2, "G": 1024**3}
 
 
@@ -218,17 +220,33 @@ class SchedulerConfig:
 
 @dataclass(frozen=True, slots=True)
 class ParallelConfig:
-    """How many devices share the model."""
+    """How many devices share the model, and the seconds after which a step of several counts as hung."""
 
     tensor_parallel_size: int = 1
     pipeline_parallel_size: int = 1
+    step_timeout: float = 60.0
 
     def __post_init__(self) -> None:
         for name in ("tensor_parallel_size", "pipeline_parallel_size"):
-            value = getattr(self, name)
-            _positive(name, value)
-            if value > 1:
-                raise ConfigError(f"{name} is {value}, but this version runs on one device; leave it at 1")
+            _positive(name, getattr(self, name))
+        if self.world_size > MAX_RANKS:
+            raise ConfigError(
+                f"tensor_parallel_size {self.tensor_parallel_size} times pipeline_parallel_size "
+                f"{self.pipeline_parallel_size} is {self.world_size} processes, expected at most {MAX_RANKS}"
+            )
+        seconds = self.step_timeout
+        if not isinstance(seconds, int | float) or isinstance(seconds, bool) or not 0 < seconds < float("inf"):
+            raise ConfigError(f"step_timeout is {seconds}, expected seconds above 0")
+
+    @property
+    def world_size(self) -> int:
+        """Ranks, each a process with a device of its own; numbered stage by stage."""
+        return self.tensor_parallel_size * self.pipeline_parallel_size
+
+    @property
+    def answering_rank(self) -> int:
+        """The rank that draws the tokens: the first one of the last stage."""
+        return self.world_size - self.tensor_parallel_size
 
 
 @dataclass(frozen=True, slots=True)

@@ -14,6 +14,7 @@ from __future__ import annotations
 import hashlib
 import itertools
 import time
+from collections import deque
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -28,6 +29,8 @@ from qengine.request import (
     SamplingParams,
     TokenLogprobs,
 )
+from qengine.runtime.executors import OnFailure, StepInFlight
+from qengine.scheduling.batch import Batch
 from qengine.startup import EngineInfo, EngineParts, start_parts
 from qengine.tokenizer import IncrementalDetokenizer
 
@@ -70,6 +73,7 @@ class Engine:
         self._unseeded = itertools.count()
         self._groups: dict[str, PendingRequest] = {}
         self._owners: dict[str, tuple[PendingRequest, _Choice]] = {}
+        self._in_flight: deque[tuple[Batch, StepInFlight]] = deque()
         self._death: str | None = None
 
     @classmethod
@@ -84,7 +88,12 @@ class Engine:
 
     @property
     def has_unfinished(self) -> bool:
-        return bool(self._groups)
+        """Whether `step` has something to do: requests, or steps whose requests were aborted meanwhile."""
+        return bool(self._groups or self._in_flight)
+
+    def on_failure(self, callback: OnFailure) -> None:
+        """Have `callback` told, from any thread, when the devices fail while no step runs."""
+        self._executor.on_failure(callback)
 
     @property
     def num_running(self) -> int:
@@ -254,7 +263,9 @@ class Engine:
             self.scheduler.abort(choice.request.request_id)
 
     def step(self) -> list[RequestOutput]:
-        """Run one step and return the requests that progressed, each with all it has so far.
+        """Finish one step and return the requests that progressed, each with all it has so far.
+
+        Where the executor works on several steps at once, others stay in flight.
 
         Raises:
             Exception: whatever the model raised; the engine is dead afterwards.
@@ -282,6 +293,7 @@ class Engine:
         """Release the model. Idempotent; requests in flight are dropped."""
         for request_id in list(self._groups):
             self.abort(request_id)
+        self._in_flight.clear()
         self._executor.shutdown()
         self._death = self._death or "the engine has been shut down; start a new one"
 
@@ -290,14 +302,27 @@ class Engine:
             raise EngineDeadError(self._death)
 
     def _run_step(self) -> list[Request]:
+        """Hand out as many steps as keep all devices busy, and take the oldest one in."""
+        while len(self._in_flight) < self._executor.max_in_flight and self._begin_step():
+            pass
+        batch, step = self._in_flight[0]
+        result = step.finish()  # Interrupted, it stays in flight, and is finished with the next call.
+        self._in_flight.popleft()
+        return self.scheduler.update(batch, result)
+
+    def _begin_step(self) -> bool:
+        """False if there is nothing to hand out before a step in flight is finished."""
         batch = self.scheduler.schedule()
+        if not batch:
+            self.scheduler.discard(batch)
+            return False
         try:
-            result = self._executor.step(batch)
+            self._in_flight.append((batch, self._executor.begin(batch)))
         except KeyboardInterrupt:
             # Nothing of the step counts: its tokens are computed again, if anyone still wants them.
             self.scheduler.discard(batch)
             raise
-        return self.scheduler.update(batch, result)
+        return True
 
     def _advance(self, choice: _Choice) -> None:
         """Turn a sequence's new tokens into text, and stop it at a stop string."""

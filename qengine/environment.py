@@ -6,6 +6,7 @@ Invariant: a variable that is set but empty counts as unset. It changes nothing 
 from __future__ import annotations
 
 import os
+from pathlib import Path
 
 
 def api_key() -> str | None:
@@ -26,3 +27,22 @@ def no_color() -> bool:
 def hub_offline() -> bool:
     """HF_HUB_OFFLINE, as everywhere: never ask the hub."""
     return os.environ.get("HF_HUB_OFFLINE", "").lower() in ("1", "true", "yes", "on")
+
+
+def for_rank(num_threads: int) -> dict[str, str]:
+    """The environment of a process that runs one rank: ours without keys, its share of threads, and local sockets.
+
+    Python finds the packages that this process runs, and nothing in the folder where it happens to be started.
+    """
+    variables = dict(os.environ)
+    variables.pop("QENGINE_API_KEY", None)
+    path = [str(Path(__file__).parent.parent), variables.get("PYTHONPATH", "")]
+    variables.update(
+        OMP_NUM_THREADS=str(num_threads),
+        PYTHONPATH=os.pathsep.join(part for part in path if part),
+        PYTHONSAFEPATH="1",
+        # All ranks are on this machine: what they open must not be seen from others.
+        GLOO_SOCKET_IFNAME="lo",
+        NCCL_SOCKET_IFNAME="lo",
+    )
+    return variables

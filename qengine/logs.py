@@ -38,3 +38,9 @@ def set_up_logging(level: str) -> None:
     root.setLevel(max(_LEVELS[level], logging.WARNING))
     for package in _OWN_PACKAGES:
         logging.getLogger(package).setLevel(_LEVELS[level])
+
+
+def level_name() -> str:
+    """The level at which our loggers speak, as `set_up_logging` takes it."""
+    level = logging.getLogger(_OWN_PACKAGES[0]).getEffectiveLevel()
+    return next((name for name, value in _LEVELS.items() if value >= level), "error")

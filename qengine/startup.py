@@ -1,28 +1,32 @@
 """From an EngineConfig to the parts of an engine: everything that happens once, at the start.
 
 Order: check the file's headers, plan memory, load the tokenizer, then the weights, then the KV cache. Invariant: what
-cannot work fails before a weight is read, with a message for the user. It runs no request.
+cannot work fails before a weight is read, with a message for the user. With several ranks each loads its part in a
+process of its own. It runs no request.
 """
 
 from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from qengine.config import EngineConfig
-from qengine.errors import ConfigError, LoadError
-from qengine.layers.linear import Linear
+from qengine.errors import ConfigError, EngineDeadError, LoadError
+from qengine.logs import level_name
 from qengine.runtime.executors import Executor, UniprocExecutor
-from qengine.runtime.inspection import summarize_loaded
-from qengine.runtime.kv_cache import KVCache
-from qengine.runtime.loader import OpenedModel, load_decoder, open_model
-from qengine.runtime.planner import MemoryPlan, size_text
+from qengine.runtime.links import check_split
+from qengine.runtime.loader import OpenedModel, open_model
+from qengine.runtime.planner import MemoryPlan
 from qengine.runtime.platform import Platform, choose_device, choose_dtype
-from qengine.runtime.warm_up import run_worst_step
+from qengine.runtime.rank_planning import plan_ranks, replan_ranks
+from qengine.runtime.spawn_executor import RANK_COMMAND, SpawnExecutor
+from qengine.runtime.worker import Worker
 from qengine.scheduling.block_pool import BlockPool
 from qengine.scheduling.scheduler import Scheduler, SchedulerLimits
 from qengine.tokenizer import IdsOnlyTokenizer, Tokenizer, has_tokenizer, load_tokenizer, tokenizer_from_gguf
@@ -81,8 +85,13 @@ class _Stopwatch:
         return {**self.seconds, "total": time.perf_counter() - self._begin}
 
 
-def start_parts(config: EngineConfig, *, show_progress: bool = False) -> EngineParts:
-    """Load a model and everything that runs it, on the device that the configuration names.
+def start_parts(
+    config: EngineConfig, *, show_progress: bool = False, rank_command: Sequence[str] = RANK_COMMAND
+) -> EngineParts:
+    """Load a model and everything that runs it, on the device or devices that the configuration names.
+
+    Args:
+        rank_command: what a rank's process is started as, where there are several.
 
     Raises:
         ConfigError: an option is wrong for this model or machine.
@@ -91,6 +100,9 @@ def start_parts(config: EngineConfig, *, show_progress: bool = False) -> EngineP
     device = choose_device(config.load.device)
     opened = open_model(config.load)
     dtype = choose_dtype(config.load.dtype, device, opened.config.torch_dtype)
+    if config.parallel.world_size > 1:
+        platform = Platform.of(device, dtype, enforce_eager=True)  # Nothing is recorded in this process.
+        return _start_ranks(platform, config, opened, rank_command, show_progress=show_progress)
     platform = Platform.of(device, dtype, enforce_eager=config.enforce_eager)
     return start_on(platform, config, opened, show_progress=show_progress)
 
@@ -98,52 +110,77 @@ def start_parts(config: EngineConfig, *, show_progress: bool = False) -> EngineP
 def start_on(
     platform: Platform, config: EngineConfig, opened: OpenedModel, *, show_progress: bool = False
 ) -> EngineParts:
-    """The same on a given platform.
+    """The same on a given platform, in this process.
 
     Raises:
         ConfigError, LoadError: as `start_parts`.
     """
     watch = _Stopwatch()
-    model_config = opened.config
-    kv_format = platform.kv_format(config.cache.kv_cache_dtype)
-    platform.check(model_config, config)
-    plan = platform.plan(opened, config)
+    worker = Worker(platform, config, opened)
     watch.lap("checks")
     tokenizer = _load_tokenizer(config, opened)
     watch.lap("tokenizer")
-    model = load_decoder(opened, platform.target, plan.max_model_len, show_progress=show_progress)
+    worker.load(show_progress=show_progress)
     watch.lap("weights")
-    plan = _corrected(plan, model.num_bytes, platform, config, opened)
-    cache = KVCache(model_config, plan.num_blocks, plan.block_size, kv_format, platform.device)
-    runner = platform.make_runner(model_config, model, cache, plan, config.scheduler.max_num_seqs)
+    plan = worker.plan()
+    worker.allocate(plan)
     watch.lap("kv cache")
-    if platform.device.type == "cuda":
-        # A CPU has no allocator that would keep the memory, and would take seconds.
-        run_worst_step(runner, plan)
+    if worker.warm_up(plan):
         watch.lap("warm-up")
-    _log_kernels(model.linears())
-    info = _info(config, opened, plan, platform.target, model.num_bytes)
+    worker.log_kernels()
+    info = _info(config, opened, plan, platform.target, worker.weight_bytes)
+    return _parts(replace(info, start_seconds=watch.total()), config, opened, tokenizer, UniprocExecutor(worker))
+
+
+def _start_ranks(
+    platform: Platform, config: EngineConfig, opened: OpenedModel, command: Sequence[str], *, show_progress: bool
+) -> EngineParts:
+    """The same in processes of their own; here are the tokenizer and the scheduler alone."""
+    watch = _Stopwatch()
+    machine = platform.machine_of_ranks(config.parallel.world_size)
+    check_split(config.parallel, opened)
+    platform.check(opened.config, config)
+    plan = plan_ranks(opened, config, machine)
+    watch.lap("checks")
+    executor = SpawnExecutor(
+        replace(config, load=replace(config.load, model=str(opened.location.path))),
+        plan=plan,
+        num_threads=max(1, torch.get_num_threads() // config.parallel.world_size),
+        log_level=level_name(),
+        show_progress=show_progress,
+        command=command,
+    )
+    try:
+        tokenizer = _load_tokenizer(config, opened)
+        watch.lap("tokenizer")
+        loaded = executor.load()
+        watch.lap("weights")
+        cards = [rank.card for rank in loaded if rank.card is not None]
+        if cards:
+            plan = replan_ranks(plan, opened, config, machine, cards, [rank.weight_bytes for rank in loaded])
+        executor.allocate(plan)
+        watch.lap("kv cache")
+    except BaseException as error:
+        executor.shutdown(grace=0.0)
+        if isinstance(error, EngineDeadError):
+            raise LoadError(f"the model was not loaded: {error}") from error
+        raise
+    info = _info(config, opened, plan, platform.target, sum(rank.weight_bytes for rank in loaded))
+    return _parts(replace(info, start_seconds=watch.total()), config, opened, tokenizer, executor)
+
+
+def _parts(
+    info: EngineInfo, config: EngineConfig, opened: OpenedModel, tokenizer: Tokenizer, executor: Executor
+) -> EngineParts:
     eos_token_ids = opened.eos_token_ids | tokenizer.eos_token_ids
     return EngineParts(
-        info=replace(info, start_seconds=watch.total()),
+        info=info,
         tokenizer=tokenizer,
-        scheduler=_make_scheduler(config, plan, info),
-        executor=UniprocExecutor(runner),
-        eos_token_ids=frozenset(i for i in eos_token_ids if i < model_config.vocab_size),
+        scheduler=_make_scheduler(config, info, executor.max_in_flight),
+        executor=executor,
+        eos_token_ids=frozenset(i for i in eos_token_ids if i < info.vocab_size),
         seed=config.load.seed,
     )
-
-
-def _corrected(
-    plan: MemoryPlan, weight_bytes: int, platform: Platform, config: EngineConfig, opened: OpenedModel
-) -> MemoryPlan:
-    """The plan again where the weights turned out larger than headers could tell."""
-    planned = plan.cards[0].weight_bytes
-    if weight_bytes <= planned:
-        return plan
-    logger.warning("the weights take %s, and headers told of %s", size_text(weight_bytes), size_text(planned))
-    found = platform.plan(opened, config, measured_weights=weight_bytes)
-    return replace(found, max_model_len=min(found.max_model_len, plan.max_model_len))
 
 
 def _load_tokenizer(config: EngineConfig, opened: OpenedModel) -> Tokenizer:
@@ -176,21 +213,16 @@ def _read_template(choice: str) -> str:
         raise ConfigError(f"chat_template '{choice}' is not a readable file: {error}") from error
 
 
-def _make_scheduler(config: EngineConfig, plan: MemoryPlan, info: EngineInfo) -> Scheduler:
+def _make_scheduler(config: EngineConfig, info: EngineInfo, max_in_flight: int) -> Scheduler:
     limits = SchedulerLimits(
         max_num_seqs=info.max_num_seqs,
-        max_num_batched_tokens=plan.max_num_batched_tokens,
-        max_model_len=plan.max_model_len,
+        max_num_batched_tokens=info.max_num_batched_tokens,
+        max_model_len=info.max_model_len,
+        max_in_flight=max_in_flight,
     )
     namespace = f"{info.model}/{info.dtype}/{config.cache.kv_cache_dtype}"
-    pool = BlockPool(plan.num_blocks, plan.block_size, namespace=namespace)
+    pool = BlockPool(info.num_blocks, info.block_size, namespace=namespace)
     return Scheduler(limits, pool, enable_prefix_caching=config.cache.enable_prefix_caching)
-
-
-def _log_kernels(linears: Iterable[Linear]) -> None:
-    """One line per distinct linear shape as `qengine inspect` shows it: nothing slow is used in silence."""
-    for summary in summarize_loaded(linears):
-        logger.info("%s", summary.text)
 
 
 def _info(

@@ -168,6 +168,13 @@ DEVICE_FLAGS = Group(
         Flag("--device", "auto (a GPU if there is one), cpu or cuda", "DEVICE", default="auto"),
         Flag("--tensor-parallel-size", "devices that share each layer", "N", count, default="1", short="-tp"),
         Flag("--pipeline-parallel-size", "devices that share the layers", "N", count, default="1", short="-pp"),
+        Flag(
+            "--step-timeout",
+            "seconds after which a step of several devices counts as hung and the engine stops",
+            "SECONDS",
+            number,
+            default="60",
+        ),
         _switch("--enforce-eager", "no CUDA graphs"),
     ),
 )

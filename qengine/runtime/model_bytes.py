@@ -66,10 +66,17 @@ class ModelFacts:
     group_size: int | None = None
 
     @classmethod
-    def of(cls, opened: OpenedHeaders) -> ModelFacts:
-        """The facts of an opened model. Reads no weight."""
+    def of(cls, opened: OpenedHeaders, layers: range | None = None) -> ModelFacts:
+        """The facts of an opened model. Reads no weight.
+
+        Args:
+            layers: of one pipeline stage, which is charged for embedding and head besides; None for all.
+        """
+        config = opened.config
+        if layers is not None:
+            config = replace(config, num_layers=len(layers), windows=config.windows[layers.start : layers.stop])
         counts: Counter[tuple[str, tuple[WeightFacts, ...]]] = Counter()
-        for shape in all_merged_linears(opened.config, tied=opened.tied):
+        for shape in all_merged_linears(opened.config, tied=opened.tied, layers=layers):
             parts = tuple(opened.facts(part) for part in shape.parts)
             if shape.folds_order:
                 parts = tuple(replace(part, has_order=False) for part in parts)
@@ -79,7 +86,7 @@ class ModelFacts:
         scheme = getattr(opened.source, "scheme", None)
         return cls(
             name=opened.location.name,
-            config=opened.config,
+            config=config,
             tied=opened.tied,
             linears=linears,
             description=opened.source.description,

@@ -7,7 +7,7 @@ weights are read. Triton's side is imported only where it is used, since systems
 from __future__ import annotations
 
 import logging
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
 import torch
@@ -18,7 +18,8 @@ from qengine.models.decoder import Decoder
 from qengine.runtime import gpu_memory
 from qengine.runtime.inputs import CpuSteps
 from qengine.runtime.kv_cache import KVCache
-from qengine.runtime.machine_memory import CPU, available_memory
+from qengine.runtime.links import Links
+from qengine.runtime.machine_memory import CPU, available_memory, driver_cards
 from qengine.runtime.model_bytes import ModelFacts
 from qengine.runtime.opening import OpenedHeaders
 from qengine.runtime.planner import (
@@ -122,29 +123,52 @@ class Platform:
             ConfigError: if the request contradicts the model or the device.
             DoesNotFitError: if it needs more memory than there is, with the table.
         """
-        machine = self.machine
         measured = None if measured_weights is None else (measured_weights,)
-        plan = plan_to_start(ModelFacts.of(opened), config, machine, measured_weights=measured)
-        if self.device.type == "cuda":
-            gpu_memory.cap_process(allowed_bytes(machine.cards[0], config, 0), self.device)
+        plan = plan_to_start(ModelFacts.of(opened), config, self.machine, measured_weights=measured)
+        self.cap_memory(config)
         return plan
 
+    def cap_memory(self, config: EngineConfig, rank: int = 0) -> None:
+        """Hold torch to what the user allows a rank of its GPU.
+
+        Raises:
+            ConfigError: if that is more than the card has.
+        """
+        if self.device.type == "cuda":
+            gpu_memory.cap_process(allowed_bytes(gpu_memory.card_of(self.device), config, rank), self.device)
+
+    def machine_of_ranks(self, num_ranks: int) -> Machine:
+        """The same for several ranks: a card each, as the driver tells of them; on a CPU they share its memory.
+
+        Raises:
+            ConfigError: if there are fewer cards.
+        """
+        if self.device.type != "cuda":
+            return self.machine
+        cards = driver_cards()
+        if num_ranks > len(cards):
+            raise ConfigError(
+                f"tensor_parallel_size times pipeline_parallel_size is {num_ranks}, but there are {len(cards)} GPU(s), "
+                "and each rank needs one; lower them or use --device cpu"
+            )
+        return replace(self.machine, cards=cards[:num_ranks])
+
     def make_runner(
-        self, config: ModelConfig, model: Decoder, cache: KVCache, plan: MemoryPlan, max_num_seqs: int
+        self, model: Decoder, cache: KVCache, plan: MemoryPlan, max_num_seqs: int, links: Links | None = None
     ) -> ModelRunner:
-        """The runner of a loaded model."""
+        """The runner of a loaded model, or of this rank's part of one."""
         selector = self.target.selector
         sampler = make_sampler(on_triton=selector is not None)
         if selector is None:
-            return ModelRunner(model, cache, CpuSteps(model.rope, cache.block_size, model.dtype), sampler)
+            return ModelRunner(model, cache, CpuSteps(model.rope, cache.block_size, model.dtype), sampler, links=links)
         inputs, graphs = try_import("qengine.runtime.device_inputs"), try_import("qengine.runtime.graphs")
         assert inputs is not None and graphs is not None, "choose_device has looked for triton"  # noqa: PT018
-        steps = inputs.DeviceSteps(config, model.rope, cache.format, cache.block_size, selector.card, self.device)
+        steps = inputs.DeviceSteps(model.config, model.rope, cache.format, cache.block_size, selector.card, self.device)
         if self.recorder is None:
-            return ModelRunner(model, cache, steps, sampler)
+            return ModelRunner(model, cache, steps, sampler, links=links)
         max_blocks = -(-plan.max_model_len // cache.block_size)
         recorded = graphs.DecodeGraphs(model, cache, steps, self.recorder, max_num_seqs, max_blocks)
-        return ModelRunner(model, cache, steps, sampler, recorded)
+        return ModelRunner(model, cache, steps, sampler, recorded, links=links)
 
 
 def choose_device(name: str) -> torch.device:
@@ -163,6 +187,14 @@ def choose_device(name: str) -> torch.device:
     if torch.cuda.is_available():
         logger.warning("running on the CPU although there is a GPU: %s", reason)
     return torch.device("cpu")
+
+
+def rank_device(device: torch.device, rank: int) -> torch.device:
+    """The device of one of several ranks like `device`, made current: a GPU of its own."""
+    if device.type != "cuda":
+        return device
+    torch.cuda.set_device(rank)
+    return torch.device("cuda", rank)
 
 
 def _why_no_gpu() -> str | None:

@@ -3,12 +3,13 @@
 `begin` queues a step and `finish` waits for its tokens; on a GPU nothing in between waits for the device, so the host
 is free while it works. Invariant: only rows that are sampled, or a few at a time for prompt log-probabilities, get
 logits, so a step's memory does not grow with the vocabulary times the chunk. A sequence whose logits are not finite
-fails alone: its bad blocks are zeroed and the others are unaffected. It does not schedule and does not stop sequences.
+fails alone: its bad blocks are zeroed and the others are unaffected. Where ranks share the model, all of them run each
+step, and one draws the tokens. It does not schedule and does not stop sequences.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from typing import Protocol
@@ -18,6 +19,7 @@ import torch
 from qengine.models.decoder import Decoder
 from qengine.runtime.inputs import PreparedStep, Steps
 from qengine.runtime.kv_cache import KVCache
+from qengine.runtime.links import Links
 from qengine.runtime.sampler import PendingSamples, Sampler
 from qengine.runtime.sampling.logprobs import PendingPromptLogprobs
 from qengine.runtime.sampling.transfer import Arrival
@@ -68,16 +70,30 @@ class Graphs(Protocol):
 
 
 class ModelRunner:
-    """Owns the model and the KV cache of one device. `graphs` is None where steps are always launched one by one."""
+    """Owns the model and the KV cache of one device.
+
+    Args:
+        model: the whole of it, or this rank's part.
+        graphs: None where steps are always launched one by one; for a single stage.
+        links: to the other ranks; None if there are none.
+    """
 
     def __init__(
-        self, model: Decoder, cache: KVCache, steps: Steps, sampler: Sampler, graphs: Graphs | None = None
+        self,
+        model: Decoder,
+        cache: KVCache,
+        steps: Steps,
+        sampler: Sampler,
+        graphs: Graphs | None = None,
+        *,
+        links: Links | None = None,
     ) -> None:
         self.model = model
         self.cache = cache
         self._steps = steps
         self._sampler = sampler
         self._graphs = graphs
+        self._links = links or Links()
 
     def step(self, batch: Batch) -> StepResult:
         """Compute the batch's tokens, and sample where asked."""
@@ -96,10 +112,21 @@ class ModelRunner:
             self._graphs.foresee(batch.entries)
             return pending
         step = self._steps.prepare(batch)
-        hidden = self.model.forward(step.token_ids, self.cache.layers, step.inputs)
+        hidden = self.model.forward(self._stage_input(step), self.cache.layers, step.inputs)
+        if not self._links.is_last:
+            self._links.pipe.send(hidden, self._links.pipe.rank + 1)
+            return self._pending((), None, {})
         entries = step.sample_entries
         samples = self._sample(entries, _rows(hidden, step.sample_rows)) if entries else None
-        return self._pending(entries, samples, self._prompt_logprobs(step, hidden))
+        return self._pending(entries if samples else (), samples, self._prompt_logprobs(step, hidden))
+
+    def _stage_input(self, step: PreparedStep) -> torch.Tensor:
+        """Token ids for the first stage, what the stage before computed for the others."""
+        if self._links.is_first:
+            return step.token_ids
+        rows, hidden_size = len(step.token_ids), self.model.config.hidden_size
+        hidden = torch.empty(rows, hidden_size, dtype=self.model.dtype, device=self.cache.device)
+        return self._links.pipe.receive(hidden, self._links.pipe.rank - 1)
 
     def _pending(
         self,
@@ -109,9 +136,12 @@ class ModelRunner:
     ) -> PendingStep:
         return PendingStep(entries, samples, prompt_logprobs, self.cache, Arrival(self.cache.device))
 
-    def _sample(self, entries: Sequence[BatchEntry], hidden: torch.Tensor) -> PendingSamples:
-        specs = [e.sample for e in entries if e.sample is not None]
-        return self._sampler.begin(self.model.logits(hidden), specs)
+    def _sample(self, entries: Sequence[BatchEntry], hidden: torch.Tensor) -> PendingSamples | None:
+        """Draw a token for every row; None on ranks that only have their part of the logits to give."""
+        logits = self.model.logits(hidden)
+        if not self._links.samples:
+            return None
+        return self._sampler.begin(logits, [e.sample for e in entries if e.sample is not None])
 
     def _prompt_logprobs(self, step: PreparedStep, hidden: torch.Tensor) -> dict[str, PendingPromptLogprobs]:
         """Log-probabilities of the prompt tokens that follow each computed position, for entries that ask."""
@@ -121,6 +151,9 @@ class ModelRunner:
                 continue
             rows = hidden[row : row + len(entry.prompt_targets)]
             logits = (self.model.logits(piece) for piece in torch.split(rows, _LOGPROB_ROWS))
+            if not self._links.samples:
+                _exhaust(logits)
+                continue
             pending[entry.request_id] = PendingPromptLogprobs.of(
                 logits, entry.prompt_targets, entry.num_prompt_logprobs
             )
@@ -130,6 +163,12 @@ class ModelRunner:
 def _current(device: torch.device) -> AbstractContextManager[object]:
     """Make a GPU the thread's current one: Triton launches there, whatever its arguments' device."""
     return torch.cuda.device(device) if device.type == "cuda" else nullcontext()
+
+
+def _exhaust(logits: Iterator[torch.Tensor]) -> None:
+    """Take part in computing logits that another rank looks at."""
+    for _ in logits:
+        pass
 
 
 def _rows(hidden: torch.Tensor, rows: torch.Tensor) -> torch.Tensor:

@@ -15,6 +15,7 @@ class SchedulerLimits:
         max_num_seqs: requests that hold blocks at one time.
         max_num_batched_tokens: tokens computed in one step.
         max_model_len: tokens of prompt and output together.
+        max_in_flight: steps that may be handed out before the first one's results are in.
 
     Raises:
         ConfigError: if a limit is below 1.
@@ -23,9 +24,10 @@ class SchedulerLimits:
     max_num_seqs: int
     max_num_batched_tokens: int
     max_model_len: int
+    max_in_flight: int = 1
 
     def __post_init__(self) -> None:
-        for name in ("max_num_seqs", "max_num_batched_tokens", "max_model_len"):
+        for name in ("max_num_seqs", "max_num_batched_tokens", "max_model_len", "max_in_flight"):
             if getattr(self, name) < 1:
                 raise ConfigError(f"{name} is {getattr(self, name)}, expected at least 1")
 

@@ -10,14 +10,16 @@ from __future__ import annotations
 from collections.abc import Iterator
 
 from qengine.scheduling.block_pool import BlockPool
+from qengine.scheduling.flights import Flights
 from qengine.scheduling.tracking import Track
 
 
 class RunningSet:
     """Insertion-ordered: O(1) removal, and the last admitted is at hand."""
 
-    def __init__(self, pool: BlockPool) -> None:
+    def __init__(self, pool: BlockPool, flights: Flights) -> None:
         self._pool = pool
+        self._flights = flights
         self._tracks: dict[str, Track] = {}
         self._num_reserved = 0
 
@@ -37,14 +39,6 @@ class RunningSet:
         """Free blocks promised to nobody."""
         return self._pool.num_free - self._num_reserved
 
-    def by_need(self) -> tuple[list[Track], list[Track]]:
-        """(those with one token left to compute, the others), each in order of admission."""
-        decodes: list[Track] = []
-        partial: list[Track] = []
-        for track in self:
-            (decodes if track.num_remaining == 1 else partial).append(track)
-        return decodes, partial
-
     def victim(self) -> Track | None:
         """The request to preempt, if any may be: of those preempted least often the last admitted."""
         candidates = (track for track in reversed(self._tracks.values()) if not track.protected)
@@ -57,7 +51,7 @@ class RunningSet:
         num_new = self._pool.num_blocks_for(request.num_tokens) - len(cached)
         track.extend_table(cached + self._pool.allocate(num_new))
         track.num_registered = track.num_shared = len(cached)
-        request.num_computed_tokens = len(cached) * self._pool.block_size
+        request.num_computed_tokens = track.num_planned = len(cached) * self._pool.block_size
         track.running = True
         self._tracks[request.request_id] = track
         self._num_reserved += track.num_reserved
@@ -75,16 +69,19 @@ class RunningSet:
         return True
 
     def release(self, track: Track) -> None:
-        """Take a request and its blocks out; its tokens must be computed again if it comes back."""
+        """Take a request and its blocks out; its tokens must be computed again if it comes back.
+
+        Blocks that a step in flight has become free when it lands.
+        """
         del self._tracks[track.request.request_id]
         self._num_reserved -= track.num_reserved
-        self._pool.free(track.table)
+        self._flights.free(track)
         track.clear_table()
         track.running = False
 
     def check_integrity(self) -> None:
         """Assert the promise and every table. O(pool + tokens held)."""
-        self._pool.check_integrity([track.table for track in self])
+        self._pool.check_integrity([*(track.table for track in self), *self._flights.held_tables])
         assert self._num_reserved == sum(track.num_reserved for track in self), "the reservation is off"
         assert 0 <= self._num_reserved <= self._pool.num_free, "more is promised than is free"
         for track in self:
@@ -92,7 +89,8 @@ class RunningSet:
             assert track.running, "a request in the running set does not run"
             assert list(track.table) == request.block_ids, "the two copies of a table differ"
             num_slots = len(track.table) * self._pool.block_size
-            assert request.num_computed_tokens <= num_slots, "a computed token has no slot"
+            assert request.num_computed_tokens <= track.num_planned <= num_slots, "a computed token has no slot"
+            assert track.num_flights or request.num_computed_tokens == track.num_planned, "a plan without a step"
             assert len(track.table) <= track.worst_blocks, "a request holds more than its worst case"
             num_full = request.num_computed_tokens // self._pool.block_size
             assert track.num_registered <= num_full, "a block is registered before it is computed"

@@ -1,12 +1,14 @@
 """Scheduler: which tokens of which requests the next step computes, and in which blocks. No phases, no torch.
 
 Every request has computed tokens that catch up with its known tokens; decode, chunked prefill, prefix hits and
-recomputation after preemption are that one sum. Steps alternate strictly: `schedule`, run, `update` (or `discard`).
+recomputation after preemption are that one sum. Each step is a `schedule`, a run, and an `update` (or `discard`); up to
+`max_in_flight` steps may be between the first and the last, whose results come in the order they were begun. A request
+whose next token is awaited sits out; the parts of a long prompt follow each other without waiting.
 
-Invariant (no deadlock, no starvation): every step computes at least one token, for the free blocks always cover what is
-promised to protected requests, a request that runs alone cannot lack a block, and with nothing running the head of the
-queue fits, as no request larger than the pool is let in. A request is preempted at most twice and the queue keeps the
-order of arrival, so the work before any request is finite and each one ends.
+Invariant (no deadlock, no starvation): with nothing in flight every step computes at least one token, for the free
+blocks always cover what is promised to protected requests, a request that runs alone cannot lack a block, and with
+nothing running the head of the queue fits, as no request larger than the pool is let in. A request is preempted at most
+twice and the queue keeps the order of arrival, so the work before any request is finite and each one ends.
 It neither runs models nor detokenizes, and is not thread-safe: its owner calls it from one place.
 """
 
@@ -19,6 +21,7 @@ from qengine.request import FinishReason, Request
 from qengine.scheduling.admission import AdmissionPolicy, GrowthForecast
 from qengine.scheduling.batch import Batch, BatchEntry, StepResult
 from qengine.scheduling.block_pool import BlockPool
+from qengine.scheduling.flights import Flights
 from qengine.scheduling.prefix_cache import PrefixCache
 from qengine.scheduling.records import SchedulerLimits, SchedulerSnapshot, SchedulerStats
 from qengine.scheduling.running import RunningSet
@@ -46,9 +49,10 @@ class Scheduler:
         self._prefix_cache = PrefixCache(pool, enabled=enable_prefix_caching)
         self._live: dict[str, Track] = {}
         self._waiting = WaitingQueue()
-        self._running = RunningSet(pool)
+        self._flights = Flights(pool, limits.max_in_flight)
+        self._running = RunningSet(pool, self._flights)
         self._num_arrivals = 0
-        self._in_flight: tuple[Batch, list[Track]] | None = None
+        self._num_steps = 0
 
     # ---- requests in and out
 
@@ -96,6 +100,11 @@ class Scheduler:
     @property
     def num_waiting(self) -> int:
         return len(self._waiting)
+
+    @property
+    def num_in_flight(self) -> int:
+        """Steps whose results are not in yet."""
+        return len(self._flights)
 
     def snapshot(self) -> SchedulerSnapshot:
         """State for metrics, in O(1)."""
@@ -159,41 +168,40 @@ class Scheduler:
             max_num_tokens: a lower token budget for this step alone (to retry after running out of memory).
 
         Returns:
-            The batch; empty only if nothing is unfinished.
+            The batch; empty only if nothing is unfinished, or all that is waits for a step in flight.
         """
-        assert self._in_flight is None, "schedule() before update() or discard() of the step before"
+        assert self._flights.has_room, "schedule() before update() or discard() of a step before"
         budget = self.limits.max_num_batched_tokens
         if max_num_tokens is not None:
             budget = max(1, min(budget, max_num_tokens))
-        for track in list(self._running):
-            if track.running:
-                self._make_room(track)
+        self._num_steps += 1
         entries: list[BatchEntry] = []
         tracks: list[Track] = []
-        for group in self._running.by_need():
-            for track in group:
-                if budget:
-                    budget -= self._plan(track, budget, entries, tracks)
+        for track in self._in_turn():
+            if budget:
+                budget -= self._plan(track, budget, entries, tracks)
         while budget and (admitted := self._try_admit_head()) is not None:
             budget -= self._plan(admitted, budget, entries, tracks)
-        assert entries or not self._live, "nothing can be scheduled although requests are unfinished"
+        assert entries or not self._live or len(self._flights), (
+            "nothing can be scheduled although requests are unfinished"
+        )
         batch = Batch(tuple(entries))
         self._policy.on_computed(batch.num_tokens)
-        self._in_flight = (batch, tracks)
+        self._flights.begin(batch, tracks)
         return batch
 
     def update(self, batch: Batch, result: StepResult) -> list[Request]:
         """Take in what a step computed.
 
         Args:
-            batch: what `schedule` returned last.
+            batch: the oldest one in flight.
             result: for each entry its token, if it samples, or the reason for which it failed.
 
         Returns:
             The requests that got a token or ended, in batch order. Those ended meanwhile are left out.
         """
         changed = []
-        for entry, track in zip(batch.entries, self._take_in_flight(batch), strict=True):
+        for entry, track in zip(batch.entries, self._flights.land(batch), strict=True):
             if track.request.finished:
                 continue
             if entry.request_id in result.failed:
@@ -207,15 +215,27 @@ class Scheduler:
         return changed
 
     def discard(self, batch: Batch) -> None:
-        """Forget a step that did not run: its tokens stay to be computed, its requests keep their blocks."""
-        self._take_in_flight(batch)
+        """Forget the newest step, which did not run: its tokens stay to be computed, its requests keep their blocks."""
+        for entry, track in zip(batch.entries, self._flights.cancel(batch), strict=True):
+            if track.running:
+                track.num_planned = entry.start
 
-    def _take_in_flight(self, batch: Batch) -> list[Track]:
-        assert self._in_flight is not None, "update() or discard() without schedule()"
-        scheduled, tracks = self._in_flight
-        assert batch is scheduled, "update() or discard() with another batch than the one scheduled"
-        self._in_flight = None
-        return tracks
+    def _in_turn(self) -> list[Track]:
+        """Running requests that this step can go on with: those with one token to compute, then the others.
+
+        Each in order of admission. With several steps in flight a step takes only its share of those with one token,
+        the ones that have waited longest, so that the steps after it have some too.
+        """
+        ready = [track for track in list(self._running) if track.running and self._try_make_room(track)]
+        decodes: list[Track] = []
+        partial: list[Track] = []
+        for track in ready:
+            if track.running:  # It may have had to make room for another.
+                (decodes if track.num_remaining == 1 else partial).append(track)
+        if self.limits.max_in_flight > 1:
+            decodes.sort(key=lambda track: track.num_turn)
+            decodes = decodes[: -(-len(self._running) // self.limits.max_in_flight)]
+        return decodes + partial
 
     def _plan(self, track: Track, budget: int, entries: list[BatchEntry], tracks: list[Track]) -> int:
         """Append a track's entry, cut to the budget; returns its number of tokens."""
@@ -223,24 +243,38 @@ class Scheduler:
         entry = track.entry(num_tokens)
         entries.append(entry)
         tracks.append(track)
+        track.num_planned = entry.context_len
+        track.num_turn = self._num_steps
         self.stats.num_scheduled_tokens += num_tokens
         if entry.start < track.high_water:
             self.stats.num_recomputed_tokens += min(entry.context_len, track.high_water) - entry.start
         return num_tokens
 
-    def _make_room(self, track: Track) -> None:
-        """Give a running request the blocks that its known tokens need, if need be from others or by preempting it."""
-        while track.running and not self._running.try_grow(track):
+    def _try_make_room(self, track: Track) -> bool:
+        """Give a running request the blocks that its known tokens need, if need be from others or by preempting it.
+
+        Returns:
+            Whether a step can go on with it: not while its next token is awaited, nor before the request whose blocks
+            it needs has landed.
+        """
+        if not track.num_remaining:
+            return False
+        while not self._running.try_grow(track):
             victim = self._running.victim()
             assert victim is not None, "a protected request lacks a block"
+            if victim.num_flights:
+                return False
             self._preempt(victim)
+            if victim is track:
+                return False
+        return True
 
     def _preempt(self, track: Track) -> None:
         """Take a request's blocks; it keeps its tokens and computes them again from the front of the queue."""
         request = track.request
         self._policy.on_preempted(request.num_computed_tokens)
         self._running.release(track)
-        request.num_computed_tokens = 0
+        request.num_computed_tokens = track.num_planned = 0
         request.num_preemptions += 1
         self.stats.num_preemptions += 1
         self._waiting.push(track)
@@ -349,6 +383,7 @@ class Scheduler:
     def check_integrity(self) -> None:
         """Assert every invariant of scheduler, queue, running set and pool. O(pool + tokens): for tests."""
         self._running.check_integrity()
+        self._flights.check_integrity()
         self._waiting.check_integrity(self._live)
         running, waiting = list(self._running), list(self._waiting)
         assert {*running, *waiting} == {*self._live.values()}, "live requests are not those running and waiting"

@@ -25,6 +25,9 @@ class Track:
         worst_blocks: blocks it holds at most, when it ends by length.
         forecast: how long its answer may get.
         root: key its first block's hash hangs from; None when its blocks are not hashed.
+        num_planned: leading tokens that are computed or that a step in flight computes.
+        num_flights: steps in flight that compute tokens of it.
+        num_turn: number of the last step that it was part of.
         num_registered: leading blocks offered to the prefix cache since the last admission.
         num_shared: leading blocks others may hold too, so that its end is not counted on to free them.
         high_water: most tokens it ever had computed; computing below it again is recomputing.
@@ -37,6 +40,9 @@ class Track:
     root: bytes | None = None
     table: tuple[int, ...] = ()
     running: bool = False
+    num_planned: int = 0
+    num_flights: int = 0
+    num_turn: int = 0
     num_registered: int = 0
     num_shared: int = 0
     high_water: int = 0
@@ -67,8 +73,8 @@ class Track:
 
     @property
     def num_remaining(self) -> int:
-        """Known tokens that are not computed yet; 1 for a request that decodes."""
-        return self.request.num_tokens - self.request.num_computed_tokens
+        """Known tokens that no step has taken up; 1 for a request that decodes, 0 while its next token is awaited."""
+        return self.request.num_tokens - self.num_planned
 
     @property
     def collects_prompt_logprobs(self) -> bool:
@@ -101,7 +107,7 @@ class Track:
     def entry(self, num_tokens: int) -> BatchEntry:
         """The next `num_tokens` tokens of the request as a batch entry; samples if the last known one is among them."""
         request = self.request
-        start = request.num_computed_tokens
+        start = self.num_planned
         end = start + num_tokens
         targets: tuple[int, ...] = ()
         if self.collects_prompt_logprobs and end > len(request.prompt_logprobs):

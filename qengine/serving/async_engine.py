@@ -5,7 +5,8 @@
 Invariants: only the engine thread touches the Engine after construction (`make_request` excepted, which is thread-safe
 and runs in a small pool); every request that was submitted ends in a finished output, an exception, or its caller left;
 what a slow reader has not taken is replaced by the newer cumulative output, so nothing grows without bound.
-An exception out of a step is the end: every request in flight and every later one gets EngineDeadError.
+An exception out of a step, or devices that fail without one, are the end: every request in flight and every later one
+gets EngineDeadError.
 It knows nothing of HTTP.
 """
 
@@ -91,6 +92,7 @@ class AsyncEngine:
         self._wakeup = threading.Condition()
         self._inbox: list[_Add | _Abort] = []
         self._outbox: dict[str, RequestOutput | QEngineError] = {}
+        self._failure: str | None = None  # Why the devices failed, in whatever thread that was noticed.
         self._death: str | None = None  # Why the engine stopped; each caller gets an exception of its own.
         self._should_stop = False
         self._delivery_is_due = False
@@ -99,6 +101,7 @@ class AsyncEngine:
         self._mailboxes: dict[str, _Mailbox] = {}
         self._thread = threading.Thread(target=self._run, name="qengine-engine", daemon=True)
         self._thread.start()
+        engine.on_failure(self._note_failure)
 
     @property
     def info(self) -> EngineInfo:
@@ -247,10 +250,12 @@ class AsyncEngine:
     def _take_commands(self) -> bool:
         """Apply what callers sent, waiting for it if there is nothing else to do. False when it is time to stop."""
         with self._wakeup:
-            while not (self._inbox or self._should_stop or self._engine.has_unfinished):
+            while not (self._inbox or self._should_stop or self._failure or self._engine.has_unfinished):
                 self._wakeup.wait()
             if self._should_stop:
                 return False
+            if self._failure is not None:
+                raise EngineDeadError(self._failure)
             commands, self._inbox = self._inbox, []
         for command in commands:
             if isinstance(command, _Add):
@@ -258,6 +263,12 @@ class AsyncEngine:
             else:
                 self._drop(command.request_ids)
         return True
+
+    def _note_failure(self, reason: str) -> None:
+        """In any thread: have the engine's thread stop, which may be waiting for something to do."""
+        with self._wakeup:
+            self._failure = reason
+            self._wakeup.notify()
 
     def _add(self, pending: Sequence[PendingRequest]) -> None:
         for request in pending:

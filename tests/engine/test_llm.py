@@ -319,7 +319,7 @@ def test_nan_while_decoding_fails_one_request_and_no_other(llm: LLM) -> None:
 def test_an_interrupted_call_leaves_a_working_engine(llm: LLM, monkeypatch: pytest.MonkeyPatch) -> None:
     before = tokens(run(llm, PROMPT, greedy()))
     executor = llm.engine._executor
-    real, calls = executor.step, []
+    real, calls = executor.begin, []
 
     def interrupted(batch: Any) -> Any:
         calls.append(batch)
@@ -327,7 +327,7 @@ def test_an_interrupted_call_leaves_a_working_engine(llm: LLM, monkeypatch: pyte
             raise KeyboardInterrupt
         return real(batch)
 
-    monkeypatch.setattr(executor, "step", interrupted)
+    monkeypatch.setattr(executor, "begin", interrupted)
     with pytest.raises(KeyboardInterrupt):
         run(llm, [PROMPT, [5] * 40], greedy())
     llm.engine.check_integrity()

@@ -57,6 +57,6 @@ def test_it_runs_and_leaves_the_cache_as_it_was(tmp_path: Path, platform: Platfo
     cache = KVCache(opened.config, 8, 16, kv_format, CPU)
     decoder = load_decoder(opened, platform.target, 64)
     small = MemoryPlan(64, 64, True, found.max_num_batched_tokens, found.max_num_seqs, 16, 8, ())
-    batch = run_worst_step(platform.make_runner(opened.config, decoder, cache, small, 4), small)
+    batch = run_worst_step(platform.make_runner(decoder, cache, small, 4), small)
     assert batch.num_tokens == 48
     assert not any(bool(part.any()) for layer in cache.layers for part in layer.parts())

@@ -189,9 +189,9 @@ def test_an_empty_prompt_and_an_id_in_use_are_refused() -> None:
     scheduler.add(make_request("a", [1], max_tokens=1))
 
 
-@pytest.mark.parametrize("name", ["max_num_seqs", "max_num_batched_tokens", "max_model_len"])
+@pytest.mark.parametrize("name", ["max_num_seqs", "max_num_batched_tokens", "max_model_len", "max_in_flight"])
 def test_impossible_limits_are_refused(name: str) -> None:
-    values = {"max_num_seqs": 1, "max_num_batched_tokens": 1, "max_model_len": 1}
+    values = {"max_num_seqs": 1, "max_num_batched_tokens": 1, "max_model_len": 1, "max_in_flight": 1}
     with pytest.raises(ConfigError, match=f"{name} is 0"):
         SchedulerLimits(**{**values, name: 0})
 
@@ -285,7 +285,7 @@ def test_finish_sets_the_reason_it_is_given() -> None:
 
 
 @pytest.mark.parametrize("moment", ["waiting", "between chunks", "decoding", "in flight"])
-def test_abort_frees_everything_at_once(moment: str) -> None:
+def test_abort_frees_everything_as_soon_as_no_step_has_it(moment: str) -> None:
     scheduler = make_scheduler(max_num_batched_tokens=8)
     request = make_request("a", range(20), max_tokens=9)
     scheduler.add(request)
@@ -295,11 +295,13 @@ def test_abort_frees_everything_at_once(moment: str) -> None:
     batch = scheduler.schedule() if moment == "in flight" else None
     assert scheduler.abort("a") is request
     assert request.finish_reason == "abort"
-    assert scheduler.pool.num_free == 64
     assert not scheduler.has_unfinished
     scheduler.check_integrity()
     if batch is not None:
+        assert scheduler.pool.num_free == 64 - 6
         assert scheduler.update(batch, answer(batch)) == []
+        scheduler.check_integrity()
+    assert scheduler.pool.num_free == 64
     assert len(request.output_token_ids) == num_output
     assert scheduler.abort("a") is None
 

@@ -92,8 +92,9 @@ def test_an_aborted_prompt_leaves_what_it_computed() -> None:
     bench = Bench(max_num_batched_tokens=16)
     bench.add(make_request("a", range(40), max_tokens=1))
     bench.step()
-    bench.scheduler.schedule()
+    batch = bench.scheduler.schedule()
     bench.scheduler.abort("a")
+    assert bench.scheduler.update(batch, bench.runner.step(batch, bench.requests)) == []
     assert bench.pool.num_free == 64
     assert bench.pool.num_cached == 4
 

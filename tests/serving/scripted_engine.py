@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 import threading
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -129,6 +129,9 @@ class ScriptedEngine:
         )
         self.prepared.append(request)
         return request
+
+    def on_failure(self, callback: Callable[[str], None]) -> None:
+        self.fail = callback
 
     # The engine's thread
 

@@ -1,0 +1,106 @@
+"""Links: a rank's place in a model that several share, and its connections to the others.
+
+Ranks are numbered stage by stage: rank = stage x tensor-parallel size + place within the stage. All ranks of a stage
+share each of its layers; ranks of the same place in neighbouring stages hand activations on. Invariant: what a rank
+owns follows from the model and the sizes alone. The one place where a transport is chosen.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+
+import torch
+from torch.distributed import FileStore, PrefixStore  # type: ignore[attr-defined]  # public, not marked as such
+from torch.distributed.distributed_c10d import Store
+
+from qengine.config import ParallelConfig
+from qengine.parallel.distributed import connect
+from qengine.parallel.group import TPGroup
+from qengine.parallel.split import stage_layers
+from qengine.parallel.transport import SingleTransport, Transport
+from qengine.runtime.opening import OpenedHeaders, split_opened
+
+
+@dataclass(frozen=True, slots=True)
+class Links:
+    """One rank among others; alone by default.
+
+    Attributes:
+        group: of the ranks that share this stage's layers.
+        pipe: between the stages, by their numbers.
+        layers: of this stage; None for all.
+    """
+
+    group: TPGroup = field(default_factory=TPGroup.single)
+    pipe: Transport = field(default_factory=SingleTransport)
+    layers: range | None = None
+
+    @property
+    def is_first(self) -> bool:
+        """Whether this stage begins with token ids."""
+        return self.pipe.rank == 0
+
+    @property
+    def is_last(self) -> bool:
+        """Whether this stage ends with logits."""
+        return self.pipe.rank == self.pipe.size - 1
+
+    @property
+    def samples(self) -> bool:
+        """Whether this rank draws the tokens. One does: whatever it draws is the answer."""
+        return self.is_last and self.group.rank == 0
+
+    def close(self) -> None:
+        """Leave the others."""
+        self.group.transport.close()
+        self.pipe.close()
+
+
+def check_split(parallel: ParallelConfig, opened: OpenedHeaders) -> None:
+    """Refuse sizes that leave a rank without a part of the model.
+
+    Raises:
+        ConfigError: with the reason.
+    """
+    stage_layers(opened.config.num_layers, parallel.pipeline_parallel_size)
+    split_opened(opened, parallel.tensor_parallel_size)
+
+
+def connect_links(
+    parallel: ParallelConfig,
+    rank: int,
+    opened: OpenedHeaders,
+    device: torch.device,
+    rendezvous: str,
+    limit_s: float,
+    shares: Sequence[float] | None = None,
+) -> Links:
+    """Meet the other ranks of this machine; every rank calls it with the same arguments but `rank` and `device`.
+
+    Args:
+        rendezvous: path of a file that does not exist yet; no port is opened to meet.
+        limit_s: seconds that the others may take to come, and a call to complete.
+        shares: as the plan says; how unlike ranks share every layer.
+
+    Raises:
+        ConfigError: the model cannot be split like that. TransportError: the others do not come.
+    """
+    tp, pp = parallel.tensor_parallel_size, parallel.pipeline_parallel_size
+    stage, place = divmod(rank, tp)
+    store = FileStore(rendezvous, tp * pp)
+
+    def meet(name: str, own: int, size: int) -> Transport:
+        if size == 1:
+            return SingleTransport()
+        return choose_transport(device, PrefixStore(name, store), own, size, limit_s)
+
+    split = split_opened(opened, tp, shares) if tp > 1 else None
+    group = TPGroup(meet(f"stage{stage}", place, tp), split)
+    pipe = meet(f"pipe{place}", stage, pp)
+    return Links(group, pipe, stage_layers(opened.config.num_layers, pp)[stage])
+
+
+def choose_transport(device: torch.device, store: Store, rank: int, size: int, limit_s: float) -> Transport:
+    """What carries tensors between ranks on devices like this: NCCL between GPUs, gloo between CPUs."""
+    return connect("nccl" if device.type == "cuda" else "gloo", store, rank, size, limit_s)

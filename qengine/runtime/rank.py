@@ -1,0 +1,144 @@
+"""`python -m qengine.runtime.rank`: one rank of a model, as a process that an engine has started.
+
+It takes orders from a socket that it inherits, one after the other, and lives as long as the engine. Invariant: each
+order is answered, or the answer is `Failed` with the reason, after which nothing more is done; the command line holds
+numbers only. Who started it decides everything: it reads no flags.
+"""
+
+from __future__ import annotations
+
+import logging
+import signal
+import socket
+import sys
+import traceback
+from collections.abc import Sequence
+
+from qengine.errors import ConfigError, LoadError
+from qengine.logs import set_up_logging
+from qengine.runtime.channel import Channel, ChannelClosedError, ProtocolError
+from qengine.runtime.links import connect_links
+from qengine.runtime.loader import open_model
+from qengine.runtime.messages import (
+    WARM_UP_SECONDS,
+    Allocate,
+    Check,
+    Clear,
+    Done,
+    Failed,
+    Loaded,
+    Order,
+    Report,
+    Start,
+    Step,
+    Stop,
+    decode_order,
+    encode,
+)
+from qengine.runtime.parent_death import die_with
+from qengine.runtime.planner import Card
+from qengine.runtime.platform import Platform, choose_device, choose_dtype, rank_device
+from qengine.runtime.step_messages import StepReader, write_result
+from qengine.runtime.worker import Worker
+
+logger = logging.getLogger(__name__)
+
+
+def main(argv: Sequence[str]) -> int:
+    """Serve the engine with process id argv[1] over the socket argv[0]. Returns the exit code."""
+    # Ctrl-C in a terminal is for the engine, which then stops its ranks.
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    descriptor, parent_pid = (int(word) for word in argv)
+    channel = Channel(socket.socket(fileno=descriptor))
+    die_with(parent_pid, channel)
+    try:
+        _serve(channel)
+    except ChannelClosedError:
+        return 0
+    except Exception as error:  # noqa: BLE001 - whatever it was, the engine must hear of it
+        _report_failure(channel, error)
+        return 1
+    return 0
+
+
+def _serve(channel: Channel) -> None:
+    """Follow orders until `Stop`."""
+    start = _expect_start(channel)
+    config = start.config.parallel
+    set_up_logging(start.log_level)
+    worker, card = _start(start)
+    worker.load(show_progress=start.show_progress)
+    if start.rank == 0:
+        worker.log_kernels()
+    _send(channel, Loaded(card, worker.weight_bytes))
+    reader = StepReader()
+    while not isinstance(order := decode_order(channel.receive()), Stop):
+        report = _follow(order, worker, reader, answers=start.rank == config.answering_rank)
+        if report is not None:
+            _send(channel, report)
+    # Not after a failure: to be left without a word, the others would say that first.
+    worker.shutdown()
+
+
+def _expect_start(channel: Channel) -> Start:
+    order = decode_order(channel.receive())
+    if not isinstance(order, Start):
+        raise ProtocolError(f"the first message is {type(order).__name__}, expected Start")
+    return order
+
+
+def _start(start: Start) -> tuple[Worker, Card | None]:
+    config = start.config
+    device = rank_device(choose_device(config.load.device), start.rank)
+    opened = open_model(config.load)
+    limit_s = WARM_UP_SECONDS + config.parallel.step_timeout
+    links = connect_links(config.parallel, start.rank, opened, device, start.rendezvous, limit_s, start.plan.shares)
+    dtype = choose_dtype(config.load.dtype, device, opened.config.torch_dtype)
+    # Steps that wait for other ranks are not recorded.
+    platform = Platform.of(device, dtype, enforce_eager=True)
+    card = platform.machine.cards[0] if device.type == "cuda" else None
+    return Worker(platform, config, opened, start.plan, links, rank=start.rank), card
+
+
+def _follow(order: Order, worker: Worker, reader: StepReader, *, answers: bool) -> Report | None:
+    """Do what an order says. Returns the answer if there is one."""
+    if isinstance(order, Step):
+        batch = reader.read(order)
+        result = worker.step(batch)
+        return write_result(batch, result) if answers else None
+    if isinstance(order, Clear):
+        worker.clear_not_finite(order.block_ids)
+        return None
+    if isinstance(order, Allocate):
+        worker.allocate(order.plan)
+        worker.warm_up(order.plan)
+    elif isinstance(order, Check):
+        worker.check()
+    else:
+        raise ProtocolError(f"unexpected message {type(order).__name__}")
+    return Done()
+
+
+def _send(channel: Channel, report: Report) -> None:
+    channel.send(encode(report))
+
+
+def _report_failure(channel: Channel, error: Exception) -> None:
+    """Say why, and wait for the end: the engine decides what becomes of the ranks."""
+    if isinstance(error, ConfigError):
+        failed = Failed("config", str(error))
+    elif isinstance(error, LoadError):
+        failed = Failed("load", str(error))
+    else:
+        logger.error("%s", "".join(traceback.format_exception(error)).rstrip())
+        failed = Failed("internal", f"{type(error).__name__}: {error}")
+    try:
+        _send(channel, failed)
+        while True:
+            channel.receive()
+    except ChannelClosedError:
+        return
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))

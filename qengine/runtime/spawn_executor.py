@@ -1,0 +1,305 @@
+"""SpawnExecutor: the ranks of one model as processes of this machine, tensor-parallel times pipeline-parallel.
+
+Every rank gets every step; the first rank of the last stage answers. Invariant: a rank that fails, dies, or says
+nothing for longer than `step_timeout` is the end of all of them: they are killed at once, so that none waits for
+another, and every call from then on raises EngineDeadError. While they load, what a rank refuses is raised as what it
+is. It neither schedules nor computes, and but for what says otherwise only one thread may call it.
+"""
+
+from __future__ import annotations
+
+import logging
+import select
+import shutil
+import sys
+import tempfile
+import threading
+import time
+from collections.abc import Sequence
+from contextlib import suppress
+from pathlib import Path
+from typing import TypeVar
+
+from qengine import environment
+from qengine.config import EngineConfig
+from qengine.errors import ConfigError, EngineDeadError, LoadError, QEngineError
+from qengine.runtime.channel import ChannelClosedError, ProtocolError
+from qengine.runtime.executors import OnFailure
+from qengine.runtime.messages import (
+    WARM_UP_SECONDS,
+    Allocate,
+    Check,
+    Clear,
+    Done,
+    Failed,
+    Loaded,
+    Order,
+    Report,
+    Result,
+    Start,
+    Stop,
+    decode_report,
+    encode,
+)
+from qengine.runtime.planner import MemoryPlan
+from qengine.runtime.rank_processes import RankProcess, RankProcesses
+from qengine.runtime.step_messages import StepWriter, read_result
+from qengine.scheduling.batch import Batch, StepResult
+
+logger = logging.getLogger(__name__)
+
+RANK_COMMAND = (sys.executable, "-m", "qengine.runtime.rank")
+#: A rank that lost its neighbour often says so before the neighbour is known to be dead.
+_OBITUARY_SECONDS = 0.3
+
+_R = TypeVar("_R", bound=Report)
+
+
+class _RemoteStep:
+    """A step that the ranks have been given."""
+
+    def __init__(self, executor: SpawnExecutor, batch: Batch) -> None:
+        self._executor = executor
+        self._batch = batch
+
+    def finish(self) -> StepResult:
+        return self._executor.finish(self._batch)
+
+
+class SpawnExecutor:
+    """Starts the ranks, which load as soon as they can: `load` and `allocate` must follow.
+
+    Args:
+        config: what they are started with; its model must be a path.
+        plan: of all cards, as far as headers tell.
+        num_threads: CPU threads of each rank.
+        command: what a rank is started as; tests have ranks that fail.
+
+    Raises:
+        LoadError: they cannot be started.
+    """
+
+    def __init__(
+        self,
+        config: EngineConfig,
+        *,
+        plan: MemoryPlan,
+        num_threads: int,
+        log_level: str,
+        show_progress: bool = False,
+        command: Sequence[str] = RANK_COMMAND,
+    ) -> None:
+        parallel = config.parallel
+        self.max_in_flight = parallel.pipeline_parallel_size
+        self._answering = parallel.answering_rank
+        self._step_timeout = parallel.step_timeout
+        self._is_warm = False
+        self._writer = StepWriter(2 * config.scheduler.max_num_seqs)
+        self._lock = threading.Lock()
+        self._failure: str | None = None
+        self._listeners: list[OnFailure] = []
+        self._folder = Path(tempfile.mkdtemp(prefix="qengine-"))
+        try:
+            self._processes = RankProcesses(
+                command, parallel.world_size, environment.for_rank(num_threads), self._fail_on_death
+            )
+        except BaseException:
+            shutil.rmtree(self._folder, ignore_errors=True)
+            raise
+        for rank in self._processes.ranks:
+            self._send_to(
+                rank,
+                Start(
+                    config=config,
+                    plan=plan,
+                    rank=rank.rank,
+                    rendezvous=str(self._folder / "rendezvous"),
+                    log_level=log_level,
+                    show_progress=show_progress and rank.rank == 0,
+                ),
+            )
+
+    # The start
+
+    def load(self) -> list[Loaded]:
+        """Wait until every rank has its weights; by rank.
+
+        Raises:
+            ConfigError, LoadError: what a rank refused. EngineDeadError: a rank died.
+        """
+        loaded = self._gather(Loaded, timeout=None)
+        shutil.rmtree(self._folder, ignore_errors=True)  # They have found each other.
+        return loaded
+
+    def allocate(self, plan: MemoryPlan) -> None:
+        """Have every rank make its KV cache.
+
+        Raises:
+            ConfigError, LoadError: what a rank refused. EngineDeadError: a rank died.
+        """
+        self._order(Allocate(plan))
+        self._gather(Done, timeout=None)
+
+    # Steps
+
+    def begin(self, batch: Batch) -> _RemoteStep:
+        try:
+            self._order(self._writer.write(batch))
+        except BaseException as error:
+            # The ranks may have got different halves of it.
+            self._fail(f"a step was not handed over: {type(error).__name__}: {error}")
+            raise
+        return _RemoteStep(self, batch)
+
+    def finish(self, batch: Batch) -> StepResult:
+        """Wait for the answers of the oldest step in flight.
+
+        Raises:
+            EngineDeadError: a rank failed, died, or took longer than `step_timeout`.
+        """
+        timeout = self._step_timeout if self._is_warm else max(self._step_timeout, WARM_UP_SECONDS)
+        try:
+            [report] = self._gather(Result, timeout, ranks=[self._processes.ranks[self._answering]])
+            result = read_result(batch, report)
+        except ProtocolError as error:
+            self._fail(str(error))
+            raise self._dead() from error
+        self._is_warm = True
+        if result.failed:
+            failed = (entry for entry in batch.entries if entry.request_id in result.failed)
+            self._order(Clear(tuple(sorted({block for entry in failed for block in entry.block_ids}))))
+        return result
+
+    def check(self, timeout: float) -> None:
+        """With no step in flight: raise EngineDeadError unless every rank answers within `timeout` seconds."""
+        self._order(Check())
+        self._gather(Done, timeout)
+
+    # Failure and end
+
+    def on_failure(self, callback: OnFailure) -> None:
+        """From any thread."""
+        with self._lock:
+            self._listeners.append(callback)
+            failure = self._failure
+        if failure is not None:
+            callback(failure)
+
+    def shutdown(self, grace: float = 5.0) -> None:
+        """Tell the ranks to end, wait for `grace` seconds, kill the others. Idempotent."""
+        with self._lock:
+            is_first, self._failure = self._failure is None, self._failure or "the ranks have been shut down"
+        if is_first:
+            for rank in self._processes.ranks:
+                with suppress(ChannelClosedError, TimeoutError):
+                    rank.channel.send(encode(Stop()), timeout=0.1)
+        self._processes.close(grace)
+        shutil.rmtree(self._folder, ignore_errors=True)
+
+    def _fail_on_death(self, obituary: str) -> None:
+        """In the watching thread: a rank died."""
+        self._fail(obituary)
+
+    def _fail(self, reason: str) -> None:
+        """The end of all ranks, from any thread; the first reason counts."""
+        with self._lock:
+            if self._failure is not None:
+                return
+            self._failure = reason
+            listeners = list(self._listeners)
+        self._processes.kill()
+        logger.error("the ranks were stopped: %s", reason)
+        for listener in listeners:
+            listener(reason)
+
+    def _dead(self) -> EngineDeadError:
+        return EngineDeadError(f"the engine has stopped: {self._failure}")
+
+    # Messages
+
+    def _order(self, order: Order) -> None:
+        data = encode(order)
+        for rank in self._processes.ranks:
+            self._send_bytes(rank, data)
+
+    def _send_to(self, rank: RankProcess, order: Order) -> None:
+        self._send_bytes(rank, encode(order))
+
+    def _send_bytes(self, rank: RankProcess, data: bytes) -> None:
+        if self._failure is not None:
+            raise self._dead()
+        try:
+            rank.channel.send(data, self._step_timeout)
+        except TimeoutError as error:
+            self._fail(f"rank {rank.rank} took nothing for {self._step_timeout:g} s (--step-timeout)")
+            raise self._dead() from error
+        except ChannelClosedError as error:
+            self._fail_with_obituary(f"rank {rank.rank}: {error}")
+            raise self._dead() from error
+
+    def _gather(self, kind: type[_R], timeout: float | None, ranks: Sequence[RankProcess] | None = None) -> list[_R]:
+        """One report of a kind from each of `ranks` (all of them), while all are listened to.
+
+        Raises:
+            ConfigError, LoadError: a rank says so. EngineDeadError: a rank failed, died or says nothing for `timeout`.
+        """
+        deadline = None if timeout is None else time.monotonic() + timeout
+        expected = {rank.rank for rank in (ranks if ranks is not None else self._processes.ranks)}
+        reports: dict[int, _R] = {}
+        while len(reports) < len(expected):
+            found = self._poll(deadline)
+            if found is None:
+                silent = ", ".join(str(rank) for rank in sorted(expected - reports.keys()))
+                self._fail(f"rank {silent} did not answer within {timeout:g} s (--step-timeout)")
+                raise self._dead()
+            rank, report = found
+            if not isinstance(report, kind) or rank not in expected or rank in reports:
+                self._fail(f"rank {rank} said {type(report).__name__} when {kind.__name__} was expected")
+                raise self._dead()
+            reports[rank] = report
+        return [reports[rank] for rank in sorted(reports)]
+
+    def _poll(self, deadline: float | None) -> tuple[int, Report] | None:
+        """The next report of any rank; None when time is over."""
+        while True:
+            if self._failure is not None:
+                raise self._dead()
+            for rank in self._processes.ranks:
+                report = self._try_receive(rank)
+                if report is not None:
+                    return rank.rank, report
+            if not self._wait(deadline):
+                return None
+
+    def _wait(self, deadline: float | None) -> bool:
+        """Until there is something to read or time is over."""
+        poll = select.poll()
+        for rank in self._processes.ranks:
+            poll.register(rank.channel, select.POLLIN)
+        left = None if deadline is None else max(0.0, deadline - time.monotonic()) * 1000
+        return bool(poll.poll(left))
+
+    def _try_receive(self, rank: RankProcess) -> Report | None:
+        try:
+            data = rank.channel.try_receive()
+            report = None if data is None else decode_report(data)
+        except ChannelClosedError as error:
+            self._fail_with_obituary(f"rank {rank.rank}: {error}")
+            raise self._dead() from error
+        except ProtocolError as error:
+            self._fail(f"rank {rank.rank}: {error}")
+            raise self._dead() from error
+        if isinstance(report, Failed):
+            raise self._failed(rank.rank, report)
+        return report
+
+    def _failed(self, rank: int, report: Failed) -> QEngineError:
+        if report.kind != "internal":
+            self._fail(report.text)
+            return ConfigError(report.text) if report.kind == "config" else LoadError(report.text)
+        self._fail_with_obituary(f"rank {rank}: {report.text}")
+        return self._dead()
+
+    def _fail_with_obituary(self, reason: str) -> None:
+        """Fail, but name those first that have died: whoever is left often only says that it misses them."""
+        self._fail("; ".join([*self._processes.obituaries(_OBITUARY_SECONDS), reason]))

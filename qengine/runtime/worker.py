@@ -1,0 +1,156 @@
+"""Worker: all that one rank of a model does, whether it is the only one, in this process, or one of several.
+
+    worker = Worker(platform, config, opened)
+    worker.load(); worker.allocate(worker.plan())       # once
+    worker.step(batch)                                  # again and again
+    worker.shutdown()
+
+Invariant: the ranks of a model make the same calls in the same order. What the device cannot do is refused before
+weights are read. It knows neither how it is called from elsewhere nor what becomes of its answers.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Sequence
+from dataclasses import replace
+
+from qengine.config import EngineConfig
+from qengine.errors import EngineDeadError
+from qengine.models.decoder import Decoder
+from qengine.runtime.inspection import summarize_loaded
+from qengine.runtime.kv_cache import KVCache
+from qengine.runtime.links import Links
+from qengine.runtime.loader import OpenedModel, load_decoder
+from qengine.runtime.planner import MemoryPlan, size_text
+from qengine.runtime.platform import Platform
+from qengine.runtime.runner import ModelRunner, PendingStep
+from qengine.runtime.warm_up import run_worst_step
+from qengine.scheduling.batch import Batch, StepResult
+
+logger = logging.getLogger(__name__)
+
+
+class Worker:
+    """One rank on one device.
+
+    Args:
+        plan: of all ranks, where there are several; None makes this one's.
+        links: to the other ranks; None if there are none.
+        rank: among all.
+
+    Raises:
+        ConfigError: the device cannot run the model as it is configured.
+    """
+
+    def __init__(
+        self,
+        platform: Platform,
+        config: EngineConfig,
+        opened: OpenedModel,
+        plan: MemoryPlan | None = None,
+        links: Links | None = None,
+        *,
+        rank: int = 0,
+    ) -> None:
+        self._platform = platform
+        self._config = config
+        self._opened = opened
+        self._links = links or Links()
+        self._kv_format = platform.kv_format(config.cache.kv_cache_dtype)
+        self._model: Decoder | None = None
+        self._runner: ModelRunner | None = None
+        platform.check(opened.config, config)
+        self._plan = plan or platform.plan(opened, config)
+        if plan is not None:
+            platform.cap_memory(config, rank)
+
+    def load(self, *, show_progress: bool = False) -> None:
+        """Read this rank's weights.
+
+        Raises:
+            LoadError: the data itself is bad.
+        """
+        self._model = load_decoder(
+            self._opened,
+            self._platform.target,
+            self._plan.max_model_len,
+            group=self._links.group,
+            layers=self._links.layers,
+            show_progress=show_progress,
+        )
+
+    def log_kernels(self) -> None:
+        """One line per distinct linear shape as `qengine inspect` shows it: nothing slow is used in silence."""
+        for summary in summarize_loaded(self._loaded().linears()):
+            logger.info("%s", summary.text)
+
+    @property
+    def weight_bytes(self) -> int:
+        """Of all weights that were loaded."""
+        return self._loaded().num_bytes
+
+    def plan(self) -> MemoryPlan:
+        """What a model in one process is given beside its weights, which must be in their place.
+
+        Headers may have told of less than there was; then it is planned again.
+
+        Raises:
+            DoesNotFitError: too little is left.
+        """
+        planned, found = self._plan.cards[0].weight_bytes, self.weight_bytes
+        if found <= planned:
+            return self._plan
+        logger.warning("the weights take %s, and headers told of %s", size_text(found), size_text(planned))
+        plan = self._platform.plan(self._opened, self._config, measured_weights=found)
+        return replace(plan, max_model_len=min(plan.max_model_len, self._plan.max_model_len))
+
+    def allocate(self, plan: MemoryPlan) -> None:
+        """Make the KV cache. `plan` is the same for all ranks."""
+        model, device = self._loaded(), self._platform.device
+        cache = KVCache(model.config, plan.num_blocks, plan.block_size, self._kv_format, device)
+        self._runner = self._platform.make_runner(model, cache, plan, self._config.scheduler.max_num_seqs, self._links)
+
+    def warm_up(self, plan: MemoryPlan) -> bool:
+        """Run the largest step once, so that a GPU's allocator holds what steps take. False where it keeps nothing."""
+        if self._platform.device.type != "cuda":
+            return False
+        run_worst_step(self.runner, plan)
+        return True
+
+    @property
+    def runner(self) -> ModelRunner:
+        """The runner.
+
+        Raises:
+            EngineDeadError: after shutdown.
+        """
+        if self._runner is None:
+            raise EngineDeadError("the model has been released; start a new engine")
+        return self._runner
+
+    def begin(self, batch: Batch) -> PendingStep:
+        """Queue a step. The next one may be queued only after this one is finished."""
+        return self.runner.begin(batch)
+
+    def step(self, batch: Batch) -> StepResult:
+        """Run one step to its end."""
+        return self.begin(batch).finish()
+
+    def clear_not_finite(self, block_ids: Sequence[int]) -> None:
+        """Zero those of the blocks that hold NaN or infinity, which a sequence that failed may have left."""
+        self.runner.cache.clear_not_finite(block_ids)
+
+    def check(self) -> None:
+        """Raises EngineDeadError if a step could not be run."""
+        assert self.runner.model is self._model
+
+    def shutdown(self) -> None:
+        """Let go of the model, the cache and the other ranks. Idempotent."""
+        self._runner = self._model = None
+        self._links.close()
+
+    def _loaded(self) -> Decoder:
+        if self._model is None:
+            raise EngineDeadError("the model is not loaded; start a new engine")
+        return self._model

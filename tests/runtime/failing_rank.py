@@ -1,0 +1,78 @@
+"""A rank that fails as it is told: `python -m tests.runtime.failing_rank RANK HOW ...`, then what any rank is given.
+
+HOW is "raise" (in its fifth forward), "vanish" (the process ends there), "hang" (it answers no more from there on),
+"garbage" (it says nonsense), or "stop" (the process is stopped while it loads). The other ranks are sound.
+"""
+
+from __future__ import annotations
+
+import os
+import signal
+import sys
+import threading
+from collections.abc import Callable, Mapping
+from typing import Any
+
+from qengine.runtime import rank
+from qengine.runtime.channel import Channel
+from qengine.runtime.messages import Start
+from qengine.runtime.worker import Worker
+
+FIRST_BAD_STEP = 5
+
+
+def _raise(channel: Channel) -> None:
+    raise RuntimeError("evil forward")
+
+
+def _vanish(channel: Channel) -> None:
+    os._exit(7)
+
+
+def _hang(channel: Channel) -> None:
+    threading.Event().wait()
+
+
+def _talk_nonsense(channel: Channel) -> None:
+    channel.send(b"\xc1 nonsense")
+    threading.Event().wait()
+
+
+FAULTS: Mapping[str, Callable[[Channel], None]] = {
+    "raise": _raise,
+    "vanish": _vanish,
+    "hang": _hang,
+    "garbage": _talk_nonsense,
+}
+
+
+def break_steps(how: str, channel: Channel) -> None:
+    """Have this process's worker fail."""
+    real, calls = Worker.begin, []
+
+    def begin(self: Worker, batch: Any) -> Any:
+        calls.append(batch)
+        if len(calls) >= FIRST_BAD_STEP:
+            FAULTS[how](channel)
+        return real(self, batch)
+
+    Worker.begin = begin  # type: ignore[method-assign]
+
+
+def main(bad_rank: int, how: str, rest: list[str]) -> int:
+    real = rank._expect_start
+
+    def expect_start(channel: Channel) -> Start:
+        start = real(channel)
+        if start.rank == bad_rank and how == "stop":
+            os.kill(os.getpid(), signal.SIGSTOP)
+        elif start.rank == bad_rank:
+            break_steps(how, channel)
+        return start
+
+    rank._expect_start = expect_start
+    return rank.main(rest)
+
+
+if __name__ == "__main__":
+    sys.exit(main(int(sys.argv[1]), sys.argv[2], sys.argv[3:]))
