@@ -22,6 +22,7 @@ from qengine.models.decoder import Materials, build
 from qengine.runtime import loader
 from qengine.runtime.inspection import Inspection, inspect_model, summarize_loaded
 from qengine.runtime.loader import OpenedModel, load_decoder, open_model
+from qengine.runtime.opening import linear_slot
 from quant_kernels.linear import dispatch
 from quant_kernels.linear.dispatch import Target
 from quant_kernels.tuning.card import KNOWN_CARDS, Card
