@@ -35,3 +35,15 @@ class RequestError(QEngineError, ValueError):
 
 class EngineDeadError(QEngineError):
     """The engine stopped after an internal failure and answers no more requests."""
+
+
+class TransportError(QEngineError):
+    """Ranks cannot hand each other tensors any more: one is stalled, has ended, or has made another call.
+
+    Attributes:
+        rank: the rank that is to blame as far as this one can tell, or None.
+    """
+
+    def __init__(self, message: str, *, rank: int | None = None) -> None:
+        super().__init__(message)
+        self.rank = rank
