@@ -1,7 +1,7 @@
 """HostStagedTransport: tensors between local ranks through host memory, for cards that must not touch each other's.
 
 Every rank copies its part into its own slot of a shared memory, signals, and reads the slots of the others. A GPU
-copies to and from the slots directly, since they are pinned. No NCCL is needed, so two ranks may sit on one GPU as well.
+copies to and from the slots directly, since they are pinned. NCCL is not needed, so two ranks may share one GPU too.
 
 Invariant: all ranks end an all_reduce with the same bits. Parts are added in the order of ranks, 16-bit ones in 32 bits
 with one rounding at the end. Slots exist twice. A rank that writes half h again has heard, since it wrote h last, the
