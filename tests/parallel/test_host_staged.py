@@ -267,7 +267,7 @@ def test_seats_that_do_not_fit_are_refused_with_their_size(monkeypatch: pytest.M
     # A real refusal would first fill the machine's memory.
     monkeypatch.setattr(os, "posix_fallocate", refuse)
     fds = open_descriptors()
-    with pytest.raises(TransportError, match="12 MiB of host memory .* No space left"):
+    with pytest.raises(TransportError, match=r"12 MiB of host memory .* No space left"):
         Seats(2, 2**20)
     assert open_descriptors() == fds
 
