@@ -10,7 +10,8 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 
 import torch
-from torch.distributed.distributed_c10d import FileStore, PrefixStore, Store
+from torch.distributed import FileStore, PrefixStore  # type: ignore[attr-defined]  # public, not marked as such
+from torch.distributed.distributed_c10d import Store
 
 from qengine.config import ParallelConfig
 from qengine.errors import TransportError

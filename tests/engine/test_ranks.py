@@ -1,0 +1,228 @@
+"""One model in several processes gives the tokens of one process: tensor-parallel, in stages, and both."""
+
+from __future__ import annotations
+
+import os
+import random
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from qengine import LLM, SamplingParams
+from qengine.config import EngineConfig
+from qengine.engine import Engine
+from qengine.errors import ConfigError, EngineDeadError, LoadError
+from qengine.runtime.spawn_executor import SpawnExecutor
+from qengine.startup import start_parts
+from tests.engine.fixtures import path
+from tests.engine.test_llm import greedy, mixed_prompts, run, tokens
+from tests.serving.rank_server import children, wait_until
+
+FIXTURE = path("llama-gptq-actorder-g32")
+#: Keys and values of one block of 16 tokens in float32: 3 layers of 2 heads of 64.
+BLOCK_BYTES = 16 * 3 * 2 * 2 * 64 * 4
+OPTIONS: dict[str, Any] = {"dtype": "float32", "device": "cpu", "max_model_len": 128}
+#: Of a whole answer on a busy machine.
+STEP_TIMEOUT = 2.0
+
+
+@pytest.fixture(autouse=True)
+def _no_process_is_left() -> Iterator[None]:
+    before = children(os.getpid())
+    yield
+    assert children(os.getpid()) == before
+
+
+def prompts() -> list[list[int]]:
+    """32 prompts, of which every fourth begins with the same 40 tokens."""
+    common = [(11 * i) % 1999 + 3 for i in range(40)]
+    return [[*common, *prompt[:9]] if i % 4 == 0 else prompt for i, prompt in enumerate(mixed_prompts(32, seed=2))]
+
+
+def params() -> list[SamplingParams]:
+    rng = random.Random(1)
+    return [greedy(max_tokens=rng.choice([1, 3, 12, 40])) for _ in range(32)]
+
+
+@pytest.fixture(scope="module")
+def alone() -> list[list[int]]:
+    """Each prompt's tokens, one by one in a single process."""
+    with LLM(FIXTURE, **OPTIONS) as llm:
+        return [tokens(run(llm, [prompt], [one]))[0] for prompt, one in zip(prompts(), params(), strict=True)]
+
+
+@pytest.mark.parametrize(("tp", "pp"), [(2, 1), (3, 1), (1, 2), (1, 3), (2, 2)])
+def test_any_split_gives_the_tokens_of_one_rank(tp: int, pp: int, alone: list[list[int]]) -> None:
+    """Batched, in chunks, with prefix hits and preemption, through a cache that holds little more than one request."""
+    sizes = {"tensor_parallel_size": tp, "pipeline_parallel_size": pp, "kv_cache_memory_bytes": f"{9 * BLOCK_BYTES}B"}
+    with LLM(FIXTURE, **OPTIONS, **sizes, max_num_batched_tokens=32) as llm:
+        engine = llm.engine
+        assert engine.info.num_blocks == 9
+        assert tokens(run(llm, prompts(), params())) == alone
+        assert engine.scheduler.stats.num_preemptions > 0
+        engine.check_integrity()
+        assert not engine.has_unfinished
+        assert engine.num_free_blocks == 9
+        again = run(llm, prompts()[0], params()[0])[0]
+        assert again.num_cached_tokens > 0
+        assert again.outputs[0].token_ids == alone[0]
+
+
+def test_everything_a_request_can_ask_for_passes_between_processes(llm: LLM) -> None:
+    """On two by two ranks what one process answers: sampling, penalties, log-probabilities, choices, stops."""
+    asked = [
+        SamplingParams(temperature=1.0, top_p=0.9, top_k=40, min_p=0.01, seed=3, n=3, max_tokens=12),
+        greedy(logprobs=3, prompt_logprobs=2, max_tokens=6),
+        greedy(presence_penalty=1.5, frequency_penalty=0.5, repetition_penalty=1.3, max_tokens=24),
+        greedy(logit_bias={77: 100.0}, max_tokens=3),
+        greedy(allowed_token_ids=[50, 60], max_tokens=5, stop_token_ids=[60], min_tokens=2),
+        greedy(stop=["\n"], max_tokens=30),
+    ]
+    texts = ["The class statement"] * len(asked)
+    expected = run(llm, texts, asked)
+    sizes = {"tensor_parallel_size": 2, "pipeline_parallel_size": 2}
+    with LLM(path("llama-awq-g64"), **{**OPTIONS, **sizes, "max_model_len": 256}) as split:
+        found = run(split, texts, asked)
+        assert_nan_fails_alone(split)
+    assert tokens(found) == tokens(expected)
+    assert [[c.finish_reason for c in o.outputs] for o in found] == [
+        [c.finish_reason for c in o.outputs] for o in expected
+    ]
+    assert_close(found[1].outputs[0].logprobs, expected[1].outputs[0].logprobs)
+    assert_close(found[1].prompt_logprobs, expected[1].prompt_logprobs)
+
+
+def assert_close(found: Any, expected: Any) -> None:
+    """Log-probabilities of the same tokens, as close as sums in another order are."""
+    assert len(found) == len(expected)
+    for ours, theirs in zip(found, expected, strict=True):
+        assert (ours is None) == (theirs is None)
+        for token_id in theirs or ():
+            assert ours[token_id].logprob == pytest.approx(theirs[token_id].logprob, abs=1e-4)
+
+
+def assert_nan_fails_alone(llm: LLM) -> None:
+    """A bias that drowns everything is no number any more; its neighbours do not notice."""
+    good = tokens(run(llm, [[7, 8, 9] * 20], greedy()))
+    drowned = greedy(logit_bias=dict.fromkeys(range(2048), -100.0), allowed_token_ids=[5])
+    mixed = run(llm, [[7, 8, 9] * 20, [6] * 12], [greedy(), drowned])
+    assert tokens(mixed[:1]) == good
+
+
+def test_requests_leave_a_pipeline_at_any_moment() -> None:
+    with LLM(path("llama-awq-g64"), **{**OPTIONS, "pipeline_parallel_size": 2}) as llm:
+        engine = llm.engine
+        before = tokens(run(llm, [[5] * 40], greedy()))
+        for num_steps in range(5):
+            for index in range(4):
+                request = engine.make_request(f"r{index}", [5 + index] * 60, greedy(n=2, max_tokens=50))
+                engine.add(request)
+            for _ in range(num_steps):
+                engine.step()
+                engine.check_integrity()
+            for index in range(4):
+                engine.abort(f"r{index}")
+                engine.check_integrity()
+            while engine.has_unfinished:
+                engine.step()
+            assert engine.num_free_blocks == engine.info.num_blocks
+        assert tokens(run(llm, [[5] * 40], greedy())) == before
+
+
+def test_ctrl_c_in_the_middle_of_a_step_leaves_a_working_engine(monkeypatch: pytest.MonkeyPatch) -> None:
+    with LLM(path("llama-awq-g64"), **{**OPTIONS, "pipeline_parallel_size": 2}) as llm:
+        before = tokens(run(llm, [[5] * 40], greedy()))
+        real, calls = SpawnExecutor.finish, []
+
+        def interrupted(self: SpawnExecutor, batch: Any) -> Any:
+            calls.append(batch)
+            if len(calls) == 3:
+                raise KeyboardInterrupt
+            return real(self, batch)
+
+        monkeypatch.setattr(SpawnExecutor, "finish", interrupted)
+        with pytest.raises(KeyboardInterrupt):
+            run(llm, [[5] * 40, [6] * 40], greedy())
+        llm.engine.check_integrity()
+        assert tokens(run(llm, [[5] * 40], greedy())) == before
+        assert not llm.engine.has_unfinished
+        assert llm.engine.num_free_blocks == llm.engine.info.num_blocks
+
+
+# Starts and steps that fail
+
+
+def start_failing(bad_rank: int, how: str, **options: Any) -> Engine:
+    command = (sys.executable, "-m", "tests.runtime.failing_rank", str(bad_rank), how)
+    config = EngineConfig.from_options({"model": path("llama-awq-g64"), **OPTIONS, **options})
+    return Engine(start_parts(config, rank_command=command))
+
+
+@pytest.mark.parametrize(
+    ("how", "reason"),
+    [
+        ("raise", "rank 1: RuntimeError: evil forward"),
+        ("vanish", r"rank 1 \(process \d+\) ended with exit code 7"),
+        ("garbage", "rank 1: a message of 10 bytes cannot be read"),
+        ("hang", r"rank 1 did not answer within 2 s \(--step-timeout\)"),
+    ],
+)
+def test_a_rank_of_a_pipeline_that_fails_is_the_end_and_is_named(how: str, reason: str) -> None:
+    engine = start_failing(1, how, pipeline_parallel_size=2, step_timeout=STEP_TIMEOUT)
+    told: list[str] = []
+    try:
+        engine.on_failure(told.append)
+        engine.add(engine.make_request("a", [5] * 40, greedy(max_tokens=40)))
+        with pytest.raises(EngineDeadError, match=reason):
+            while engine.has_unfinished:
+                engine.step()
+        with pytest.raises(EngineDeadError):
+            engine.step()
+        with pytest.raises(EngineDeadError):
+            engine.add(engine.make_request("b", [5] * 40, greedy()))
+        assert len(told) == 1
+    finally:
+        engine.shutdown()
+
+
+def test_a_rank_that_dies_while_nothing_runs_is_noticed_at_once() -> None:
+    engine = Engine.start(EngineConfig.from_options({"model": FIXTURE, **OPTIONS, "tensor_parallel_size": 2}))
+    told: list[str] = []
+    try:
+        engine.on_failure(told.append)
+        engine._executor.check(30.0)
+        [_, victim] = children(os.getpid())[-2:]
+        os.kill(victim, 9)
+        wait_until(lambda: bool(told), 5.0)
+        assert "was killed by SIGKILL" in told[0]
+        with pytest.raises(EngineDeadError, match="SIGKILL"):
+            engine._executor.check(30.0)
+        late: list[str] = []
+        engine.on_failure(late.append)
+        assert late == told
+    finally:
+        engine.shutdown()
+
+
+def test_a_start_that_cannot_work_is_refused_by_name() -> None:
+    for options, message in (
+        ({"tensor_parallel_size": 5}, "tensor_parallel_size is 5"),
+        ({"pipeline_parallel_size": 4}, "pipeline_parallel_size is 4, but the model has 3 layers"),
+    ):
+        begin = time.monotonic()
+        with pytest.raises(ConfigError, match=message):
+            LLM(FIXTURE, **OPTIONS, **options)
+        assert time.monotonic() - begin < 10.0
+
+
+def test_a_rank_that_ends_while_it_loads_is_a_load_error(tmp_path: Path) -> None:
+    command = (sys.executable, "-c", "import sys; sys.exit('no such thing')")
+    config = EngineConfig.from_options({"model": FIXTURE, **OPTIONS, "tensor_parallel_size": 2})
+    with pytest.raises(LoadError, match=r"rank \d .*ended with exit code 1"):
+        start_parts(config, rank_command=command)
+    with pytest.raises(LoadError, match="cannot be started"):
+        start_parts(config, rank_command=(str(tmp_path / "nothing"),))
