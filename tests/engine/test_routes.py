@@ -32,7 +32,7 @@ def tokens_of(engine: Engine) -> list[Sequence[int]]:
     found = {}
     try:
         for index, prompt in enumerate(PROMPTS):
-            engine.add_request(str(index), list(prompt), params)
+            engine.add(engine.make_request(str(index), list(prompt), params))
         while engine.has_unfinished:
             found.update({output.request_id: output for output in engine.step() if output.finished})
     finally:
