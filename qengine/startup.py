@@ -1,8 +1,8 @@
 """From an EngineConfig to the parts of an engine: everything that happens once, at the start.
 
 Order: check the file's headers, plan memory, load the tokenizer, then the weights, then the KV cache. Invariant: what
-cannot work fails before a weight is read, with a message for the user; but on a GPU the cache is planned after them,
-from what they leave. With several ranks each loads its part in a process of its own. It runs no request.
+cannot work fails before a weight is read, with a message for the user. With several ranks each loads its part in a
+process of its own. It runs no request.
 """
 
 from __future__ import annotations
@@ -25,10 +25,11 @@ from qengine.parallel.verdicts import Route, VerdictFile
 from qengine.runtime.executors import Executor, UniprocExecutor
 from qengine.runtime.links import check_split
 from qengine.runtime.loader import OpenedModel, open_model
-from qengine.runtime.planner import MemoryPlan, common_plan
-from qengine.runtime.platform import Platform, check_ranks, choose_device, choose_dtype
+from qengine.runtime.planner import MemoryPlan
+from qengine.runtime.platform import Platform, choose_device, choose_dtype
+from qengine.runtime.rank_planning import plan_ranks, replan_ranks
 from qengine.runtime.spawn_executor import RANK_COMMAND, SpawnExecutor
-from qengine.runtime.worker import Worker, plan_ahead
+from qengine.runtime.worker import Worker
 from qengine.scheduling.block_pool import BlockPool
 from qengine.scheduling.scheduler import Scheduler, SchedulerLimits
 from qengine.tokenizer import IdsOnlyTokenizer, Tokenizer, has_tokenizer, load_tokenizer, tokenizer_from_gguf
@@ -148,10 +149,10 @@ def _start_ranks(
 ) -> EngineParts:
     """The same in processes of their own; here are the tokenizer and the scheduler alone."""
     watch = _Stopwatch()
-    check_ranks(config.parallel.world_size, platform.device)
+    machine = platform.machine_of_ranks(config.parallel.world_size)
     check_split(config.parallel, opened)
     platform.check(opened.config, config)
-    plan = plan_ahead(platform, config, opened)
+    plan = plan_ranks(opened, config, machine)
     watch.lap("checks")
     executor = SpawnExecutor(
         replace(config, load=replace(config.load, model=str(opened.location.path))),
@@ -167,7 +168,9 @@ def _start_ranks(
         watch.lap("tokenizer")
         loaded = executor.load()
         watch.lap("weights")
-        plan = plan or common_plan([rank.plan for rank in loaded])
+        cards = [rank.card for rank in loaded if rank.card is not None]
+        if cards:
+            plan = replan_ranks(plan, opened, config, machine, cards, [rank.weight_bytes for rank in loaded])
         executor.allocate(plan)
         watch.lap("kv cache")
     except BaseException as error:

@@ -85,9 +85,13 @@ def merged_linears(config: ModelConfig, layer: int) -> tuple[MergedShape, ...]:
     )
 
 
-def all_merged_linears(config: ModelConfig, *, tied: bool) -> Iterator[MergedShape]:
-    """Every linear as it runs, in order of execution: what `Decoder.linears` yields once it is built."""
-    for layer in range(config.num_layers):
+def all_merged_linears(config: ModelConfig, *, tied: bool, layers: range | None = None) -> Iterator[MergedShape]:
+    """Every linear as it runs, in order of execution: what `Decoder.linears` yields once it is built.
+
+    Args:
+        layers: of one pipeline stage; None for all. The head is there either way.
+    """
+    for layer in range(config.num_layers) if layers is None else layers:
         yield from merged_linears(config, layer)
     yield MergedShape(HEAD, (head_linear(config, tied=tied),))
 

@@ -7,6 +7,7 @@ owns follows from the model and the sizes alone. The one place where a transport
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 import torch
@@ -77,6 +78,7 @@ def connect_links(
     rendezvous: str,
     limit_s: float,
     seats: tuple[str | None, str | None] = (None, None),
+    shares: Sequence[float] | None = None,
 ) -> Links:
     """Meet the other ranks of this machine, and make sure of it; every rank calls it with arguments that agree.
 
@@ -84,6 +86,7 @@ def connect_links(
         rendezvous: path of a file that does not exist yet; no port is opened to meet.
         seats: for tensors through host memory, of the stage's ranks and between the stages.
         limit_s: seconds that the others may take to come, and a call to complete.
+        shares: as the plan says; how unlike ranks share every layer.
 
     Raises:
         ConfigError: the model cannot be split like that. TransportError: the others do not come.
@@ -102,7 +105,7 @@ def connect_links(
         check_connection(transport, device)
         return transport
 
-    split = split_opened(opened, tp) if tp > 1 else None
+    split = split_opened(opened, tp, shares) if tp > 1 else None
     group = TPGroup(meet(f"stage{stage}", place, tp, seats[0]), split)
     pipe = meet(f"pipe{place}", stage, pp, seats[1])
     return Links(group, pipe, stage_layers(opened.config.num_layers, pp)[stage])

@@ -17,7 +17,7 @@ import msgspec
 from qengine.config import EngineConfig
 from qengine.request import SamplingParams, TokenLogprobs
 from qengine.runtime.channel import ProtocolError
-from qengine.runtime.planner import MemoryPlan
+from qengine.runtime.planner import Card, MemoryPlan
 
 Count = Annotated[int, msgspec.Meta(ge=0, le=2**63 - 1)]
 Ids = tuple[Annotated[int, msgspec.Meta(ge=0, lt=2**31)], ...]
@@ -44,13 +44,13 @@ class Start(_Message, frozen=True):
     Attributes:
         config: what the engine was started with; the model is a path.
         rank: number of this process; stages follow each other, and the ranks of one are neighbours.
-        plan: of the machine's memory, where it is known before weights are loaded.
+        plan: of all cards, as far as headers tell.
         rendezvous: a file by which the ranks find each other.
         seats: for tensors through host memory, of the stage's ranks and between the stages; none for a single rank.
     """
 
     config: EngineConfig
-    plan: MemoryPlan | None
+    plan: MemoryPlan
     rank: Count
     rendezvous: str
     log_level: str
@@ -131,9 +131,13 @@ class Stop(_Message, frozen=True):
 
 
 class Loaded(_Message, frozen=True):
-    """Answers `Load`: the weights are in place, and this plan is possible here."""
+    """Answers `Load`: the weights are in place.
 
-    plan: MemoryPlan
+    Attributes:
+        card: as it was before them; None where all ranks share the computer's memory.
+    """
+
+    card: Card | None
     weight_bytes: Count
 
 

@@ -41,6 +41,7 @@ from qengine.runtime.messages import (
     encode,
 )
 from qengine.runtime.parent_death import die_with
+from qengine.runtime.planner import Card
 from qengine.runtime.platform import Platform, choose_device, choose_dtype, rank_device
 from qengine.runtime.step_messages import StepReader, write_result
 from qengine.runtime.worker import Worker
@@ -79,12 +80,12 @@ def _serve(channel: Channel) -> None:
     links = _connect(start, opened, device)
     _send(channel, Done())
     _expect(channel, Load)
-    worker = _make_worker(start, opened, device, links)
+    worker, card = _make_worker(start, opened, device, links)
     try:
         worker.load(show_progress=start.show_progress)
         if start.rank == 0:
             worker.log_kernels()
-        _send(channel, Loaded(worker.plan(), worker.weight_bytes))
+        _send(channel, Loaded(card, worker.weight_bytes))
         reader = StepReader()
         while not isinstance(order := decode_order(channel.receive()), Stop):
             report = _follow(order, worker, reader, answers=start.rank == config.answering_rank)
@@ -111,14 +112,18 @@ def _expect(channel: Channel, kind: type[_O]) -> _O:
 def _connect(start: Start, opened: OpenedModel, device: torch.device) -> Links:
     parallel = start.config.parallel
     limit_s = WARM_UP_SECONDS + parallel.step_timeout
-    return connect_links(parallel, start.rank, opened, device, start.rendezvous, limit_s, start.seats)
+    return connect_links(
+        parallel, start.rank, opened, device, start.rendezvous, limit_s, start.seats, start.plan.shares
+    )
 
 
-def _make_worker(start: Start, opened: OpenedModel, device: torch.device, links: Links) -> Worker:
+def _make_worker(start: Start, opened: OpenedModel, device: torch.device, links: Links) -> tuple[Worker, Card | None]:
     config = start.config
     dtype = choose_dtype(config.load.dtype, device, opened.config.torch_dtype)
     # Steps that wait for other ranks are not recorded.
-    return Worker(Platform.of(device, dtype, enforce_eager=True), config, opened, start.plan, links)
+    platform = Platform.of(device, dtype, enforce_eager=True)
+    card = platform.machine.cards[0] if device.type == "cuda" else None
+    return Worker(platform, config, opened, start.plan, links, rank=start.rank), card
 
 
 def _follow(order: Order, worker: Worker, reader: StepReader, *, answers: bool) -> Report | None:

@@ -81,7 +81,7 @@ class SpawnExecutor:
 
     Args:
         config: what they are started with; its model must be a path.
-        plan: of the machine's memory, where it is known before weights are loaded.
+        plan: of all cards, as far as headers tell.
         num_threads: CPU threads of each rank.
         command: what a rank is started as; tests have ranks that fail.
         route: how tensors go between cards; ranks on a CPU use gloo unless it is through host memory.
@@ -95,7 +95,7 @@ class SpawnExecutor:
         self,
         config: EngineConfig,
         *,
-        plan: MemoryPlan | None,
+        plan: MemoryPlan,
         num_threads: int,
         log_level: str,
         show_progress: bool = False,

@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Sequence
+from dataclasses import replace
 
 from qengine.config import EngineConfig
 from qengine.errors import EngineDeadError
@@ -21,7 +22,7 @@ from qengine.runtime.inspection import summarize_loaded
 from qengine.runtime.kv_cache import KVCache
 from qengine.runtime.links import Links
 from qengine.runtime.loader import OpenedModel, load_decoder
-from qengine.runtime.planner import MemoryPlan, wanted_length
+from qengine.runtime.planner import MemoryPlan, size_text
 from qengine.runtime.platform import Platform
 from qengine.runtime.runner import ModelRunner, PendingStep
 from qengine.scheduling.batch import Batch, StepResult
@@ -29,23 +30,13 @@ from qengine.scheduling.batch import Batch, StepResult
 logger = logging.getLogger(__name__)
 
 
-def plan_ahead(platform: Platform, config: EngineConfig, opened: OpenedModel) -> MemoryPlan | None:
-    """The plan where it is known before weights are loaded: a CPU's share. A GPU's cache takes what weights leave.
-
-    Raises:
-        ConfigError: what was asked for does not fit.
-    """
-    if platform.device.type == "cuda":
-        return None
-    return platform.plan(opened.config, config, platform.kv_format(config.cache.kv_cache_dtype))
-
-
 class Worker:
     """One rank on one device.
 
     Args:
-        plan: the machine's, where several ranks share its memory and it is known.
+        plan: of all ranks, where there are several; None makes this one's.
         links: to the other ranks; None if there are none.
+        rank: among all.
 
     Raises:
         ConfigError: the device cannot run the model as it is configured.
@@ -58,17 +49,20 @@ class Worker:
         opened: OpenedModel,
         plan: MemoryPlan | None = None,
         links: Links | None = None,
+        *,
+        rank: int = 0,
     ) -> None:
         self._platform = platform
         self._config = config
         self._opened = opened
         self._links = links or Links()
         self._kv_format = platform.kv_format(config.cache.kv_cache_dtype)
-        platform.check(opened.config, config)
-        platform.cap_memory(config)
-        self._plan = plan or plan_ahead(platform, config, opened)
         self._model: Decoder | None = None
         self._runner: ModelRunner | None = None
+        platform.check(opened.config, config)
+        self._plan = plan or platform.plan(opened, config)
+        if plan is not None:
+            platform.cap_memory(config, rank)
 
     def load(self, *, show_progress: bool = False) -> None:
         """Read this rank's weights.
@@ -76,12 +70,10 @@ class Worker:
         Raises:
             LoadError: the data itself is bad.
         """
-        asked = self._config.scheduler.max_model_len
-        longest = wanted_length(self._opened.config, asked) if self._plan is None else self._plan.max_model_len
         self._model = load_decoder(
             self._opened,
             self._platform.target,
-            longest,
+            self._plan.max_model_len,
             group=self._links.group,
             layers=self._links.layers,
             show_progress=show_progress,
@@ -98,12 +90,19 @@ class Worker:
         return self._loaded().num_bytes
 
     def plan(self) -> MemoryPlan:
-        """What this rank can hold beside its weights, which on a GPU must be in their place.
+        """What a model in one process is given beside its weights, which must be in their place.
+
+        Headers may have told of less than there was; then it is planned again.
 
         Raises:
-            ConfigError: what was asked for does not fit.
+            DoesNotFitError: too little is left.
         """
-        return self._plan or self._platform.plan(self._loaded().config, self._config, self._kv_format)
+        planned, found = self._plan.cards[0].weight_bytes, self.weight_bytes
+        if found <= planned:
+            return self._plan
+        logger.warning("the weights take %s, and headers told of %s", size_text(found), size_text(planned))
+        plan = self._platform.plan(self._opened, self._config, measured_weights=found)
+        return replace(plan, max_model_len=min(plan.max_model_len, self._plan.max_model_len))
 
     def allocate(self, plan: MemoryPlan) -> None:
         """Make the KV cache. `plan` is the same for all ranks."""

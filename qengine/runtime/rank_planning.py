@@ -1,0 +1,95 @@
+"""The memory plan of a model that several ranks share: one number of blocks and one context for all of them.
+
+On GPUs each rank has a card, and each stage of a pipeline is planned with its own layers; on a CPU all ranks share one
+memory, and the plan is that of the whole model. Invariant: what comes out fits on every card, as far as it is known
+what they hold. Torch is not imported.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import replace
+
+from qengine.config import EngineConfig
+from qengine.parallel.split import stage_layers
+from qengine.runtime.model_bytes import ModelFacts
+from qengine.runtime.opening import OpenedHeaders
+from qengine.runtime.planner import Card, Machine, MemoryPlan
+from qengine.runtime.planning import plan_to_start
+
+
+def plan_ranks(opened: OpenedHeaders, config: EngineConfig, machine: Machine) -> MemoryPlan:
+    """Plan before any weight is read.
+
+    Args:
+        machine: with a card for each rank, in their order; or the computer's memory as the only one.
+
+    Raises:
+        ConfigError: if the request contradicts the model or the cards.
+        DoesNotFitError: with the table, and with what would help.
+    """
+    if not machine.is_gpu:
+        return plan_to_start(ModelFacts.of(opened), config, machine)
+    tp, layers = config.parallel.tensor_parallel_size, opened.config.num_layers
+    plans = []
+    for stage, own in enumerate(stage_layers(layers, config.parallel.pipeline_parallel_size)):
+        ranks = slice(stage * tp, (stage + 1) * tp)
+        facts = ModelFacts.of(opened, own)
+        plans.append(plan_to_start(facts, _limited(config, ranks), replace(machine, cards=machine.cards[ranks])))
+    return common_plan(plans)
+
+
+def replan_ranks(
+    plan: MemoryPlan,
+    opened: OpenedHeaders,
+    config: EngineConfig,
+    machine: Machine,
+    cards: Sequence[Card],
+    weight_bytes: Sequence[int],
+) -> MemoryPlan:
+    """The plan again, now that every rank has seen its card and has its weights; never larger than before.
+
+    Args:
+        cards: as the ranks found them before they loaded.
+        weight_bytes: of what each has loaded.
+
+    Raises:
+        DoesNotFitError: if too little was free.
+    """
+    found = plan_ranks(opened, config, replace(machine, cards=tuple(cards)))
+    # Headers may have told of less than there was.
+    excess = max((num - card.weight_bytes for num, card in zip(weight_bytes, found.cards, strict=True)), default=0)
+    if excess > 0:
+        tighter = tuple(replace(card, free_bytes=_free(card) - excess) for card in cards)
+        found = plan_ranks(opened, config, replace(machine, cards=tighter))
+    return replace(
+        found,
+        shares=plan.shares,
+        num_blocks=min(plan.num_blocks, found.num_blocks),
+        max_model_len=min(plan.max_model_len, found.max_model_len),
+    )
+
+
+def _free(card: Card) -> int:
+    return card.total_bytes if card.free_bytes is None else card.free_bytes
+
+
+def _limited(config: EngineConfig, ranks: slice) -> EngineConfig:
+    """The configuration of some of the ranks, which has the limits of their cards alone."""
+    limits = config.cache.gpu_memory_limit
+    if not isinstance(limits, tuple):
+        return config
+    config.cache.check_num_limits(config.parallel.world_size)
+    return replace(config, cache=replace(config.cache, gpu_memory_limit=limits[ranks]))
+
+
+def common_plan(plans: Sequence[MemoryPlan]) -> MemoryPlan:
+    """What every stage can hold, from what each could; the cards of all."""
+    num_blocks = min(plan.num_blocks for plan in plans)
+    cards = [replace(card, num_blocks=num_blocks) for plan in plans for card in plan.cards]
+    return replace(
+        plans[0],
+        num_blocks=num_blocks,
+        max_model_len=min(plan.max_model_len for plan in plans),
+        cards=tuple(cards),
+    )
