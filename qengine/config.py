@@ -86,13 +86,18 @@ def _positive(name: str, value: object) -> None:
 
 @dataclass(frozen=True, slots=True)
 class LoadConfig:
-    """Which model, and how it is read. `model` None is the bundled one."""
+    """Which model, and how it is read. `model` None is the bundled one.
+
+    `bits` and `group_size` say how dummy weights are quantized; a file's own are never overridden.
+    """
 
     model: str | None = None
     tokenizer: str | None = None
     quantization: str | None = None
     dtype: str = "auto"
     load_format: str = "auto"
+    bits: int | None = None
+    group_size: int | None = None
     device: str = "auto"
     chat_template: str | None = None
     generation_config: str = "auto"
@@ -105,6 +110,7 @@ class LoadConfig:
         _one_of("dtype", self.dtype, tuple(DTYPES))
         object.__setattr__(self, "dtype", DTYPES[self.dtype])
         _one_of("load_format", self.load_format, LOAD_FORMATS)
+        self._check_dummy_scheme()
         _one_of("device", self.device, DEVICES)
         for name in ("model", "tokenizer", "chat_template"):
             value = getattr(self, name)
@@ -113,6 +119,16 @@ class LoadConfig:
             object.__setattr__(self, name, None if value is None else os.fspath(value))
         if isinstance(self.seed, bool) or not isinstance(self.seed, int) or not 0 <= self.seed < 2**63:
             raise ConfigError(f"seed is {self.seed!r}, expected an integer from 0 to 2**63 - 1")
+
+    def _check_dummy_scheme(self) -> None:
+        for name, value in (("bits", self.bits), ("group_size", self.group_size)):
+            if value is None:
+                continue
+            if self.load_format != "dummy":
+                raise ConfigError(f"{name} is for load_format dummy alone: a file says its own; leave it out")
+            if name == "group_size" and value == -1:
+                continue
+            _positive(name, value)
 
 
 @dataclass(frozen=True, slots=True)

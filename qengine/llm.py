@@ -46,6 +46,7 @@ class LLM:
         device: "auto" or "cpu".
         kv_cache_memory_bytes: size of the KV cache; an int is bytes, "4GiB" works too.
         load_format: "auto", or "dummy" for random weights of the right shapes.
+        bits, group_size: how dummy weights are quantized; None is what the config says, else 4 and 128.
 
     Raises:
         ConfigError: an option is wrong; LoadError: the model cannot be loaded. Both before weights are read.
@@ -71,6 +72,8 @@ class LLM:
         device: str = "auto",
         kv_cache_memory_bytes: int | str | None = None,
         load_format: str = "auto",
+        bits: int | None = None,
+        group_size: int | None = None,
         **more_options: Any,
     ) -> None:
         options = {
@@ -91,6 +94,8 @@ class LLM:
             "device": device,
             "kv_cache_memory_bytes": kv_cache_memory_bytes,
             "load_format": load_format,
+            "bits": bits,
+            "group_size": group_size,
             **more_options,
         }
         self.engine = Engine.start(EngineConfig.from_options(options))

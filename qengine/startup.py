@@ -25,7 +25,7 @@ from qengine.runtime.planner import MemoryPlan, wanted_length
 from qengine.runtime.platform import Platform, choose_device, choose_dtype
 from qengine.scheduling.block_pool import BlockPool
 from qengine.scheduling.scheduler import Scheduler, SchedulerLimits
-from qengine.tokenizer import Tokenizer, load_tokenizer, tokenizer_from_gguf
+from qengine.tokenizer import IdsOnlyTokenizer, Tokenizer, has_tokenizer, load_tokenizer, tokenizer_from_gguf
 from quant_kernels.linear.dispatch import Target
 
 logger = logging.getLogger(__name__)
@@ -121,7 +121,7 @@ def start_on(
     runner = platform.make_runner(model_config, model, cache, plan, config.scheduler.max_num_seqs)
     watch.lap("kv cache")
     _log_kernels(model.linears())
-    weight_bytes = sum(linear.num_bytes for linear in model.linears()) + model.embedding.num_bytes
+    weight_bytes = model.num_bytes
     info = _info(config, opened, plan, platform.target, weight_bytes)
     eos_token_ids = opened.eos_token_ids | tokenizer.eos_token_ids
     return EngineParts(
@@ -139,6 +139,9 @@ def _load_tokenizer(config: EngineConfig, opened: OpenedModel) -> Tokenizer:
         tokenizer = load_tokenizer(config.load.tokenizer)
     elif opened.gguf_metadata is not None:
         tokenizer = tokenizer_from_gguf(opened.gguf_metadata)
+    elif config.load.load_format == "dummy" and not has_tokenizer(opened.location.path):
+        logger.warning("%s has no tokenizer: it takes token ids and no text", opened.location.name)
+        tokenizer = IdsOnlyTokenizer(opened.location.name)
     else:
         tokenizer = load_tokenizer(str(opened.location.path))
     if tokenizer.vocab_size > opened.config.vocab_size:

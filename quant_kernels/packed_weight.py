@@ -14,7 +14,8 @@ Codes are packed along k, least significant bits first. One 4-bit word holds eig
                   | Q[8r+7,n] | Q[8r+6,n] | ... | Q[8r+2,n] | Q[8r+1,n] | Q[8r,n] |
 
 Invariant: exactly one of ``zero_const``, ``zeros``, ``mins``, ``codebook`` is set. If ``perm`` is set (activation
-order), row i of the record is row ``perm[i]`` of the layer: feed it ``x[:, perm]``.
+order), row i of the record is row ``perm[i]`` of the layer: feed it ``x[:, perm]``. A row of padding, whose entry there
+is `PADDING`, is fed zeros; its code says nothing. Only parts of a weight that was cut for several ranks have such rows.
 This module does not compute: see `reference` for the specification and `linear/` for what runs.
 """
 
@@ -25,6 +26,8 @@ from dataclasses import dataclass, field
 import torch
 
 CODES_PER_WORD = {4: 8, 8: 4}
+#: In `perm`: a row that belongs to no input.
+PADDING = -1
 
 
 @dataclass(frozen=True, slots=True)
@@ -48,6 +51,7 @@ class PackedWeight:
     """A quantized linear. K = in_features, N = out_features, G = ceil(K / group_size).
 
     Attributes:
+        in_features: rows of `codes`, those of padding among them; `num_inputs` is what the layer is fed.
         bits: 4 or 8.
         codes: int32 [K * bits / 32, N], unsigned codes, packed along K, LSB first.
         scales: float [G, N], in the dtype the file had.
@@ -56,7 +60,7 @@ class PackedWeight:
         zeros: uint8 [G, N] integer zero points, or None.
         mins: float [G, N], the float value of code 0, or None.
         codebook: float [2**bits], the value of each code before scaling, or None.
-        perm: int32 [K], row i of `codes` is row perm[i] of the layer; None for natural order.
+        perm: int32 [K], row i of `codes` is row perm[i] of the layer, or `PADDING`; None for natural order.
         bias: float [N] or None.
         origin: format name and what an exact re-export needs to know.
 
@@ -99,6 +103,11 @@ class PackedWeight:
     def num_groups(self) -> int:
         """Number of scale rows, G."""
         return -(-self.in_features // self.group_size)
+
+    @property
+    def num_inputs(self) -> int:
+        """Columns of the layer's x: rows less those of padding."""
+        return self.in_features if self.perm is None else int((self.perm != PADDING).sum())
 
     @property
     def num_bytes(self) -> int:

@@ -1,8 +1,8 @@
 """Bit packing of PackedWeight codes, and the operations on whole records that need no arithmetic.
 
-Concatenating records along N (fusing) and slicing them (sharding) is all that tensor parallelism and fused qkv or
-gate_up need; reordering the outputs of one linear saves reordering the inputs of the next. Invariant: nothing here
-rounds; unpack(pack(x)) == x. It reads no files and prepares no device layout.
+Concatenating records along N fuses qkv and gate_up; reordering the outputs of one linear saves reordering the inputs of
+the next; `sharding` cuts records. Invariant: nothing here rounds; unpack(pack(x)) == x. It reads no files and prepares
+no device layout.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ from dataclasses import replace
 
 import torch
 
-from quant_kernels.packed_weight import CODES_PER_WORD, DenseWeight, PackedWeight
+from quant_kernels.packed_weight import CODES_PER_WORD, PADDING, DenseWeight, PackedWeight
 
 
 def unpack_codes(codes: torch.Tensor, bits: int) -> torch.Tensor:
@@ -33,6 +33,24 @@ def pack_codes(values: torch.Tensor, bits: int) -> torch.Tensor:
         # The last item reaches the sign bit: int32 is a container of bits here.
         words |= spread[:, item] << (bits * item)
     return words
+
+
+def gather_rows(codes: torch.Tensor, bits: int, order: torch.Tensor) -> torch.Tensor:
+    """Packed codes whose row i is row ``order[i]`` of `codes`; order int64, whole words of rows."""
+    per_word = CODES_PER_WORD[bits]
+    gathered = codes.new_zeros(len(order) // per_word, codes.shape[1])
+    for item in range(per_word):
+        source = order[item::per_word]
+        shifts = ((source % per_word) * bits).to(torch.int32).unsqueeze(1)
+        fields = (codes[source // per_word] >> shifts) & (2**bits - 1)
+        gathered |= fields << (bits * item)
+    return gathered
+
+
+def input_places(perm: torch.Tensor) -> torch.Tensor:
+    """int64 [inputs]: the row of a record that input i of its layer feeds; the inverse of `perm`, less its padding."""
+    order = torch.argsort(perm, stable=True)
+    return order[int((perm == PADDING).sum()) :]
 
 
 def expand_zeros(weight: PackedWeight) -> torch.Tensor:
@@ -105,7 +123,7 @@ def _concat_optional(tensors: Sequence[torch.Tensor | None]) -> torch.Tensor | N
 
 
 def select_outputs(weight: PackedWeight | DenseWeight, order: torch.Tensor) -> PackedWeight | DenseWeight:
-    """The same linear with its outputs in another order: output i is output order[i] of `weight`. order: int64 [N]."""
+    """A linear whose output i is output order[i] of `weight`: all of them reordered, or some. order: int64."""
     bias = None if weight.bias is None else weight.bias[order]
     if isinstance(weight, DenseWeight):
         return DenseWeight(weight.weight[order], bias)
@@ -115,8 +133,16 @@ def select_outputs(weight: PackedWeight | DenseWeight, order: torch.Tensor) -> P
         scales=weight.scales[:, order],
         zeros=None if weight.zeros is None else weight.zeros[:, order],
         mins=None if weight.mins is None else weight.mins[:, order],
+        out_features=len(order),
         bias=bias,
     )
+
+
+def without_input_order(weight: PackedWeight | DenseWeight) -> tuple[PackedWeight | DenseWeight, torch.Tensor | None]:
+    """The linear as it is stored, and the order in which it then wants its inputs, int64 [K]; None for their own."""
+    if isinstance(weight, DenseWeight) or weight.perm is None:
+        return weight, None
+    return replace(weight, perm=None), weight.perm.long()
 
 
 def fold_input_order(
@@ -130,7 +156,5 @@ def fold_input_order(
     Returns:
         The linear without `perm`, and the producers; all of them as they were if there is no `perm`.
     """
-    if isinstance(weight, DenseWeight) or weight.perm is None:
-        return weight, list(producers)
-    order = weight.perm.long()
-    return replace(weight, perm=None), [select_outputs(producer, order) for producer in producers]
+    folded, order = without_input_order(weight)
+    return folded, [p if order is None else select_outputs(p, order) for p in producers]

@@ -9,7 +9,7 @@ from __future__ import annotations
 import torch
 
 from quant_kernels.packed_weight import DenseWeight, PackedWeight
-from quant_kernels.packing import expand_zeros, unpack_codes
+from quant_kernels.packing import expand_zeros, input_places, unpack_codes
 
 
 def group_of_row(weight: PackedWeight) -> torch.Tensor:
@@ -19,7 +19,7 @@ def group_of_row(weight: PackedWeight) -> torch.Tensor:
 
 
 def dequantize(weight: PackedWeight, dtype: torch.dtype = torch.float32) -> torch.Tensor:
-    """The weight as [K, N] in `dtype`, rows in the layer's own order (the activation order undone).
+    """The weight as [inputs, N] in `dtype`, rows in the layer's own order (activation order and padding undone).
 
     Computed in float32 and rounded once to `dtype`, so a float32 result is the exact one of formats with 16-bit
     scales: an integer of at most 9 bits times an 11-bit mantissa fits float32.
@@ -34,9 +34,7 @@ def dequantize(weight: PackedWeight, dtype: torch.dtype = torch.float32) -> torc
     else:
         values = (codes.float() - expand_zeros(weight).float()[group]) * scales
     if weight.perm is not None:
-        natural = torch.empty_like(values)
-        natural[weight.perm.long()] = values
-        values = natural
+        values = values[input_places(weight.perm)]
     return values.to(dtype)
 
 

@@ -32,7 +32,7 @@ FLOORS: tuple[tuple[str, ...], ...] = (
 )
 #: The same inside scheduling/, whose modules build on each other in one direction.
 SCHEDULING_BASE = ("block_pool", "batch")
-CONVERTER_USERS = ("qengine.runtime.loader", "qengine.runtime.planner", "qengine.commands")
+CONVERTER_USERS = ("qengine.runtime.loader", "qengine.runtime.opening", "qengine.commands")
 LIGHT = (
     "qengine.config",
     "qengine.cli",
@@ -45,8 +45,8 @@ LIGHT = (
 WEB = {"fastapi", "starlette", "uvicorn", "pydantic", "httpx", "prometheus_client", "aiohttp", "flask"}
 #: The same inside quant_kernels/: what describes a weight, what chooses, what computes, what watches.
 KERNEL_FLOORS: tuple[tuple[str, ...], ...] = (
-    ("packed_weight", "scheme", "late", "launching"),
-    ("packing", "tuning", "tolerance"),
+    ("footprint", "packed_weight", "scheme", "late", "launching"),
+    ("packing", "sharding", "tuning", "tolerance"),
     ("reference", "elementwise", "attention", "sampling"),
     ("ops",),
     ("linear",),

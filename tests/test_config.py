@@ -84,6 +84,10 @@ def test_bad_memory_sizes(text: str) -> None:
         ({"model": 5}, "model"),
         ({"device": "tpu"}, "device"),
         ({"load_format": "pickle"}, "load_format"),
+        ({"bits": 4}, "bits is for load_format dummy alone"),
+        ({"group_size": 128}, "group_size is for load_format dummy alone"),
+        ({"load_format": "dummy", "group_size": 0}, "group_size"),
+        ({"load_format": "dummy", "bits": True}, "bits"),
     ],
 )
 def test_bad_options_are_refused_by_name(options: dict[str, Any], word: str) -> None:

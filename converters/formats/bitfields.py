@@ -59,18 +59,6 @@ def widen_rows(words: torch.Tensor, bits: int) -> torch.Tensor:
     return codes
 
 
-def gather_rows(codes: torch.Tensor, bits: int, order: torch.Tensor) -> torch.Tensor:
-    """Packed codes whose row i is row ``order[i]`` of `codes`; order int64 [K]."""
-    per_word = CODES_PER_WORD[bits]
-    gathered = torch.zeros_like(codes)
-    for item in range(per_word):
-        source = order[item::per_word]
-        shifts = ((source % per_word) * bits).to(torch.int32).unsqueeze(1)
-        fields = (codes[source // per_word] >> shifts) & (2**bits - 1)
-        gathered |= fields << (bits * item)
-    return gathered
-
-
 def transpose_nibbles(words: torch.Tensor) -> torch.Tensor:
     """int32 [K, C] to int32 [K / 8, 8, C]: word [r, s, c] holds nibble s of rows 8r .. 8r+7 of column c, LSB first.
 

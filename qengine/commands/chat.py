@@ -87,6 +87,10 @@ def run(settings: ChatSettings) -> int:
     """Talk until the user leaves. Returns the exit code. Raises QEngineError."""
     engine = Engine.start(settings.engine, show_progress=sys.stderr.isatty())
     try:
+        if not engine.tokenizer.reads_text:
+            raise ConfigError(
+                f"'{engine.info.model}' has no tokenizer to chat with; give a folder with one: --tokenizer"
+            )
         if engine.tokenizer.chat_template is None:
             raise ConfigError(
                 f"'{engine.info.model}' has no chat template; give one with --chat-template, or use qengine generate"

@@ -101,6 +101,8 @@ MODEL_FLAGS = Group(
         Flag("--quantization", "awq, gptq or gguf; must agree with the file", "METHOD", default="read", short="-q"),
         Flag("--dtype", "compute in auto, half, float16, bfloat16 or float32", "DTYPE", default="auto"),
         Flag("--load-format", "auto, or dummy: random weights of the right shapes", "FORMAT", default="auto"),
+        Flag("--bits", "of dummy weights", "N", count, default="the config's, or 4"),
+        Flag("--group-size", "of dummy weights; -1 for one group", "N", count, default="the config's, or 128"),
         Flag("--chat-template", "Jinja file to use instead of the model's own template", "FILE"),
         Flag(
             "--generation-config",
@@ -238,7 +240,7 @@ CHAT_FLAGS = Group(
 #: Cards whose figures are known without one there (a test compares with quant_kernels, which is too heavy to ask here).
 CARD_NAMES = ("3090", "4090", "5090", "a100", "h100")
 
-_READ_AS = ("--quantization", "--dtype", "--load-format")
+_READ_AS = ("--quantization", "--dtype", "--load-format", "--bits", "--group-size")
 INSPECT_FLAGS = Group(
     "What to look at",
     (

@@ -1,6 +1,7 @@
 """Self-attention of one decoder layer over the paged KV cache.
 
 qkv projection -> norm of q and k, rope, and keys and values into the cache -> attend -> output projection.
+On several ranks each has some of the heads, and the output projection's results are added up.
 Invariant: keys and values of this step are in the cache before anything reads it, so prompt chunks, single tokens and
 shared prefixes are one code path. It does not own the cache: the runner passes this layer's part in.
 """
@@ -16,7 +17,7 @@ from quant_kernels.ops.base import Heads, LayerOps, StepInputs
 
 
 class Attention:
-    """x [rows, hidden] to partial sums [S, rows, hidden]."""
+    """x [rows, hidden] to partial sums [S, rows, hidden]. `heads` are this rank's."""
 
     def __init__(self, qkv: Linear, output: Linear, heads: Heads, ops: LayerOps, group: TPGroup | None = None) -> None:
         self.qkv = qkv
@@ -29,4 +30,4 @@ class Attention:
         """x: columns where `qkv` wants them."""
         query = self.ops.store(self.qkv.partial_sums(x), x.dtype, self.heads, cache, inputs)
         out = self.ops.attend(query, self.heads, cache, inputs, self.output.places)
-        return self.group.all_reduce(self.output.partial_sums(out))
+        return self.group.add_up(self.output.partial_sums(out), x.dtype)

@@ -10,7 +10,10 @@ from quant_kernels.ops.base import LayerOps
 
 
 class GatedMLP:
-    """x [rows, hidden] to partial sums [S, rows, hidden]. `gate_up` yields gate and up side by side."""
+    """x [rows, hidden] to partial sums [S, rows, hidden]. `gate_up` yields gate and up side by side.
+
+    On several ranks each has some of the columns between them, and what `down` makes of those is added up.
+    """
 
     def __init__(self, gate_up: Linear, down: Linear, ops: LayerOps, group: TPGroup | None = None) -> None:
         self.gate_up = gate_up
@@ -21,4 +24,4 @@ class GatedMLP:
     def __call__(self, x: torch.Tensor) -> torch.Tensor:
         """x: columns where `gate_up` wants them."""
         product = self.gate_up.silu_mul(x, self.ops, self.down.places)
-        return self.group.all_reduce(self.down.partial_sums(product))
+        return self.group.add_up(self.down.partial_sums(product), x.dtype)

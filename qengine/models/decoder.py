@@ -1,8 +1,8 @@
 """The one decoder: pre-norm attention and gated MLP, shared by every architecture of the registry.
 
-`slots` says which tensors a ModelConfig needs, by exact name; `build` puts the decoder together from whatever reads
-them. Invariant: `forward` is a pure function of its arguments and the KV cache; rows are tokens, in any mix of
-sequences. It does not read files, allocate the cache or sample.
+`build` puts it together of the weights that `models.shapes` names, from whatever reads them: all of them, or one rank's
+part of each layer (`TPGroup`) and one stage's layers. Invariant: `forward` is a pure function of its arguments and the
+KV cache; rows are tokens, in any mix of sequences. It does not read files, allocate the cache or sample.
 """
 
 from __future__ import annotations
@@ -19,122 +19,23 @@ from qengine.layers.linear import Linear, Weight
 from qengine.layers.mlp import GatedMLP
 from qengine.layers.norm import RMSNorm
 from qengine.layers.rope import RotaryEmbedding
+from qengine.models.parts import ReadLinear, read_layer
+from qengine.models.shapes import (
+    EMBEDDING,
+    FINAL_NORM,
+    HEAD,
+    MergedShape,
+    TensorShape,
+    head_linear,
+    layer_norms,
+    merged_linears,
+)
+from qengine.parallel.group import TPGroup
 from quant_kernels.attention.kv_format import LayerCache
 from quant_kernels.linear.dispatch import Target
 from quant_kernels.ops.base import Heads, StepInputs
 from quant_kernels.packed_weight import DenseWeight
-from quant_kernels.packing import fold_input_order
-
-EMBEDDING = "model.embed_tokens"
-FINAL_NORM = "model.norm.weight"
-HEAD = "lm_head"
-
-
-@dataclass(frozen=True, slots=True)
-class LinearShape:
-    """One linear of the architecture, under its checkpoint name."""
-
-    name: str
-    in_features: int
-    out_features: int
-    has_bias: bool = False
-
-
-@dataclass(frozen=True, slots=True)
-class TensorShape:
-    """One plain tensor of the architecture, under its checkpoint name."""
-
-    name: str
-    shape: tuple[int, ...]
-
-
-@dataclass(frozen=True, slots=True)
-class MergedShape:
-    """Linears that read the same input, side by side: one matmul where their formats allow it.
-
-    Attributes:
-        name: of the whole, e.g. "model.layers.0.self_attn.qkv_proj".
-        parts: as the checkpoint has them.
-        folds_order: an activation order moves into the outputs of the linears before it.
-    """
-
-    name: str
-    parts: tuple[LinearShape, ...]
-    folds_order: bool = False
-
-
-def attention_linears(config: ModelConfig, layer: int) -> list[LinearShape]:
-    """q, k, v and o of one layer."""
-    prefix = f"model.layers.{layer}.self_attn."
-    hidden, q_size = config.hidden_size, config.num_heads * config.head_dim
-    kv_size = config.num_kv_heads * config.head_dim
-    return [
-        LinearShape(prefix + "q_proj", hidden, q_size, config.qkv_bias),
-        LinearShape(prefix + "k_proj", hidden, kv_size, config.qkv_bias),
-        LinearShape(prefix + "v_proj", hidden, kv_size, config.qkv_bias),
-        LinearShape(prefix + "o_proj", q_size, hidden, config.o_bias),
-    ]
-
-
-def mlp_linears(config: ModelConfig, layer: int) -> list[LinearShape]:
-    """gate, up and down of one layer."""
-    prefix = f"model.layers.{layer}.mlp."
-    hidden, inner = config.hidden_size, config.intermediate_size
-    return [
-        LinearShape(prefix + "gate_proj", hidden, inner, config.mlp_bias),
-        LinearShape(prefix + "up_proj", hidden, inner, config.mlp_bias),
-        LinearShape(prefix + "down_proj", inner, hidden, config.mlp_bias),
-    ]
-
-
-def merged_linears(config: ModelConfig, layer: int) -> tuple[MergedShape, ...]:
-    """qkv, o, gate_up and down of one layer: what its linears run as."""
-    prefix = f"model.layers.{layer}."
-    q, k, v, o = attention_linears(config, layer)
-    gate, up, down = mlp_linears(config, layer)
-    return (
-        MergedShape(prefix + "self_attn.qkv_proj", (q, k, v)),
-        MergedShape(prefix + "self_attn.o_proj", (o,)),
-        MergedShape(prefix + "mlp.gate_up_proj", (gate, up)),
-        MergedShape(prefix + "mlp.down_proj", (down,), folds_order=True),
-    )
-
-
-def all_merged_linears(config: ModelConfig, *, tied: bool) -> Iterator[MergedShape]:
-    """Every linear as it runs, in order of execution: what `Decoder.linears` yields once it is built."""
-    for layer in range(config.num_layers):
-        yield from merged_linears(config, layer)
-    yield MergedShape(HEAD, (head_linear(config, tied=tied),))
-
-
-def layer_norms(config: ModelConfig, layer: int) -> list[TensorShape]:
-    """The norm weights of one layer: input, post-attention, and q, k where the architecture has them."""
-    prefix = f"model.layers.{layer}."
-    norms = [
-        TensorShape(prefix + "input_layernorm.weight", (config.hidden_size,)),
-        TensorShape(prefix + "post_attention_layernorm.weight", (config.hidden_size,)),
-    ]
-    if config.qk_norm:
-        norms.append(TensorShape(prefix + "self_attn.q_norm.weight", (config.head_dim,)))
-        norms.append(TensorShape(prefix + "self_attn.k_norm.weight", (config.head_dim,)))
-    return norms
-
-
-def head_linear(config: ModelConfig, *, tied: bool) -> LinearShape:
-    """The output projection; the embedding's own weights when tied."""
-    return LinearShape(EMBEDDING if tied else HEAD, config.hidden_size, config.vocab_size)
-
-
-def slots(config: ModelConfig, *, tied: bool) -> Iterator[LinearShape | TensorShape]:
-    """Everything the model needs, each name once."""
-    yield TensorShape(EMBEDDING + ".weight", (config.vocab_size, config.hidden_size))
-    for layer in range(config.num_layers):
-        yield from layer_norms(config, layer)
-        yield from attention_linears(config, layer)
-        yield from mlp_linears(config, layer)
-    yield TensorShape(FINAL_NORM, (config.hidden_size,))
-    if not tied:
-        yield head_linear(config, tied=False)
+from quant_kernels.sharding import slice_outputs
 
 
 class DecoderLayer:
@@ -156,46 +57,83 @@ class DecoderLayer:
 
 
 class Decoder:
-    """A causal language model: token ids and positions in, hidden states and logits out."""
+    """A causal language model, or the part of one that a rank runs: token ids and positions in, logits out.
+
+    Attributes:
+        config: of what is here: this rank's heads and intermediate columns, this stage's layers. The vocabulary is
+            the whole model's.
+        embedding: of the first stage; None on others.
+        norm, head: of the last stage; None on others.
+    """
 
     def __init__(
         self,
         config: ModelConfig,
-        embedding: Embedding,
+        dtype: torch.dtype,
         layers: Sequence[DecoderLayer],
-        norm: RMSNorm,
-        head: Linear,
         rope: RotaryEmbedding,
+        group: TPGroup,
+        *,
+        embedding: Embedding | None,
+        norm: RMSNorm | None,
+        head: Linear | None,
     ) -> None:
         self.config = config
-        self.embedding = embedding
+        self.dtype = dtype
         self.layers = layers
+        self.rope = rope
+        self.group = group
+        self.embedding = embedding
         self.norm = norm
         self.head = head
-        self.rope = rope
 
-    @property
-    def dtype(self) -> torch.dtype:
-        """Of hidden states."""
-        return self.embedding.table.dtype
+    def forward(self, x: torch.Tensor, cache: Sequence[LayerCache], inputs: StepInputs) -> torch.Tensor:
+        """Run the layers; writes the cache.
 
-    def forward(self, token_ids: torch.Tensor, cache: Sequence[LayerCache], inputs: StepInputs) -> torch.Tensor:
-        """Token ids [rows] to normalized hidden states [rows, hidden]; writes the cache."""
-        residual = self.embedding(token_ids)
+        Args:
+            x: token ids [rows] for the first stage; for the others what the stage before returned, which is changed.
+
+        Returns:
+            [rows, hidden]: normalized hidden states from the last stage, the residual stream from the others.
+        """
+        residual = x if self.embedding is None else self.embedding(x)
         sums = None
         for layer, layer_cache in zip(self.layers, cache, strict=True):
             sums = layer(sums, residual, layer_cache, inputs)
-        return self.norm.add(sums, residual)
+        if self.norm is not None:
+            return self.norm.add(sums, residual)
+        assert sums is not None, "a stage has a layer"
+        return residual.add_(sums[0] if len(sums) == 1 else sums.sum(0))
 
     def logits(self, hidden: torch.Tensor) -> torch.Tensor:
-        """Hidden states [rows, hidden] to float32 logits [rows, vocab]."""
-        return self.head(hidden).float()
+        """Hidden states [rows, hidden] of the last stage to float32 logits [rows, vocab], on every rank of it."""
+        assert self.head is not None, "only the last stage has the head"
+        return self.group.gather_vocab(self.head(hidden)).float()
+
+    @property
+    def num_bytes(self) -> int:
+        """Bytes of all weights; a table that embedding and head share counts once."""
+        norms = [norm.weight for layer in self.layers for norm in (layer.input_norm, layer.post_norm)]
+        norms += [heads for layer in self.layers if (heads := layer.attention.heads.norms) is not None]
+        norms += [] if self.norm is None else [self.norm.weight]
+        plain = sum(t.numel() * t.element_size() for t in norms)
+        table = 0 if self.embedding is None or self._is_tied else self.embedding.num_bytes
+        return plain + table + sum(linear.num_bytes for linear in self.linears())
+
+    @property
+    def _is_tied(self) -> bool:
+        """Whether the head multiplies by the embedding's own table."""
+        parts = [] if self.head is None else self.head.parts
+        return self.embedding is not None and any(
+            getattr(part, "weight", None) is self.embedding.table for part in parts
+        )
 
     def linears(self) -> Iterator[Linear]:
         """Every linear, in order of execution."""
         for layer in self.layers:
             yield from (layer.attention.qkv, layer.attention.output, layer.mlp.gate_up, layer.mlp.down)
-        yield self.head
+        if self.head is not None:
+            yield self.head
 
 
 @dataclass(frozen=True, slots=True)
@@ -203,56 +141,102 @@ class Materials:
     """How `build` gets what it needs: readers by shape, and where the results live."""
 
     read_tensor: Callable[[TensorShape], torch.Tensor]
-    read_linear: Callable[[LinearShape], Weight]
+    read_linear: ReadLinear
     target: Target
 
 
-def build(config: ModelConfig, materials: Materials, *, tied: bool, max_position: int) -> Decoder:
+def build(
+    config: ModelConfig,
+    materials: Materials,
+    *,
+    tied: bool,
+    max_position: int,
+    group: TPGroup | None = None,
+    layers: range | None = None,
+) -> Decoder:
     """Assemble the decoder, reading one layer after the other; qkv and gate_up are fused where they can be.
 
     Args:
+        config: of the whole model.
         tied: the head uses the embedding's weights.
         max_position: positions that rope tables are made for.
+        group: of the ranks that share every layer; None for this one alone.
+        layers: of this pipeline stage; None for all.
     """
-    dtype, device = materials.target.dtype, materials.target.device
-    table = materials.read_tensor(TensorShape(EMBEDDING + ".weight", (config.vocab_size, config.hidden_size)))
-    embedding = Embedding(table.to(device=device, dtype=dtype))
-    layers = [_build_layer(config, materials, layer) for layer in range(config.num_layers)]
-    norm = _norm(config, materials, TensorShape(FINAL_NORM, (config.hidden_size,)))
-    head_weight = materials.read_linear(head_linear(config, tied=tied))
-    if tied and isinstance(head_weight, DenseWeight):
-        head_weight = DenseWeight(embedding.table)  # One table in memory, not two.
-    head = Linear(HEAD, [head_weight], materials.target)
-    rope = RotaryEmbedding(config.rope, config.head_dim, max_position, device)
-    return Decoder(config, embedding, layers, norm, head, rope)
+    layers = range(config.num_layers) if layers is None else layers
+    builder = _Builder(config, materials, group or TPGroup.single(), layers)
+    return builder.build(max_position, tied=tied)
 
 
-def _norm(config: ModelConfig, materials: Materials, shape: TensorShape) -> RMSNorm:
-    return RMSNorm(_tensor(materials, shape), config.rms_norm_eps, materials.target.ops)
+class _Builder:
+    """Reads and assembles what one rank runs."""
 
+    def __init__(self, config: ModelConfig, materials: Materials, group: TPGroup, layers: range) -> None:
+        self._config = config
+        self._materials = materials
+        self._target = materials.target
+        self._group = group
+        self._shape = group.shape(config)
+        self._stage = layers
+        self._local = self._shape.local(config, layers)
 
-def _tensor(materials: Materials, shape: TensorShape) -> torch.Tensor:
-    return materials.read_tensor(shape).to(device=materials.target.device, dtype=materials.target.dtype)
+    def build(self, max_position: int, *, tied: bool) -> Decoder:
+        config, target = self._config, self._target
+        is_last = self._stage.stop == config.num_layers
+        embedding = self._embedding() if self._stage.start == 0 else None
+        layers = [self._layer(layer) for layer in self._stage]
+        return Decoder(
+            self._local,
+            target.dtype,
+            layers,
+            RotaryEmbedding(config.rope, config.head_dim, max_position, target.device),
+            self._group,
+            embedding=embedding,
+            norm=self._norm(TensorShape(FINAL_NORM, (config.hidden_size,))) if is_last else None,
+            head=self._head(embedding, tied=tied) if is_last else None,
+        )
 
+    def _embedding(self) -> Embedding:
+        vocab = self._shape.vocab
+        table = self._materials.read_tensor(
+            TensorShape(EMBEDDING + ".weight", (self._config.vocab_size, self._config.hidden_size))
+        )
+        if len(vocab) < len(table):
+            # A copy, so that the whole table can go.
+            table = table[vocab.start : vocab.stop].clone()
+        return Embedding(table.to(device=self._target.device, dtype=self._target.dtype), vocab.start, self._group)
 
-def _build_layer(config: ModelConfig, materials: Materials, layer: int) -> DecoderLayer:
-    input_norm, post_norm, *head_norms = layer_norms(config, layer)
-    shapes = merged_linears(config, layer)
-    qkv, o, gate_up, [down] = ([materials.read_linear(part) for part in shape.parts] for shape in shapes)
-    folded, gate_up = fold_input_order(down, gate_up)
+    def _head(self, embedding: Embedding | None, *, tied: bool) -> Linear:
+        weight = self._materials.read_linear(head_linear(self._config, tied=tied))
+        if tied and embedding is not None and isinstance(weight, DenseWeight):
+            weight = DenseWeight(embedding.table)  # One table in memory, not two.
+        else:
+            weight = slice_outputs(weight, self._shape.vocab)
+        return Linear(HEAD, [weight], self._target)
 
-    def linear(shape: MergedShape, parts: Sequence[Weight]) -> Linear:
-        return Linear(shape.name, parts, materials.target, order_is_folded=shape.folds_order and folded is not down)
+    def _layer(self, layer: int) -> DecoderLayer:
+        config, local, ops = self._config, self._local, self._target.ops
+        input_norm, post_norm, *head_norms = layer_norms(config, layer)
+        qkv, o, gate_up, down = merged_linears(config, layer)
+        parts = read_layer(config, layer, self._shape, self._materials.read_linear)
+        heads = Heads(
+            local.num_heads,
+            local.num_kv_heads,
+            local.head_dim,
+            window=config.windows[layer],
+            norms=torch.stack([self._tensor(shape) for shape in head_norms]) if head_norms else None,
+            norm_eps=config.rms_norm_eps,
+        )
+        attention = Attention(self._linear(qkv, parts.qkv), self._linear(o, [parts.o]), heads, ops, self._group)
+        down_linear = self._linear(down, [parts.down], order_is_folded=parts.order_is_folded)
+        mlp = GatedMLP(self._linear(gate_up, parts.gate_up), down_linear, ops, self._group)
+        return DecoderLayer(self._norm(input_norm), attention, self._norm(post_norm), mlp)
 
-    ops = materials.target.ops
-    heads = Heads(
-        config.num_heads,
-        config.num_kv_heads,
-        config.head_dim,
-        window=config.windows[layer],
-        norms=torch.stack([_tensor(materials, shape) for shape in head_norms]) if head_norms else None,
-        norm_eps=config.rms_norm_eps,
-    )
-    attention = Attention(linear(shapes[0], qkv), linear(shapes[1], o), heads, ops)
-    mlp = GatedMLP(linear(shapes[2], gate_up), linear(shapes[3], [folded]), ops)
-    return DecoderLayer(_norm(config, materials, input_norm), attention, _norm(config, materials, post_norm), mlp)
+    def _linear(self, shape: MergedShape, parts: Sequence[Weight], *, order_is_folded: bool = False) -> Linear:
+        return Linear(shape.name, parts, self._target, order_is_folded=order_is_folded)
+
+    def _norm(self, shape: TensorShape) -> RMSNorm:
+        return RMSNorm(self._tensor(shape), self._config.rms_norm_eps, self._target.ops)
+
+    def _tensor(self, shape: TensorShape) -> torch.Tensor:
+        return self._materials.read_tensor(shape).to(device=self._target.device, dtype=self._target.dtype)

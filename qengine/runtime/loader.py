@@ -2,69 +2,43 @@
 
 `open_model` looks at headers alone and refuses whatever cannot be loaded; `load_decoder` then reads one layer after the
 other. Invariant: no weight is read and no device memory taken before the whole file is known to fit the model.
-The only place, with the planner, where qengine meets converters.
+The only place, with `opening`, where qengine meets converters.
 """
 
 from __future__ import annotations
 
-import json
-import logging
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
-from pathlib import Path
 from typing import Any
 
 import torch
 from tqdm import tqdm
 
 from converters.dummy_source import DummySource
-from converters.errors import CheckpointError
 from converters.open import open_checkpoint
-from converters.source import LinearKind, LinearSlot, Slot, TensorSlot, WeightSource
-from qengine.config import LoadConfig, ModelConfig
-from qengine.errors import ConfigError, LoadError, RequestError
+from converters.source import LinearKind, TensorSlot, WeightSource
+from qengine.config import LoadConfig
 from qengine.layers.linear import Weight
-from qengine.models.decoder import HEAD, Decoder, LinearShape, Materials, TensorShape, build, slots
-from qengine.models.registry import find_spec
-from qengine.models.spec import read_model_config, read_token_ids
-from qengine.request import SamplingParams
+from qengine.models.decoder import Decoder, Materials, build
+from qengine.models.shapes import LinearShape, TensorShape, slots
+from qengine.parallel.group import TPGroup
 from qengine.runtime.locate import ModelLocation, locate_model
+from qengine.runtime.opening import OpenedHeaders, check_source, linear_slot, load_errors
 from quant_kernels.linear.dispatch import Target
 from quant_kernels.packed_weight import DenseWeight
 
-logger = logging.getLogger(__name__)
-
-#: generation_config.json keys that become sampling defaults.
-_SAMPLING_KEYS = ("temperature", "top_p", "top_k", "min_p", "repetition_penalty")
-
 
 @dataclass(frozen=True, slots=True)
-class OpenedModel:
-    """A checkpoint whose headers have been checked against the architecture; no weight is read yet."""
+class OpenedModel(OpenedHeaders):
+    """The same, with a source whose weights can be read; none is read yet."""
 
-    location: ModelLocation
     source: WeightSource
-    config: ModelConfig
-    tied: bool
-    eos_token_ids: frozenset[int]
-    default_sampling: Mapping[str, Any]
 
     @property
     def gguf_metadata(self) -> Mapping[str, Any] | None:
         """The file's metadata when it is GGUF: the tokenizer is made from it."""
         metadata: Mapping[str, Any] | None = getattr(self.source, "metadata", None)
         return metadata
-
-
-@contextmanager
-def _load_errors(location: ModelLocation) -> Iterator[None]:
-    try:
-        yield
-    except CheckpointError as error:
-        raise LoadError(str(error)) from error
-    except ConfigError as error:
-        raise LoadError(f"{location.path}: {error}") from error
 
 
 def open_model(load: LoadConfig) -> OpenedModel:
@@ -74,33 +48,39 @@ def open_model(load: LoadConfig) -> OpenedModel:
         LoadError: with all that is wrong, before any weight is read.
     """
     location = locate_model(load)
-    with _load_errors(location):
+    with load_errors(location):
         source = _open_source(location, load)
-        config = read_model_config(source.config, find_spec(source.config))
-        tied = not source.has_linear(HEAD)
-        if tied and not config.tie_word_embeddings:
-            # Published files get this flag wrong both ways, so the tensors decide.
-            logger.warning("%s has no lm_head although it is not tied: using the embedding's weights", location.path)
-        source.check([_slot(shape) for shape in slots(config, tied=tied)])
-    own = _read_generation_config(location.path, "auto")
-    eos = config.eos_token_ids | read_token_ids(own.get("eos_token_id"))
-    chosen = own if load.generation_config == "auto" else _read_generation_config(location.path, load.generation_config)
-    return OpenedModel(location, source, config, tied, eos, _sampling_defaults(chosen))
+    found = check_source(location, source, load)
+    return OpenedModel(location, source, found.config, found.tied, found.eos_token_ids, found.default_sampling)
 
 
 def _open_source(location: ModelLocation, load: LoadConfig) -> WeightSource:
     if load.load_format == "dummy":
-        return DummySource.open(location.path, load.quantization, load.seed)
+        return DummySource.open(location.path, load.quantization, load.seed, bits=load.bits, group_size=load.group_size)
     return open_checkpoint(location.path, load.quantization)
 
 
-def load_decoder(opened: OpenedModel, target: Target, max_position: int, *, show_progress: bool = False) -> Decoder:
+def load_decoder(
+    opened: OpenedModel,
+    target: Target,
+    max_position: int,
+    *,
+    group: TPGroup | None = None,
+    layers: range | None = None,
+    show_progress: bool = False,
+) -> Decoder:
     """Read the weights and lay them out for the device.
+
+    Args:
+        group: of the ranks that share every layer, with `split_opened`'s split; None for this one alone.
+        layers: of this pipeline stage, as `stage_layers` says; None for all.
 
     Raises:
         LoadError: if the data itself is bad (scales that are not finite, a file cut short).
     """
-    total = sum(1 for _ in slots(opened.config, tied=opened.tied)) + (1 if opened.tied else 0)
+    total = sum(1 for _ in slots(opened.config, tied=opened.tied, layers=layers))
+    if opened.tied and (layers is None or layers == range(opened.config.num_layers)):
+        total += 1  # The table is read as an embedding and as a head.
     bar = tqdm(total=total, desc="Loading weights", unit=" tensors", disable=not show_progress, leave=False)
 
     def read_tensor(shape: TensorShape) -> torch.Tensor:
@@ -109,11 +89,11 @@ def load_decoder(opened: OpenedModel, target: Target, max_position: int, *, show
 
     def read_linear(shape: LinearShape) -> Weight:
         bar.update()
-        return opened.source.read_linear(_linear_slot(shape))
+        return opened.source.read_linear(linear_slot(shape))
 
-    with bar, _load_errors(opened.location):
+    with bar, load_errors(opened.location):
         materials = Materials(read_tensor, read_linear, target)
-        return build(opened.config, materials, tied=opened.tied, max_position=max_position)
+        return build(opened.config, materials, tied=opened.tied, max_position=max_position, group=group, layers=layers)
 
 
 def linear_kind(opened: OpenedModel, shape: LinearShape) -> LinearKind:
@@ -122,8 +102,8 @@ def linear_kind(opened: OpenedModel, shape: LinearShape) -> LinearKind:
     Raises:
         LoadError: if it does not fit the architecture, which `open_model` has checked.
     """
-    with _load_errors(opened.location):
-        return opened.source.linear_kind(_linear_slot(shape))
+    with load_errors(opened.location):
+        return opened.source.linear_kind(linear_slot(shape))
 
 
 def sketch_linear(opened: OpenedModel, shape: LinearShape) -> Weight:
@@ -135,50 +115,6 @@ def sketch_linear(opened: OpenedModel, shape: LinearShape) -> Weight:
     empty = DenseWeight(torch.empty(shape.out_features, shape.in_features, device="meta"))
     if linear_kind(opened, shape).is_dense:
         return empty
-    with _load_errors(opened.location):
-        weight = opened.source.read_linear(_linear_slot(shape))
+    with load_errors(opened.location):
+        weight = opened.source.read_linear(linear_slot(shape))
     return empty if isinstance(weight, DenseWeight) else replace(weight, codes=weight.codes.to("meta"))
-
-
-def _slot(shape: LinearShape | TensorShape) -> Slot:
-    return TensorSlot(shape.name, shape.shape) if isinstance(shape, TensorShape) else _linear_slot(shape)
-
-
-def _linear_slot(shape: LinearShape) -> LinearSlot:
-    return LinearSlot(shape.name, shape.in_features, shape.out_features, shape.has_bias)
-
-
-def _read_generation_config(path: Path, choice: str) -> Mapping[str, Any]:
-    """generation_config.json of the model ("auto"), of another folder, or nothing ("none", "vllm", "qengine")."""
-    if choice in ("none", "vllm", "qengine"):
-        return {}
-    folder = path if choice == "auto" else Path(choice).expanduser()
-    file = folder if folder.suffix == ".json" else folder / "generation_config.json"
-    if not file.is_file():
-        if choice != "auto":
-            raise LoadError(f"no generation_config.json at '{choice}'")
-        return {}
-    try:
-        raw = json.loads(file.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise LoadError(f"{file} is not readable as JSON: {error}") from error
-    if not isinstance(raw, dict):
-        raise LoadError(f"{file} holds {type(raw).__name__}, expected an object")
-    return raw
-
-
-def _sampling_defaults(generation: Mapping[str, Any]) -> Mapping[str, Any]:
-    if generation.get("do_sample") is False:
-        return {}
-    defaults: dict[str, Any] = {}
-    for name in _SAMPLING_KEYS:
-        value = generation.get(name)
-        if value is None:
-            continue
-        try:
-            SamplingParams(**{name: value})
-        except RequestError as error:
-            logger.warning("generation_config.json is ignored where it is wrong: %s", error)
-            continue
-        defaults[name] = value
-    return defaults

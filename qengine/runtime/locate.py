@@ -50,7 +50,7 @@ def locate_model(load: LoadConfig) -> ModelLocation:
     if path.exists():
         return ModelLocation(path, load.model)
     if _HUB_ID.fullmatch(load.model):
-        return ModelLocation(_download(load.model), load.model)
+        return ModelLocation(_download(load.model, with_weights=load.load_format != "dummy"), load.model)
     raise LoadError(f"no model at '{load.model}'; give a folder, a .gguf file, or a hub id such as organization/name")
 
 
@@ -69,11 +69,11 @@ def _locate_bundled(load: LoadConfig) -> ModelLocation:
     return ModelLocation(files[0], BUNDLED_NAME)
 
 
-def _download(model: str) -> Path:
+def _download(model: str, *, with_weights: bool) -> Path:
     """Fetch a hub repository: first the small files, then, if we can run the model, its weights."""
     folder = _fetch(model, _SMALL_FILES)
     find_spec(_read_config(folder, model))
-    return _fetch(model, [*_SMALL_FILES, "*.safetensors"])
+    return _fetch(model, [*_SMALL_FILES, "*.safetensors"]) if with_weights else folder
 
 
 def _fetch(model: str, patterns: Sequence[str]) -> Path:

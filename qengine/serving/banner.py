@@ -7,16 +7,18 @@ from __future__ import annotations
 
 import json
 import shlex
-from typing import Any
+from typing import Any, Literal
 
 from qengine import __version__
 from qengine.engine import EngineInfo
 from qengine.serving.options import ServerOptions
 
 _GIB = 2**30
+#: What a model can be asked with: a conversation, a plain text, or token ids alone.
+Takes = Literal["messages", "text", "ids"]
 
 
-def ready_banner(info: EngineInfo, name: str, url: str, options: ServerOptions, *, has_chat: bool) -> str:
+def ready_banner(info: EngineInfo, name: str, url: str, options: ServerOptions, *, takes: Takes) -> str:
     """Several lines of text."""
     seconds = info.start_seconds.get("total")
     ready = "ready" if seconds is None else f"ready in {seconds:.1f} s"
@@ -30,18 +32,19 @@ def ready_banner(info: EngineInfo, name: str, url: str, options: ServerOptions, 
     }
     lines = [f"qengine {__version__} {ready}"]
     lines += [f"  {label:<8} {text}" for label, text in rows.items()]
-    return "\n".join((*lines, "", "Try it:", "", try_command(name, url, options, has_chat=has_chat), ""))
+    return "\n".join((*lines, "", "Try it:", "", try_command(name, url, options, takes=takes), ""))
 
 
-def try_command(name: str, url: str, options: ServerOptions, *, has_chat: bool) -> str:
+def try_command(name: str, url: str, options: ServerOptions, *, takes: Takes) -> str:
     """A curl command, ready to paste."""
     body: dict[str, Any] = {"model": name}
-    if has_chat:
+    if takes == "messages":
         route = "/v1/chat/completions"
         body.update(messages=[{"role": "user", "content": "What is the capital of France?"}], temperature=0)
     else:
         route = "/v1/completions"
-        body.update(prompt="The capital of France is", max_tokens=16, temperature=0)
+        prompt: str | list[int] = "The capital of France is" if takes == "text" else [1, 2, 3]
+        body.update(prompt=prompt, max_tokens=16, temperature=0)
     parts = [f"  curl {shlex.quote(url + route)}"]
     if options.uds is not None:
         parts.append(f"--unix-socket {shlex.quote(options.uds)}")

@@ -21,7 +21,7 @@ from qengine.config import EngineConfig
 from qengine.engine import Engine
 from qengine.serving.app import make_app
 from qengine.serving.async_engine import AsyncEngine
-from qengine.serving.banner import ready_banner
+from qengine.serving.banner import Takes, ready_banner
 from qengine.serving.exposure import is_loopback
 from qengine.serving.http_server import HttpServer
 from qengine.serving.options import ServerOptions
@@ -78,6 +78,12 @@ def run_server(config: EngineConfig, options: ServerOptions, *, start_engine: St
         close_listener(listener, options)
 
 
+def _takes(engine: Engine) -> Takes:
+    if engine.tokenizer.chat_template is not None:
+        return "messages"
+    return "text" if engine.tokenizer.reads_text else "ids"
+
+
 def _guarded(options: ServerOptions) -> str | None:
     """The host whose web visitors are kept out: a loopback address without keys."""
     is_open = not options.api_keys and options.uds is None and is_loopback(options.host)
@@ -99,8 +105,8 @@ def _load_and_serve(
     try:
         service.become_ready(async_engine, options.served_model_names)
         url = base_url(listener, options)
-        has_chat = engine.tokenizer.chat_template is not None
-        print(ready_banner(engine.info, service.model_names[0], url, options, has_chat=has_chat), flush=True)
+        takes = _takes(engine)
+        print(ready_banner(engine.info, service.model_names[0], url, options, takes=takes), flush=True)
         while not signals.received and service.phase is not Phase.DEAD:
             signals.wait()
         if service.phase is Phase.DEAD:

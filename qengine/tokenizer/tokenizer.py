@@ -73,6 +73,11 @@ class Tokenizer:
         added = backend.get_added_tokens_decoder()
         self.special_token_ids = frozenset(token_id for token_id, token in added.items() if token.special)
 
+    @property
+    def reads_text(self) -> bool:
+        """Whether text can become ids."""
+        return True
+
     def _id_of(self, name: str) -> int | None:
         text = self._special_tokens.get(name)
         return None if text is None else self._backend.token_to_id(text)
@@ -146,7 +151,7 @@ class Tokenizer:
             template.compile()
         except RequestError as error:
             raise ConfigError(f"the chat template given is unusable: {error}") from error
-        other = object.__new__(Tokenizer)
+        other = object.__new__(type(self))
         other.__dict__.update(self.__dict__)
         other._templates = {DEFAULT_TEMPLATE: template}
         return other
@@ -229,6 +234,11 @@ def load_tokenizer(folder: str) -> Tokenizer:
     return Tokenizer(backend, special_tokens=special_tokens, chat_templates=_chat_templates(root, config))
 
 
+def has_tokenizer(folder: Path) -> bool:
+    """Whether the folder holds a file that `load_tokenizer` can make one of."""
+    return any((folder / name).is_file() for name in ("tokenizer.json", *_SLOW_FILES))
+
+
 def _read_backend(root: Path) -> tokenizers.Tokenizer:
     path = root / "tokenizer.json"
     if path.is_file():
@@ -238,7 +248,7 @@ def _read_backend(root: Path) -> tokenizers.Tokenizer:
 
         with library_errors(broken):
             return tokenizers.Tokenizer.from_file(str(path))
-    if not any((root / name).is_file() for name in _SLOW_FILES):
+    if not has_tokenizer(root):
         raise LoadError(
             f"{root} has no tokenizer: expected tokenizer.json (or one of {', '.join(_SLOW_FILES)}); "
             "copy the tokenizer's files of the original model into the folder"

@@ -8,7 +8,7 @@ An 8-bit code is two 4-bit planes side by side along K, fed with x twice::
     Q = 16 * hi + lo          K:  | hi plane, scale 16 s | lo plane, scale s |
 
 Invariant: the only rounding is that of scales and zeros to bfloat16 and of the kernel itself. Only bfloat16 is fast in
-torch's kernel, so no other dtype is accepted here; activation order is one gather of x.
+torch's kernel, so no other dtype is accepted here; activation order is one gather of x (`InputOrder`).
 """
 
 from __future__ import annotations
@@ -16,22 +16,18 @@ from __future__ import annotations
 import torch
 import torch.nn.functional as F
 
+from quant_kernels.footprint import CPU_COLUMNS, cpu_group, cpu_int4_bytes
+from quant_kernels.linear.order import InputOrder
 from quant_kernels.linear.whole import WholeLinear
 from quant_kernels.packed_weight import PackedWeight
 from quant_kernels.packing import expand_zeros
 
-#: Group sizes torch's kernel knows, largest first: fewer groups mean fewer scales to read.
-KERNEL_GROUPS = (256, 128, 64, 32)
-_COLUMN_MULTIPLE = 16
 _SLICE_COLUMNS = 2048
 
 
 def kernel_group(weight: PackedWeight) -> int | None:
     """The largest kernel group that divides both the record's group and K, or None."""
-    for group in KERNEL_GROUPS:
-        if weight.group_size % group == 0 and weight.in_features % group == 0:
-            return group
-    return None
+    return cpu_group(weight.group_size, weight.in_features)
 
 
 def can_run(weight: PackedWeight, dtype: torch.dtype) -> tuple[bool, str]:
@@ -47,12 +43,7 @@ def can_run(weight: PackedWeight, dtype: torch.dtype) -> tuple[bool, str]:
 
 def stored_bytes(weight: PackedWeight) -> int:
     """What `CpuInt4Linear.bytes_per_pass` is for the record, by its sizes alone. Ask `can_run` first."""
-    group = kernel_group(weight)
-    assert group is not None, "ask can_run first"
-    columns = weight.out_features + -weight.out_features % _COLUMN_MULTIPLE
-    table_rows = weight.bits // 4 * weight.in_features // group
-    # A row of the table is a scale and a zero in bfloat16.
-    return columns * (weight.in_features * weight.bits // 8 + table_rows * 4)
+    return cpu_int4_bytes(weight.bits, weight.in_features, weight.out_features, weight.group_size)
 
 
 class CpuInt4Linear(WholeLinear):
@@ -63,22 +54,23 @@ class CpuInt4Linear(WholeLinear):
     def __init__(self, weight: PackedWeight) -> None:
         group = kernel_group(weight)
         assert group is not None, "ask can_run first"
-        self.in_features = weight.in_features
+        self.in_features = weight.num_inputs
         self.out_features = weight.out_features
         self.group_size = group
         self.num_planes = weight.bits // 4
-        padding = -weight.out_features % _COLUMN_MULTIPLE
+        padding = -weight.out_features % CPU_COLUMNS
         self._is_padded = padding > 0
         self.codes = _pack(weight, weight.out_features + padding)
         scales, zeros = _scales_and_zeros(weight, group)
         table = torch.stack([scales, zeros], dim=-1).bfloat16()
         self.scales_and_zeros = F.pad(table, (0, 0, 0, padding)) if self._is_padded else table
-        self.perm = None if weight.perm is None else weight.perm.long()
+        self.order = None if weight.perm is None else InputOrder.of(weight.perm)
         self.bias = None if weight.bias is None else weight.bias.bfloat16()
 
     @property
     def num_bytes(self) -> int:
-        parts = (self.codes, self.scales_and_zeros, self.perm, self.bias)
+        order = None if self.order is None else self.order.index
+        parts = (self.codes, self.scales_and_zeros, order, self.bias)
         return sum(t.numel() * t.element_size() for t in parts if t is not None)
 
     @property
@@ -88,8 +80,8 @@ class CpuInt4Linear(WholeLinear):
 
     def __call__(self, x: torch.Tensor) -> torch.Tensor:
         """x [M, K] bfloat16 to [M, N] bfloat16."""
-        if self.perm is not None:
-            x = x.index_select(1, self.perm)
+        if self.order is not None:
+            x = self.order(x)
         if self.num_planes > 1:
             x = x.repeat(1, self.num_planes)
         y: torch.Tensor = torch.ops.aten._weight_int4pack_mm_for_cpu(

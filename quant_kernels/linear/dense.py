@@ -16,7 +16,8 @@ from quant_kernels.reference import to_dense
 
 def stored_bytes(weight: PackedWeight | DenseWeight, dtype: torch.dtype) -> int:
     """What `DenseLinear.bytes_per_pass` is for the weight, by its sizes alone."""
-    return weight.in_features * weight.out_features * dtype.itemsize
+    num_inputs = weight.num_inputs if isinstance(weight, PackedWeight) else weight.in_features
+    return num_inputs * weight.out_features * dtype.itemsize
 
 
 class DenseLinear(WholeLinear):

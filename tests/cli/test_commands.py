@@ -36,7 +36,7 @@ class ScriptedEngine:
         self.info = SimpleNamespace(
             model="scripted", description="no weights", max_model_len=64, default_sampling={"temperature": 0.5}
         )
-        self.tokenizer = SimpleNamespace(chat_template=template, render_chat=self._render)
+        self.tokenizer = SimpleNamespace(reads_text=True, chat_template=template, render_chat=self._render)
         self.requests: dict[str, tuple[str, list[str], int]] = {}
         self.prompts: list[str] = []
         self.params: list[SamplingParams] = []

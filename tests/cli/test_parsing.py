@@ -219,7 +219,7 @@ def _plain_default(flag: Flag) -> object:
 
 def test_the_engine_defaults_shown_are_the_ones_used() -> None:
     config = EngineConfig()
-    in_words = {"quantization": None, "max_model_len": None, "max_num_batched_tokens": None}
+    in_words = dict.fromkeys(("quantization", "bits", "group_size", "max_model_len", "max_num_batched_tokens"))
     sections = (config, config.load, config.cache, config.scheduler, config.parallel)
     for group in ENGINE_GROUPS:
         for flag in group.flags:

@@ -8,13 +8,12 @@ import torch
 
 from converters.formats.bitfields import (
     add_one_to_words,
-    gather_rows,
     transpose_nibbles,
     unpack_columns,
     unpack_rows,
     widen_rows,
 )
-from quant_kernels.packing import pack_codes, unpack_codes
+from quant_kernels.packing import unpack_codes
 from tests.converters.reference import awq_pack, pack, unpack
 
 RANDOM = np.random.default_rng(1)
@@ -59,13 +58,6 @@ def test_widening_keeps_every_code(bits: int) -> None:
     codes = RANDOM.integers(0, 2**bits, (64, 2050))
     widened = widen_rows(torch.from_numpy(pack(codes.T, bits).T.copy()), bits)
     assert np.array_equal(unpack_codes(widened, 4).numpy(), codes)
-
-
-@pytest.mark.parametrize("bits", [4, 8])
-def test_gathering_rows_is_unpack_index_pack(bits: int) -> None:
-    codes = torch.from_numpy(RANDOM.integers(0, 2**bits, (48, 5)))
-    order = torch.from_numpy(RANDOM.permutation(48))
-    assert torch.equal(gather_rows(pack_codes(codes, bits), bits, order), pack_codes(codes[order], bits))
 
 
 def test_transposed_nibbles() -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -13,8 +14,10 @@ from gguf.quants import quantize
 
 from converters.dummy_source import DummySource
 from converters.errors import CheckpointError
-from converters.source import LinearKind, LinearSlot
-from quant_kernels.packed_weight import DenseWeight
+from converters.source import LinearKind, LinearSlot, Weight
+from quant_kernels.packed_weight import DenseWeight, PackedWeight
+from quant_kernels.packing import unpack_codes
+from quant_kernels.reference import dequantize
 from tests.converters.folders import gptq_config, open_checked, write_folder, write_json
 from tests.converters.gguf_files import write_gguf
 
@@ -92,3 +95,77 @@ def test_dummy_weights_depend_on_seed_and_name_alone(tmp_path: Path, quantizatio
     assert all(torch.equal(forth[name], back[name]) for name in forth)
     assert not any(torch.equal(forth[name], other[name]) for name in forth)
     assert not torch.equal(forth[SLOTS[0].name], forth[SLOTS[1].name])
+
+
+# How dummy weights are quantized
+
+
+def dummy_linear(folder: Path, declared: dict[str, Any], **options: Any) -> Weight:
+    write_json(folder / "config.json", {"quantization_config": declared} if declared else {})
+    source = DummySource.open(folder, options.pop("quantization", None), 0, **options)
+    source.check([DUMMY_SLOT])
+    return source.read_linear(DUMMY_SLOT)
+
+
+DUMMY_SLOT = LinearSlot("model.layers.0.mlp.down_proj", 256, 64)
+
+
+@pytest.mark.parametrize(
+    ("declared", "options", "bits", "group_size", "has_zeros"),
+    [
+        ({"quant_method": "gptq", "bits": 4, "group_size": 32}, {}, 4, 32, False),
+        ({"quant_method": "gptq", "bits": 8, "group_size": -1, "sym": False}, {}, 8, 256, True),
+        ({"quant_method": "gptq", "bits": 4, "group_size": 32}, {"bits": 8, "group_size": 64}, 8, 64, False),
+        ({"quant_method": "awq", "group_size": 32}, {}, 4, 32, True),
+        ({"quant_method": "awq", "group_size": 32, "zero_point": False}, {}, 4, 32, False),
+        ({"quant_method": "fp8", "group_size": 32}, {"quantization": "gptq"}, 4, 128, False),
+        ({}, {"quantization": "gptq", "bits": 3}, 4, 128, False),
+    ],
+)
+def test_dummy_weights_are_quantized_as_asked_or_declared(
+    tmp_path: Path, declared: dict[str, Any], options: dict[str, Any], bits: int, group_size: int, has_zeros: bool
+) -> None:
+    weight = dummy_linear(tmp_path, declared, **options)
+    assert isinstance(weight, PackedWeight)
+    assert (weight.bits, weight.group_size, weight.zeros is not None) == (bits, group_size, has_zeros)
+    # Whatever the bits, activations keep their size: the variance of a weight is 1 / K.
+    values = dequantize(weight, torch.float32)
+    assert float(values.std()) * 256**0.5 == pytest.approx(1, rel=0.1)
+
+
+def test_dummy_codes_stay_below_their_bits(tmp_path: Path) -> None:
+    weight = dummy_linear(tmp_path, {}, quantization="gptq", bits=3)
+    assert isinstance(weight, PackedWeight)
+    assert unpack_codes(weight.codes, 4).unique().tolist() == list(range(8))
+    assert weight.zero_const == 4
+
+
+def test_dummy_weights_on_the_meta_device_have_shapes_and_no_bytes(tmp_path: Path) -> None:
+    options = {"quantization": "awq", "group_size": 64}
+    here = dummy_linear(tmp_path, {}, **options)
+    meta = dummy_linear(tmp_path, {}, device=torch.device("meta"), **options)
+    assert isinstance(here, PackedWeight)
+    assert isinstance(meta, PackedWeight)
+    assert meta.codes.is_meta
+    assert meta.num_bytes == here.num_bytes
+
+
+@pytest.mark.parametrize(
+    ("declared", "options", "message"),
+    [
+        ({}, {"group_size": 32}, "need a quantization, awq or gptq"),
+        ({}, {"bits": 8}, "need a quantization, awq or gptq"),
+        ({}, {"quantization": "awq", "bits": 8}, "bits is 8, but awq weights have 4"),
+        ({}, {"quantization": "gptq", "bits": 5}, "bits is 5, but gptq weights have 2 or 3 or 4 or 8"),
+        ({}, {"quantization": "gptq", "group_size": 0}, "group_size is 0, expected"),
+        ({}, {"quantization": "gptq", "group_size": 96}, "256 inputs do not divide into groups of 96"),
+        ({"quant_method": "gptq", "group_size": "128"}, {}, "group_size is 128, expected"),
+        ({"quant_method": ["gptq"]}, {}, "makes awq, gptq or unquantized weights"),
+        ({"quant_method": "fp8"}, {}, "makes awq, gptq or unquantized weights, not 'fp8'"),
+    ],
+)
+def test_dummy_weights_that_do_not_exist(
+    tmp_path: Path, declared: dict[str, Any], options: dict[str, Any], message: str
+) -> None:
+    with pytest.raises(CheckpointError, match=message):
+        dummy_linear(tmp_path, declared, **options)

@@ -28,6 +28,7 @@ from quant_kernels.packed_weight import DenseWeight, PackedWeight
 from quant_kernels.packing import concat_outputs, fold_input_order
 from quant_kernels.reference import linear
 from quant_kernels.scheme import Scheme
+from quant_kernels.sharding import slice_inputs
 from quant_kernels.tolerance import Error, bound, error
 from quant_kernels.tuning.card import KNOWN_CARDS, Card, card_of
 from quant_kernels.tuning.select import EXPAND, GATE_UP, MATMUL, Selector
@@ -73,6 +74,20 @@ def test_calling_it_gives_the_finished_result(
     got = made(x)
     assert (got.shape, got.dtype) == ((rows, 136), dtype)
     check(got, linear(x.cpu(), record), made)
+
+
+@pytest.mark.parametrize("kind", ["const", "zeros", "mins"])
+@pytest.mark.parametrize("rows", [1, 40])
+def test_a_part_of_an_activation_order_pads_its_inputs_itself(rows: int, kind: str, device: torch.device) -> None:
+    record = random_record(512, 136, 128, kind=kind, act_order=True, bias=True)
+    for inputs in (range(200), range(200, 512)):
+        part = slice_inputs(record, inputs, with_bias=inputs.start == 0)
+        made = prepared(part, torch.float16, device)
+        assert (made.in_features, made.places) == (len(inputs), None)
+        x = random_x(rows, len(inputs), torch.float16, device)
+        got = made.partial_sums(x).sum(0).to(x.dtype)
+        check(got, linear(x.cpu(), part), made)
+        assert torch.equal(made(x), got)
 
 
 def test_large_m_expands_the_weight(device: torch.device) -> None:

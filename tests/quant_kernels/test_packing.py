@@ -10,6 +10,7 @@ from quant_kernels.packing import (
     can_concat,
     concat_outputs,
     fold_input_order,
+    gather_rows,
     pack_codes,
     select_outputs,
     unpack_codes,
@@ -24,6 +25,14 @@ def test_packing_round_trip(bits: int) -> None:
     words = pack_codes(values, bits)
     assert words.shape == (64 * bits // 32, 24)
     assert torch.equal(unpack_codes(words, bits).long(), values)
+
+
+@pytest.mark.parametrize("bits", [4, 8])
+def test_gathering_rows_is_unpack_index_pack(bits: int) -> None:
+    rng = torch.Generator().manual_seed(2)
+    codes = torch.randint(0, 2**bits, (48, 5), generator=rng)
+    for order in (torch.randperm(48, generator=rng), torch.randint(0, 48, (64,), generator=rng)):
+        assert torch.equal(gather_rows(pack_codes(codes, bits), bits, order), pack_codes(codes[order], bits))
 
 
 def test_bit_order_is_lsb_first_along_k() -> None:

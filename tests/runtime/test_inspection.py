@@ -14,7 +14,7 @@ from typing import Any
 import pytest
 import torch
 
-from converters.dummy_source import DummySource
+from converters.dummy_source import DummyScheme, DummySource
 from converters.source import LinearKind, LinearSlot, Weight
 from qengine import startup
 from qengine.config import LoadConfig
@@ -65,12 +65,13 @@ class CountingSource(DummySource):
     """Counts what is read; keeps some linears dense, by a part of their name."""
 
     def __init__(self, source: DummySource, dense: tuple[str, ...] = ()) -> None:
-        super().__init__(source.path, source.config, source.quantization, 128, 0)
+        scheme = None if source.quantization is None else DummyScheme(source.quantization)
+        super().__init__(source.path, source.config, scheme, 0)
         self.dense = dense
         self.reads: Counter[str] = Counter()
 
-    def _is_quantized(self, name: str) -> bool:
-        return super()._is_quantized(name) and not any(part in name for part in self.dense)
+    def _scheme_of(self, name: str) -> DummyScheme | None:
+        return None if any(part in name for part in self.dense) else super()._scheme_of(name)
 
     def read_linear(self, slot: LinearSlot) -> Weight:
         self.reads[slot.name] += 1

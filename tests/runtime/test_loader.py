@@ -14,7 +14,7 @@ from safetensors.torch import load_file, save_file
 
 from qengine import LLM, SamplingParams
 from qengine.config import LoadConfig
-from qengine.errors import LoadError
+from qengine.errors import LoadError, RequestError
 from qengine.runtime.loader import load_decoder, open_model
 from quant_kernels.linear.dispatch import Target
 from tests.engine.fixtures import path
@@ -134,6 +134,46 @@ def test_dummy_weights_need_no_file_and_are_reproducible(folder: Path) -> None:
     assert run() == first
     assert run(seed=1) != first
     assert len(run(quantization="awq")) == 8
+
+
+@pytest.fixture
+def bare_folder(folder: Path) -> Path:
+    """A folder with a config.json and nothing else."""
+    for file in folder.iterdir():
+        if file.name != "config.json":
+            file.unlink()
+    edit_config(folder, quantization_config=...)
+    return folder
+
+
+def test_a_config_alone_starts_with_dummy_weights_and_takes_token_ids(
+    bare_folder: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    params = SamplingParams(temperature=0.0, max_tokens=4, ignore_eos=True, logprobs=1)
+    options: dict[str, Any] = {"quantization": "gptq", "bits": 8, "group_size": 32}
+    with LLM(str(bare_folder), load_format="dummy", max_model_len=64, **options) as llm:
+        assert llm.engine.info.description == "dummy weights, GPTQ 8-bit, group 32"
+        answer = llm.generate([[5, 6, 7]], params, use_tqdm=False)[0].outputs[0]
+        assert (len(answer.token_ids), answer.text) == (4, "")
+        with pytest.raises(RequestError, match="no tokenizer, so it takes token ids and no text"):
+            llm.generate("Hello", params, use_tqdm=False)
+        with pytest.raises(RequestError, match="no tokenizer"):
+            llm.chat([{"role": "user", "content": "Hello"}], params, use_tqdm=False)
+    assert "has no tokenizer" in caplog.text
+
+
+def test_a_chat_template_does_not_make_a_tokenizer(bare_folder: Path) -> None:
+    with (
+        LLM(str(bare_folder), load_format="dummy", max_model_len=64, chat_template="{{ messages }}") as llm,
+        pytest.raises(RequestError, match="no tokenizer"),
+    ):
+        llm.chat([{"role": "user", "content": "Hello"}], use_tqdm=False)
+
+
+def test_real_weights_without_a_tokenizer_are_refused(folder: Path) -> None:
+    (folder / "tokenizer.json").unlink()
+    with pytest.raises(LoadError, match="has no tokenizer: expected"):
+        LLM(str(folder), max_model_len=64)
 
 
 def test_a_damaged_file_is_told_when_its_data_is_read(folder: Path) -> None:

@@ -25,7 +25,7 @@ import pytest
 from qengine.config import EngineConfig
 from qengine.errors import ConfigError, LoadError
 from qengine.serving import http_server, server
-from qengine.serving.banner import try_command
+from qengine.serving.banner import Takes, try_command
 from qengine.serving.limits import LIMITS, Limits
 from qengine.serving.options import ServerOptions
 from qengine.serving.server import EXIT_ENGINE_DEAD, EXIT_INTERRUPTED
@@ -278,11 +278,17 @@ def test_urls() -> None:
 
 def test_the_command_survives_any_name_and_shows_no_key() -> None:
     options = ServerOptions(api_keys=("secret-key",), uds="/run/a b")
-    command = try_command('it\'s "a" $HOME `x`', "http://localhost", options, has_chat=True)
+    command = try_command('it\'s "a" $HOME `x`', "http://localhost", options, takes="messages")
     assert "secret-key" not in command
     words = shlex.split(command.replace("\\\n", " "))
     assert json.loads(words[words.index("-d") + 1])["model"] == 'it\'s "a" $HOME `x`'
     assert words[words.index("--unix-socket") + 1] == "/run/a b"
+
+
+@pytest.mark.parametrize(("takes", "prompt"), [("text", "The capital of France is"), ("ids", [1, 2, 3])])
+def test_the_command_asks_with_what_the_model_takes(takes: Takes, prompt: object) -> None:
+    words = shlex.split(try_command("m", "http://localhost", ServerOptions(), takes=takes).replace("\\\n", " "))
+    assert json.loads(words[words.index("-d") + 1])["prompt"] == prompt
 
 
 def test_a_head_that_trickles_in_is_cut_off(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -2,7 +2,8 @@
 
 It asks `tuning.select` once per regime of M what to launch. Used alone it returns the finished result; in a decoder
 layer its neighbours take over what would cost launches: `partial_sums` leaves a split's sums to the next kernel, and
-`places` tells the kernel before it in which order this one wants its columns.
+`places` tells the kernel before it in which order this one wants its columns. Only rows of padding, which parts of an
+activation order have on several ranks, make it order its inputs itself.
 
 Invariant: whichever way it is asked, the numbers are those of `quant_kernels.reference.linear` to the tolerance of the
 kernel that ran, and the same on every run. It holds the packed weight and nothing else.
@@ -12,6 +13,7 @@ from __future__ import annotations
 
 import torch
 
+from quant_kernels.linear.order import InputOrder
 from quant_kernels.linear.p16.expand import expanded_matmul
 from quant_kernels.linear.p16.gate_up import gate_up
 from quant_kernels.linear.p16.layout import P16Weight, pack
@@ -27,9 +29,12 @@ class P16Linear:
 
     def __init__(self, weight: P16Weight, selector: Selector) -> None:
         self.weight = weight
-        self.in_features = weight.in_features
         self.out_features = weight.out_features
-        self._places = None if weight.perm is None else torch.argsort(weight.perm).to(torch.int32)
+        order = None if weight.perm is None else InputOrder.of(weight.perm)
+        is_padded = order is not None and order.is_padded
+        self.in_features = weight.in_features if order is None else len(order.index)
+        self._own_order = order if is_padded else None
+        self._places = None if order is None or is_padded else torch.argsort(order.index).to(torch.int32)
         self._selector = selector
         self._choices: dict[int, Choice] = {}
         self._gate_up_choices: dict[int, Choice | None] = {}
@@ -42,8 +47,9 @@ class P16Linear:
     @property
     def num_bytes(self) -> int:
         """Bytes of device memory held."""
-        places = 0 if self._places is None else self._places.numel() * self._places.element_size()
-        return self.weight.num_bytes + places
+        own = None if self._own_order is None else self._own_order.index
+        orders = sum(t.numel() * t.element_size() for t in (self._places, own) if t is not None)
+        return self.weight.num_bytes + orders
 
     @property
     def bytes_per_pass(self) -> int:
@@ -68,7 +74,9 @@ class P16Linear:
         return sums[0] if len(sums) == 1 else sums.sum(0).to(x.dtype)
 
     def partial_sums(self, x: torch.Tensor) -> torch.Tensor:
-        """x [M, K], columns in the weight's stored order, to [1, M, N] or to float32 [S, M, N] that add up to it."""
+        """x [M, K], columns at their `places`, to [1, M, N] or to float32 [S, M, N] that add up to it."""
+        if self._own_order is not None:
+            x = self._own_order(x)
         choice = self.choice(x.shape[0])
         if choice.kernel == EXPAND:
             return expanded_matmul(x, self.weight, twin=self._selector.twin).unsqueeze(0)
@@ -84,6 +92,7 @@ class P16Linear:
         Returns:
             [M, N / 2].
         """
+        assert self._own_order is None, "the rows of gate and up have an input each"
         choice = self._gate_up_choice(x.shape[0])
         if choice is None or choice.tile is None:
             return None
@@ -96,8 +105,8 @@ class P16Linear:
         return self._gate_up_choices[key]
 
     def _problem(self, rows: int) -> Problem:
-        return Problem(rows, self.in_features, self.out_features, self.weight.scheme)
+        return Problem(rows, self.weight.in_features, self.out_features, self.weight.scheme)
 
     def _ordered(self, x: torch.Tensor) -> torch.Tensor:
         perm = self.weight.perm
-        return x if perm is None else x.index_select(1, perm)
+        return x if perm is None or self._places is None else x.index_select(1, perm)
