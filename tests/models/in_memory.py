@@ -9,7 +9,8 @@ import torch
 from qengine.config import ModelConfig
 from qengine.models.decoder import Decoder, Materials, build
 from qengine.models.shapes import EMBEDDING, LinearShape, TensorShape
-from qengine.runtime.inputs import CpuSteps, Steps
+from qengine.parallel.group import TPGroup
+from qengine.runtime.inputs import CpuSteps, PreparedStep, Steps
 from qengine.runtime.kv_cache import KVCache
 from qengine.scheduling.batch import Batch, BatchEntry
 from quant_kernels.attention.kv_format import KVFormat, plain
@@ -23,7 +24,13 @@ FLOAT32 = plain(torch.float32)
 CPU_TARGET = Target(CPU, torch.float32)
 
 
-def build_from_state(config: ModelConfig, state: Mapping[str, torch.Tensor], target: Target = CPU_TARGET) -> Decoder:
+def build_from_state(
+    config: ModelConfig,
+    state: Mapping[str, torch.Tensor],
+    target: Target = CPU_TARGET,
+    group: TPGroup | None = None,
+    layers: range | None = None,
+) -> Decoder:
     """A decoder from checkpoint-named tensors, in float32 unless told; the head is tied when the config says so."""
 
     def read_tensor(shape: TensorShape) -> torch.Tensor:
@@ -39,7 +46,8 @@ def build_from_state(config: ModelConfig, state: Mapping[str, torch.Tensor], tar
 
     materials = Materials(read_tensor, read_linear, target)
     assert EMBEDDING + ".weight" in state
-    return build(config, materials, tied=config.tie_word_embeddings, max_position=config.max_position)
+    tied, longest = config.tie_word_embeddings, config.max_position
+    return build(config, materials, tied=tied, max_position=longest, group=group, layers=layers)
 
 
 class Sequences:
@@ -64,9 +72,13 @@ class Sequences:
         # Handed out from both ends in turn, so that tables are not consecutive.
         self.free = [b for pair in zip(range(num_blocks // 2), reversed(range(num_blocks)), strict=False) for b in pair]
 
-    @torch.inference_mode()
     def step(self, tokens: Mapping[str, Sequence[int]]) -> dict[str, torch.Tensor]:
         """Compute the given next tokens of each sequence; float32 logits [tokens, vocab] of each."""
+        step = self.prepare(tokens)
+        return self.logits(self.forward(step.token_ids, step), step)
+
+    def prepare(self, tokens: Mapping[str, Sequence[int]]) -> PreparedStep:
+        """Give the next tokens of each sequence their places."""
         entries = []
         for name, ids in tokens.items():
             start = self.lengths.get(name, 0)
@@ -75,8 +87,17 @@ class Sequences:
                 table.append(self.free.pop())
             self.lengths[name] = start + len(ids)
             entries.append(BatchEntry(name, tuple(ids), start, tuple(table), None))
-        step = self.steps.prepare(Batch(tuple(entries)))
-        logits = self.model.logits(self.model.forward(step.token_ids, self.cache.layers, step.inputs))
+        return self.steps.prepare(Batch(tuple(entries)))
+
+    @torch.inference_mode()
+    def forward(self, x: torch.Tensor, step: PreparedStep) -> torch.Tensor:
+        """`Decoder.forward` over the cache."""
+        return self.model.forward(x, self.cache.layers, step.inputs)
+
+    @torch.inference_mode()
+    def logits(self, hidden: torch.Tensor, step: PreparedStep) -> dict[str, torch.Tensor]:
+        """Of each sequence's tokens in the step."""
+        logits = self.model.logits(hidden)
         return {
             e.request_id: logits[row : row + e.num_tokens] for e, row in zip(step.entries, step.first_rows, strict=True)
         }
