@@ -41,6 +41,13 @@ CONFIGS: Mapping[str, Config] = {
         "max_position_embeddings": 8192,
         "rope_theta": 500000.0,
     },
+    "llama-3-70b": {
+        **_LLAMA,
+        **_sizes(8192, 28672, 80, 64, 8),
+        "vocab_size": 128256,
+        "max_position_embeddings": 8192,
+        "rope_theta": 500000.0,
+    },
     "llama-2-7b": {**_LLAMA_2, **_sizes(4096, 11008, 32, 32, 32)},
     "llama-2-13b": {**_LLAMA_2, **_sizes(5120, 13824, 40, 40, 40)},
 }
