@@ -94,7 +94,7 @@ def measure(workload: Fit, config: Config, machine: Machine, transport: Transpor
         decoder = load_part(opened, platform, plan, transport)
     loading = memory_record(machine.device)["peak_reserved"]
     free_memory(machine.device)
-    engine, witness, cache = start(opened, platform, settings, plan, decoder, transport)
+    engine, witness, cache = start(platform, settings, plan, decoder)
     sequences = workload.sequences or int(plan.max_concurrency)
     length = workload.tokens or plan.max_model_len
     warm_up(engine, sequences, length - workload.decode_tokens, opened.config.vocab_size)
@@ -142,18 +142,12 @@ def load_part(opened: OpenedModel, platform: Platform, plan: MemoryPlan, transpo
 
 
 def start(
-    opened: OpenedModel,
-    platform: Platform,
-    settings: EngineConfig,
-    plan: MemoryPlan,
-    decoder: Decoder,
-    transport: Transport,
+    platform: Platform, settings: EngineConfig, plan: MemoryPlan, decoder: Decoder
 ) -> tuple[TokenEngine, Witness, KVCache]:
-    """An engine around this rank's weights, with its part of the cache."""
-    local = split_opened(opened, transport.size).ranks[transport.rank].local(opened.config)
+    """An engine around this rank's weights, with its part of the cache. Every rank samples."""
     kv_format = platform.kv_format(settings.cache.kv_cache_dtype)
-    cache = KVCache(local, plan.num_blocks, plan.block_size, kv_format, platform.device)
-    witness = Witness(platform.make_runner(local, decoder, cache, plan, plan.max_num_seqs))
+    cache = KVCache(decoder.config, plan.num_blocks, plan.block_size, kv_format, platform.device)
+    witness = Witness(platform.make_runner(decoder, cache, plan, plan.max_num_seqs))
     limits = SchedulerLimits(plan.max_num_seqs, plan.max_num_batched_tokens, plan.max_model_len)
     scheduler = Scheduler(limits, BlockPool(plan.num_blocks, plan.block_size), enable_prefix_caching=False)
     return TokenEngine(scheduler, witness, plan), witness, cache
