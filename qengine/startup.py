@@ -133,6 +133,8 @@ def start_on(
     plan = worker.plan()
     worker.allocate(plan)
     watch.lap("kv cache")
+    if worker.warm_up(plan):
+        watch.lap("warm-up")
     worker.log_kernels()
     info = _info(config, opened, plan, platform.target, worker.weight_bytes)
     return _parts(replace(info, start_seconds=watch.total()), config, opened, tokenizer, UniprocExecutor(worker))

@@ -23,7 +23,9 @@ P16_ROWS, P16_COLUMNS = 32, 128
 #: Group sizes of torch's int4 kernel, largest first, and its padding of outputs (see `linear.cpu_int4`).
 CPU_GROUPS, CPU_COLUMNS = (256, 128, 64, 32), 16
 #: An activation order on a CPU is int64; on a GPU int32, there and back.
-_ORDER_BYTES = 8
+_ORDER_BYTES, _PADDED_ORDER_BYTES = 8, 12
+#: Rows that every kernel can give scales of their own.
+CHUNK = 32
 
 
 @dataclass(frozen=True, slots=True)
@@ -37,6 +39,7 @@ class WeightFacts:
         has_mins: float mins in place of zero points.
         scale_dtype: of scales and mins.
         has_order: there is an activation order.
+        is_padded: rows of padding are among `in_features`, which is then the most that there may be.
         bias_dtype: None without a bias.
     """
 
@@ -48,6 +51,7 @@ class WeightFacts:
     has_mins: bool = False
     scale_dtype: str = "float16"
     has_order: bool = False
+    is_padded: bool = False
     bias_dtype: str | None = None
 
     @property
@@ -84,6 +88,50 @@ def _kind(part: WeightFacts) -> tuple[object, ...]:
     return (part.bits, part.in_features, part.group_size, part.has_mins, part.scale_dtype, part.has_order)
 
 
+def group_after_cut(bits: int, group_size: int, in_features: int, inputs: range) -> int | None:
+    """The group size of a weight of which only some neighbouring inputs are left, in their natural order.
+
+    A cut within a group leaves smaller ones that start at it. None where they would be so small, or words so broken,
+    that no kernel could run them as they lie: such rows are padded (see `sharding`).
+    """
+    codes_per_word = 32 // bits
+    if inputs.start % codes_per_word or len(inputs) % codes_per_word:
+        return None
+    is_one_group = group_size >= in_features
+    part = len(inputs) if is_one_group else math.gcd(group_size, inputs.start)
+    had_kernel = is_one_group or group_size % CHUNK == 0
+    has_kernel = len(inputs) % CHUNK == 0 and (is_one_group or part % CHUNK == 0)
+    return part if has_kernel or not had_kernel else None
+
+
+def cut_inputs(facts: WeightFacts, inputs: range, *, with_bias: bool) -> WeightFacts:
+    """What `sharding.slice_inputs` leaves of a weight; at most, where an activation order spreads the inputs."""
+    facts = facts if with_bias else replace(facts, bias_dtype=None)
+    if len(inputs) == facts.in_features:
+        return facts
+    if facts.bits is None:
+        return replace(facts, in_features=len(inputs))
+    if not facts.has_order:
+        group = group_after_cut(facts.bits, facts.group_size, facts.in_features, inputs)
+        if group is not None:
+            return replace(facts, in_features=len(inputs), group_size=group)
+    num_rows = _padded_rows(facts, inputs)
+    group = num_rows if facts.is_one_group else CHUNK
+    return replace(facts, in_features=num_rows, group_size=group, has_order=True, is_padded=True)
+
+
+def _padded_rows(facts: WeightFacts, inputs: range) -> int:
+    """Rows once every group is filled up to whole chunks; with an activation order the most there may be."""
+    if not facts.has_order:
+        firsts = range(inputs.start - inputs.start % facts.group_size, inputs.stop, facts.group_size)
+        ends = ((max(first, inputs.start), min(first + facts.group_size, inputs.stop)) for first in firsts)
+        return sum(-(-(stop - start) // CHUNK) * CHUNK for start, stop in ends)
+    num_groups = -(-facts.in_features // facts.group_size)
+    spread = (len(inputs) + (CHUNK - 1) * min(num_groups, len(inputs))) // CHUNK * CHUNK
+    full = num_groups * -(-facts.group_size // CHUNK) * CHUNK
+    return min(spread, full)
+
+
 def prepared_bytes(facts: WeightFacts, kernels: Kernels, dtype: str) -> int:
     """Bytes that the prepared linear holds.
 
@@ -96,7 +144,7 @@ def prepared_bytes(facts: WeightFacts, kernels: Kernels, dtype: str) -> int:
 
 def prepared_parts(facts: WeightFacts, kernels: Kernels, dtype: str) -> tuple[int, ...]:
     """The same, tensor by tensor."""
-    order = (_ORDER_BYTES * facts.in_features,) if facts.has_order else ()
+    order = (_order_bytes(facts, kernels),) if facts.has_order else ()
     if facts.bits is not None and kernels == "gpu" and runs_p16(facts, dtype):
         parts = p16_parts(facts.bits, facts.in_features, facts.out_features, _p16_groups(facts))
         return (*parts, *order, *_bias(facts, facts.bias_dtype))
@@ -104,6 +152,11 @@ def prepared_parts(facts: WeightFacts, kernels: Kernels, dtype: str) -> tuple[in
         held = cpu_int4_bytes(facts.bits, facts.in_features, facts.out_features, facts.group_size)
         return (held, *order, *_bias(facts, dtype))
     return (dense_bytes(facts.in_features, facts.out_features, dtype), *_bias(facts, dtype))
+
+
+def _order_bytes(facts: WeightFacts, kernels: Kernels) -> int:
+    # With padding a GPU holds the rows' inputs, and the inputs' rows as torch wants them; the rows are the more.
+    return facts.in_features * (_PADDED_ORDER_BYTES if facts.is_padded and kernels == "gpu" else _ORDER_BYTES)
 
 
 def _bias(facts: WeightFacts, dtype: str | None) -> tuple[int, ...]:

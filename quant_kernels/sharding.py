@@ -11,22 +11,20 @@ Outputs are columns of every table, so any range is a slice. Inputs share scales
         scales    | of group | of group | of group |
                   |    0     |    1     |    3     |      rows of scales repeated, or left out with their group
 
-The third form also takes cuts that leave groups no kernel runs. Invariant: nothing is rounded. The parts of a linear
-that is cut along its outputs, side by side, are the linear; those of one that is cut along its inputs add up to it.
+The third form also takes cuts that leave groups no kernel runs (`footprint.group_after_cut`).
+Invariant: nothing is rounded. The parts of a linear that is cut along its outputs, side by side, are the linear; those
+of one that is cut along its inputs add up to it.
 """
 
 from __future__ import annotations
 
-import math
 from dataclasses import replace
 
 import torch
 
+from quant_kernels.footprint import CHUNK, group_after_cut
 from quant_kernels.packed_weight import CODES_PER_WORD, PADDING, DenseWeight, PackedWeight
 from quant_kernels.packing import gather_rows
-
-#: Rows that every kernel can give scales of their own.
-CHUNK = 32
 
 
 def slice_outputs(weight: PackedWeight | DenseWeight, outputs: range) -> PackedWeight | DenseWeight:
@@ -61,7 +59,7 @@ def slice_inputs(weight: PackedWeight | DenseWeight, inputs: range, *, with_bias
     if weight.perm is None:
         if len(inputs) == weight.in_features:
             return replace(weight, bias=bias)
-        group_size = _group_after_cut(weight, inputs)
+        group_size = group_after_cut(weight.bits, weight.group_size, weight.in_features, inputs)
         if group_size is not None:
             return replace(_regular_part(weight, inputs, group_size), bias=bias)
     elif len(inputs) == weight.num_inputs:
@@ -75,18 +73,6 @@ def _cut(tensor: torch.Tensor, dim: int, part: range) -> torch.Tensor:
 
 def _is_one_group(weight: PackedWeight) -> bool:
     return weight.group_size >= weight.in_features
-
-
-def _group_after_cut(weight: PackedWeight, inputs: range) -> int | None:
-    """The group size of the slice, or None where a slice would be worse than padding: no words, or no kernel."""
-    per_word = CODES_PER_WORD[weight.bits]
-    if inputs.start % per_word or len(inputs) % per_word:
-        return None
-    one_group = _is_one_group(weight)
-    group_size = len(inputs) if one_group else math.gcd(weight.group_size, inputs.start)
-    had_kernel = one_group or weight.group_size % CHUNK == 0
-    has_kernel = len(inputs) % CHUNK == 0 and (one_group or group_size % CHUNK == 0)
-    return group_size if has_kernel or not had_kernel else None
 
 
 def _regular_part(weight: PackedWeight, inputs: range, group_size: int) -> PackedWeight:

@@ -40,7 +40,23 @@ LIGHT = (
     "qengine.commands.flags",
     "qengine.commands.parsing",
     "qengine.commands.settings",
+    "qengine.commands.plan",
+    "qengine.models.shapes",
+    "qengine.parallel.split",
+    "qengine.runtime.advice",
+    "qengine.runtime.machine_memory",
+    "qengine.runtime.model_bytes",
+    "qengine.runtime.opening",
+    "qengine.runtime.plan_table",
     "qengine.runtime.planner",
+    "qengine.runtime.planning",
+    "converters.checkpoint",
+    "converters.dummy_headers",
+    "converters.files",
+    "converters.gguf_headers",
+    "converters.open_headers",
+    "converters.safetensors_headers",
+    "quant_kernels.footprint",
 )
 WEB = {"fastapi", "starlette", "uvicorn", "pydantic", "httpx", "prometheus_client", "aiohttp", "flask"}
 #: The same inside quant_kernels/: what describes a weight, what chooses, what computes, what watches.

@@ -74,12 +74,11 @@ def capacity(workload: EndToEnd, loaded: LoadedModel, machine: Machine) -> dict[
     plans = {}
     for name in KV_NAMES:
         config = engine_config(memory_limit=workload.memory_limit, kv_cache_dtype=name)
-        plan = platform.plan(loaded.opened.config, config, platform.kv_format(name))
+        plan = platform.plan(loaded.opened, config, measured_weights=loaded.decoder.num_bytes)
         plans[name] = {"blocks": plan.num_blocks, "tokens": plan.num_blocks * plan.block_size}
-    embedding = loaded.decoder.embedding.num_bytes
     return {
         "memory_limit": workload.memory_limit,
-        "weight_bytes": embedding + sum(linear.num_bytes for linear in loaded.decoder.linears()),
+        "weight_bytes": loaded.decoder.num_bytes,
         "load_seconds": loaded.load_seconds,
         "kv": plans,
     }

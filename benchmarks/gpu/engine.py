@@ -109,7 +109,7 @@ def start(loaded: LoadedModel, platform: Platform, config: EngineConfig) -> Toke
     kv_format = platform.kv_format(config.cache.kv_cache_dtype)
     plan = platform.plan(loaded.opened, config, measured_weights=loaded.decoder.num_bytes)
     cache = KVCache(model, plan.num_blocks, plan.block_size, kv_format, platform.device)
-    runner = platform.make_runner(model, loaded.decoder, cache, plan, limits.max_num_seqs)
+    runner = platform.make_runner(loaded.decoder, cache, plan, limits.max_num_seqs)
     scheduler = Scheduler(
         SchedulerLimits(limits.max_num_seqs, plan.max_num_batched_tokens, plan.max_model_len),
         BlockPool(plan.num_blocks, plan.block_size),

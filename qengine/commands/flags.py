@@ -280,7 +280,7 @@ PLAN_FLAGS = Group(
             "cards that share each layer",
             "N",
             count,
-            default="as many as --gpu names",
+            default="1, or all that are named",
             short="-tp",
         ),
         Flag("--device", "cpu plans for this computer's own memory", "DEVICE", default="auto"),

@@ -36,7 +36,7 @@ logger = logging.getLogger(__name__)
 
 #: A key file larger than this is a mistake, such as a model's name in the wrong place.
 _MAX_KEY_FILE_BYTES = 1 << 20
-_LARGEST_CARD_BYTES = 1 << 40
+_SMALLEST_CARD_BYTES, _LARGEST_CARD_BYTES = 1 << 28, 1 << 40
 
 
 @dataclass(frozen=True, slots=True)
@@ -189,13 +189,10 @@ def _card_of(text: str) -> tuple[str, int]:
         num_bytes = parse_memory(text, "--gpu")
     except ConfigError:
         num_bytes = 0
-    # No card has so much; and a number that is a card's name in other ears must not pass as its GiB.
-    if not 0 < num_bytes <= _LARGEST_CARD_BYTES:
-        hint = nearest(name, list(CARD_MEMORY))
-        known = ", ".join(CARD_MEMORY)
-        raise ConfigError(
-            f"--gpu '{text}' is no size such as 24GB, and no card with a known size{hint} (known: {known})"
-        )
+    # No card has so much or so little; and what is a card's name in other ears must not pass as its GiB.
+    if not _SMALLEST_CARD_BYTES <= num_bytes <= _LARGEST_CARD_BYTES:
+        hint, known = nearest(name, list(CARD_MEMORY)), ", ".join(CARD_MEMORY)
+        raise ConfigError(f"--gpu '{text}' is no size such as 24GB and no known card{hint} (known: {known})")
     return f"{num_bytes / 2**30:g} GiB card", num_bytes
 
 

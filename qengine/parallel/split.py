@@ -115,14 +115,6 @@ def stage_layers(num_layers: int, num_stages: int, weights: Sequence[float] | No
     return _ranges(share_out(num_layers, loads), num_layers)
 
 
-def regrouped(group_size: int, first_input: int) -> int:
-    """The largest group that divides `group_size` and starts at `first_input`: a cut group's parts are such groups.
-
-    The rows of scales and zero points are repeated for them, so nothing is rounded.
-    """
-    return math.gcd(group_size, first_input)
-
-
 def share_out(num_units: int, weights: Sequence[float]) -> list[int]:
     """Units for each rank, at least one, so that the greatest ratio of units to weight is the least possible.
 

@@ -6,14 +6,14 @@ or properties of another checkpoint of the same model. Plans alone are made here
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from typing import Any
 
 from qengine.config import EngineConfig
 from qengine.errors import ConfigError
 from qengine.runtime.model_bytes import HEAD, MergedFacts, ModelFacts
-from qengine.runtime.planner import Machine, MemoryPlan, make_plan
+from qengine.runtime.planner import Machine, MemoryPlan, batched_tokens, make_plan
 from quant_kernels.footprint import WeightFacts, kv_number_bytes
 
 #: A longer context is worth a line if it is longer by this factor.
@@ -56,14 +56,16 @@ def advise(model: ModelFacts, config: EngineConfig, machine: Machine, plan: Memo
     if plan.fits and not plan.is_lowered:
         return ()
     start = _Case((), model, config, machine)
-    lines = [] if plan.fits or not plan.max_model_len else [_shorter(plan)]
-    lines += [line for case in _single_changes(start) if (line := _line(case, plan)) is not None]
-    more = (line for case in _more_cards(start) if (line := _line(case, plan)) is not None)
-    lines += [line for line in (next(more, None),) if line is not None]
-    if not lines:
-        together = (line for case in _changes_together(start) if (line := _line(case, plan)) is not None)
-        lines = [next(together, _hopeless(plan))]
-    return tuple(lines)
+    alone = _helpful(_single_changes(start), plan)
+    if not alone:
+        alone = _helpful(_changes_together(start), plan)[:1]
+    shorter = [] if plan.fits or not plan.max_model_len else [_shorter(plan)]
+    more = _helpful(_more_cards(start), plan)[:1] or _helpful(_more_cards_and_less_else(start), plan)[:1]
+    return (*shorter, *alone, *more) or (_hopeless(plan),)
+
+
+def _helpful(cases: Iterator[_Case], plan: MemoryPlan) -> list[str]:
+    return [line for case in cases if (line := _line(case, plan)) is not None]
 
 
 def _shorter(plan: MemoryPlan) -> str:
@@ -89,26 +91,25 @@ def _hopeless(plan: MemoryPlan) -> str:
 
 
 def _single_changes(start: _Case) -> Iterator[_Case]:
-    yield from _own_cache_size(start)
-    yield from _smaller_numbers(start)
-    yield from _smaller_steps(start)
-    yield from _more_of_the_card(start)
-    yield from _four_bit_head(start)
-    yield from _other_weights(start)
+    for change in _CHANGES:
+        yield from change(start)
 
 
 def _changes_together(start: _Case) -> Iterator[_Case]:
     """More and more changes, the least painful first."""
     case = start
-    for step in (_own_cache_size, _smaller_numbers, _smaller_steps, _more_of_the_card, _four_bit_head, _other_weights):
-        changed = next(step(case), None)
+    for change in _CHANGES:
+        changed = next(change(case), None)
         if changed is not None:
             case = changed
             yield case
+
+
+def _more_cards_and_less_else(start: _Case) -> Iterator[_Case]:
     for cards in _more_cards(start):
-        smaller = next(_smaller_numbers(cards), cards)
-        yield smaller
-        yield next(_smaller_steps(smaller), smaller)
+        for change in (_smaller_numbers, _fewer_sequences, _shorter_steps):
+            cards = next(change(cards), cards)
+            yield cards
 
 
 def _own_cache_size(case: _Case) -> Iterator[_Case]:
@@ -124,14 +125,21 @@ def _smaller_numbers(case: _Case) -> Iterator[_Case]:
             yield case.then(f"--kv-cache-dtype {name}", config=replace(case.config, cache=cache))
 
 
-def _smaller_steps(case: _Case) -> Iterator[_Case]:
+def _fewer_sequences(case: _Case) -> Iterator[_Case]:
     limits = case.config.scheduler
     if limits.max_num_seqs > _FEW_SEQS:
         few = replace(limits, max_num_seqs=_FEW_SEQS)
         yield case.then(f"--max-num-seqs {_FEW_SEQS}", config=replace(case.config, scheduler=few))
-    if case.machine.is_gpu and (limits.max_num_batched_tokens or _FEW_TOKENS + 1) > _FEW_TOKENS:
+
+
+def _shorter_steps(case: _Case) -> Iterator[_Case]:
+    limits = case.config.scheduler
+    if batched_tokens(case.config, case.machine) > _FEW_TOKENS:
         short = replace(limits, max_num_batched_tokens=_FEW_TOKENS)
         yield case.then(f"--max-num-batched-tokens {_FEW_TOKENS}", config=replace(case.config, scheduler=short))
+
+
+def _no_graphs(case: _Case) -> Iterator[_Case]:
     if case.machine.has_graphs and case.machine.is_gpu:
         yield case.then("--enforce-eager", machine=replace(case.machine, has_graphs=False))
 
@@ -192,3 +200,16 @@ def _more_cards(case: _Case) -> Iterator[_Case]:
         machine = replace(case.machine, cards=cards[:1] * ranks)
         yield case.then(f"-tp {ranks} (with {ranks} such cards)", machine=machine)
         ranks *= 2
+
+
+#: All but more cards, the least painful first; each tells which requests it makes of one.
+_CHANGES: tuple[Callable[[_Case], Iterator[_Case]], ...] = (
+    _own_cache_size,
+    _smaller_numbers,
+    _fewer_sequences,
+    _shorter_steps,
+    _more_of_the_card,
+    _no_graphs,
+    _four_bit_head,
+    _other_weights,
+)

@@ -7,7 +7,7 @@ whom is the scheduler's business.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from math import prod
 
 import numpy as np
@@ -37,6 +37,12 @@ class KVCache:
     @property
     def num_bytes(self) -> int:
         return sum(part.numel() * part.element_size() for part in self._parts)
+
+    def clear(self, block_ids: Collection[int]) -> None:
+        """Zero the given blocks in every layer."""
+        ids = torch.tensor(sorted(block_ids), dtype=torch.int64, device=self.device)
+        for part in self._parts:
+            part.index_fill_(1, ids, 0)
 
     def clear_not_finite(self, block_ids: Sequence[int]) -> None:
         """Zero those of the given blocks that hold NaN or infinity, in every layer; bytes show it by their scales.

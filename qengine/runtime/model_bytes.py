@@ -13,9 +13,9 @@ from dataclasses import dataclass, replace
 
 from qengine.config import ModelConfig
 from qengine.models.shapes import all_merged_linears
-from qengine.parallel.split import RankShape, TPSplit, regrouped, split_model
+from qengine.parallel.split import RankShape, TPSplit, split_model
 from qengine.runtime.opening import OpenedHeaders
-from quant_kernels.footprint import DTYPE_BYTES, Kernels, WeightFacts, fuse, prepared_parts
+from quant_kernels.footprint import DTYPE_BYTES, Kernels, WeightFacts, cut_inputs, fuse, prepared_parts
 
 _MIB = 2**20
 _GIB = 2**30
@@ -139,10 +139,7 @@ def _on_rank(role: str, index: int, part: WeightFacts, rank: RankShape, head_dim
         inputs = rank.intermediate
         if role == "o":
             inputs = range(rank.query_heads.start * head_dim, rank.query_heads.stop * head_dim)
-        group = part.group_size
-        if part.bits is not None:
-            group = len(inputs) if part.is_one_group else regrouped(group, inputs.start)
-        return replace(part, in_features=len(inputs), group_size=group)
+        return cut_inputs(part, inputs, with_bias=rank.rank == 0)
     outputs = {"head": len(rank.vocab), "gate_up": len(rank.intermediate)}.get(role)
     if outputs is None:
         outputs = head_dim * len(rank.query_heads if index == 0 else rank.kv_heads)

@@ -315,8 +315,10 @@ class _Planner:
 
     def shares(self) -> list[tuple[float, ...] | None]:
         """How the model may be shared out: evenly, or where cards are unlike, more and more by their sizes."""
+        if not self.machine.is_gpu or len(self.machine.cards) == 1:
+            return [None]
         allowed = [allowed_bytes(card, self.config, rank) for rank, card in enumerate(self.machine.cards)]
-        if not self.machine.is_gpu or len(set(allowed)) == 1:
+        if len(set(allowed)) == 1:
             return [None]
         even = sum(allowed) / len(allowed)
         # Beyond sizes alone: every card has the same fixed costs, so the smaller one carries even less.

@@ -81,18 +81,17 @@ def _serve(channel: Channel) -> None:
     _send(channel, Done())
     _expect(channel, Load)
     worker, card = _make_worker(start, opened, device, links)
-    try:
-        worker.load(show_progress=start.show_progress)
-        if start.rank == 0:
-            worker.log_kernels()
-        _send(channel, Loaded(card, worker.weight_bytes))
-        reader = StepReader()
-        while not isinstance(order := decode_order(channel.receive()), Stop):
-            report = _follow(order, worker, reader, answers=start.rank == config.answering_rank)
-            if report is not None:
-                _send(channel, report)
-    finally:
-        worker.shutdown()
+    worker.load(show_progress=start.show_progress)
+    if start.rank == 0:
+        worker.log_kernels()
+    _send(channel, Loaded(card, worker.weight_bytes))
+    reader = StepReader()
+    while not isinstance(order := decode_order(channel.receive()), Stop):
+        report = _follow(order, worker, reader, answers=start.rank == config.answering_rank)
+        if report is not None:
+            _send(channel, report)
+    # Not after a failure: to be left without a word, the others would say that first.
+    worker.shutdown()
 
 
 def _expect_start(channel: Channel) -> Start:
@@ -137,6 +136,7 @@ def _follow(order: Order, worker: Worker, reader: StepReader, *, answers: bool) 
         return None
     if isinstance(order, Allocate):
         worker.allocate(order.plan)
+        worker.warm_up(order.plan)
     elif isinstance(order, Check):
         worker.check()
     else:

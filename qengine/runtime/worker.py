@@ -25,6 +25,7 @@ from qengine.runtime.loader import OpenedModel, load_decoder
 from qengine.runtime.planner import MemoryPlan, size_text
 from qengine.runtime.platform import Platform
 from qengine.runtime.runner import ModelRunner, PendingStep
+from qengine.runtime.warm_up import run_worst_step
 from qengine.scheduling.batch import Batch, StepResult
 
 logger = logging.getLogger(__name__)
@@ -109,6 +110,13 @@ class Worker:
         model, device = self._loaded(), self._platform.device
         cache = KVCache(model.config, plan.num_blocks, plan.block_size, self._kv_format, device)
         self._runner = self._platform.make_runner(model, cache, plan, self._config.scheduler.max_num_seqs, self._links)
+
+    def warm_up(self, plan: MemoryPlan) -> bool:
+        """Run the largest step once, so that a GPU's allocator holds what steps take. False where it keeps nothing."""
+        if self._platform.device.type != "cuda":
+            return False
+        run_worst_step(self.runner, plan)
+        return True
 
     @property
     def runner(self) -> ModelRunner:

@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 
 from qengine.config import ModelConfig, RopeConfig
 from qengine.errors import ConfigError
-from qengine.parallel.split import TPSplit, regrouped, share_out, split_model, stage_layers
+from qengine.parallel.split import TPSplit, share_out, split_model, stage_layers
 
 
 def model(
@@ -171,13 +171,6 @@ def test_stages_take_neighbouring_layers(num_layers: int, num_stages: int) -> No
 
 def test_stages_of_unlike_cards() -> None:
     assert stage_layers(80, 2, [24, 12]) == (range(54), range(54, 80))
-
-
-@pytest.mark.parametrize(
-    ("group", "first", "expected"), [(128, 448, 64), (128, 0, 128), (128, 4096, 128), (128, 96, 32), (64, 80, 16)]
-)
-def test_cut_groups_become_smaller_ones(group: int, first: int, expected: int) -> None:
-    assert regrouped(group, first) == expected
 
 
 @pytest.mark.parametrize(

@@ -116,7 +116,7 @@ def test_it_says_what_a_card_would_hold(name: str) -> None:
     source = opened.source
     materials = Materials(
         lambda shape: source.read_tensor(loader.TensorSlot(shape.name, shape.shape)),
-        lambda shape: source.read_linear(loader._linear_slot(shape)),
+        lambda shape: source.read_linear(loader.linear_slot(shape)),
         here,
     )
     linears = list(build(opened.config, materials, tied=opened.tied, max_position=64).linears())

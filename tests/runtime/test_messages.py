@@ -34,9 +34,10 @@ from qengine.runtime.messages import (
     decode_report,
     encode,
 )
-from qengine.runtime.planner import MemoryPlan
+from qengine.runtime.planner import Card, CardPlan, MemoryPlan
 
-PLAN = MemoryPlan(256, 64, 16, 100, 2048)
+CARD = Card("a card", 24 * 2**30, 23 * 2**30)
+PLAN = MemoryPlan(256, 512, True, 64, 8, 16, 100, (CardPlan("a card", 24 * 2**30, 1, 2, 3, 4, 5, 100, 16),), (1.0, 0.5))
 OPTIONS = {
     "model": "/models/x",
     "tensor_parallel_size": 2,
@@ -59,7 +60,8 @@ ORDERS = [
 ]
 LOGPROBS = TokenLogprobs(4, -0.25, 1, ((4, -0.25), (5, -math.inf)))
 REPORTS = [
-    Loaded(PLAN, 10**12),
+    Loaded(CARD, 10**12),
+    Loaded(None, 0),
     Done(),
     Result((4, -1), (LOGPROBS, None), {0: (LOGPROBS,)}, {1: "NaN"}),
     Failed("load", "a file is cut short"),

@@ -12,6 +12,7 @@ import torch
 
 from qengine.config import LoadConfig, ModelConfig, RopeConfig
 from qengine.layers.rope import RotaryEmbedding
+from qengine.parallel.group import TPGroup
 from qengine.runtime.device_inputs import DeviceSteps, StaticInputs
 from qengine.runtime.kv_cache import KVCache
 from qengine.runtime.loader import OpenedModel, load_decoder, open_model
@@ -27,18 +28,28 @@ from qengine.runtime.model_bytes import (
     step_bytes,
     weight_bytes,
 )
-from qengine.runtime.opening import open_model_headers
+from qengine.runtime.opening import open_model_headers, split_opened
 from quant_kernels.attention.kv_format import KV_FORMATS, plain
 from quant_kernels.attention.work import NUM_FIELDS
-from quant_kernels.footprint import Kernels, WeightFacts, fuse, kv_bytes_per_token, kv_number_bytes, prepared_bytes
+from quant_kernels.footprint import (
+    Kernels,
+    WeightFacts,
+    cut_inputs,
+    fuse,
+    kv_bytes_per_token,
+    kv_number_bytes,
+    prepared_bytes,
+)
 from quant_kernels.linear.dispatch import Target, prepare
 from quant_kernels.linear.p16.layout import pack
 from quant_kernels.packed_weight import DenseWeight, PackedWeight
 from quant_kernels.packing import concat_outputs
+from quant_kernels.sharding import slice_inputs
 from quant_kernels.tuning.card import KNOWN_CARDS
 from quant_kernels.tuning.select import Selector
 from quant_kernels.tuning.table import TuningTable
 from tests.engine.fixtures import NAMES, path
+from tests.parallel.threads import Baton, ThreadHub
 from tests.quant_kernels.records import random_record
 
 CPU = torch.device("cpu")
@@ -135,6 +146,22 @@ def test_weights_of_dummies(
     assert model.group_size == (options["group_size"] if quantization else None)
 
 
+@pytest.mark.parametrize("target", TARGETS, ids=IDS)
+@pytest.mark.parametrize("num_ranks", [2, 3, 4])
+@pytest.mark.parametrize("name", NAMES)
+def test_weights_of_ranks(name: str, num_ranks: int, target: Target) -> None:
+    """Exact, but for o_proj in activation order: how many rows of padding it takes only its data can tell."""
+    load = LoadConfig(model=path(name))
+    model, opened = ModelFacts.of(open_model_headers(load)), open_model(load)
+    split = split_opened(opened, num_ranks)
+    assert split == model.split(num_ranks)
+    for rank, transport in zip(split.ranks, ThreadHub(num_ranks, Baton()).transports(), strict=True):
+        planned = weight_bytes(model, rank, kernels_of(target), dtype_name(target.dtype))
+        loaded = load_decoder(opened, target, 64, group=TPGroup(transport, split)).num_bytes
+        assert loaded <= planned
+        assert loaded == planned or "actorder" in name
+
+
 # One weight
 
 
@@ -163,6 +190,27 @@ def test_a_prepared_weight(
     record = random_record(rows, columns, group, kind=kind, bits=bits, bias=True, act_order=act_order)
     expected = prepare(record, target).num_bytes
     assert prepared_bytes(facts_of(record), kernels_of(target), dtype_name(target.dtype)) == expected
+
+
+@pytest.mark.parametrize("target", TARGETS, ids=IDS)
+@pytest.mark.parametrize("act_order", [False, True])
+@pytest.mark.parametrize("group", [16, 32, 128, 512])
+@pytest.mark.parametrize("inputs", [range(192), range(192, 512), range(200), range(203, 512), range(512)], ids=str)
+def test_a_part_of_a_weight(inputs: range, group: int, act_order: bool, target: Target) -> None:
+    record = random_record(512, 40, group, bias=True, act_order=act_order)
+    for with_bias in (False, True):
+        part = slice_inputs(record, inputs, with_bias=with_bias)
+        assert isinstance(part, PackedWeight)
+        facts = cut_inputs(facts_of(record), inputs, with_bias=with_bias)
+        loaded = prepare(part, target).num_bytes
+        planned = prepared_bytes(facts, kernels_of(target), dtype_name(target.dtype))
+        if facts.is_padded:
+            assert loaded <= planned
+            assert part.in_features <= facts.in_features
+            assert act_order or part.in_features == facts.in_features
+        else:
+            assert facts_of(part) == facts
+            assert loaded == planned
 
 
 def test_the_words_of_a_card_are_the_words_of_the_interpreter() -> None:

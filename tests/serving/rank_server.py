@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import re
 import signal
@@ -22,6 +23,17 @@ ROOT = Path(__file__).parent.parent.parent
 FIXTURE = str(ROOT / "tests" / "fixtures" / "llama-awq-g64")
 START_SECONDS = 90.0
 STREAM_SECONDS = 60.0
+
+
+def spoil(file: Path, tensor: str, index: int = 0) -> None:
+    """Make one 16-bit number of a tensor in a safetensors file NaN."""
+    content = bytearray(file.read_bytes())
+    header_len = int.from_bytes(content[:8], "little")
+    header = json.loads(content[8 : 8 + header_len])
+    assert header[tensor]["dtype"] in ("F16", "BF16")
+    first = 8 + header_len + header[tensor]["data_offsets"][0] + 2 * index
+    content[first : first + 2] = b"\xff\xff"
+    file.write_bytes(content)
 
 
 def children(pid: int) -> list[int]:

@@ -24,7 +24,7 @@ from qengine.engine import Engine
 from qengine.models.decoder import Decoder
 from qengine.serving.server import EXIT_ENGINE_DEAD, EXIT_INTERRUPTED
 from qengine.startup import start_parts
-from tests.serving.rank_server import FIXTURE, ROOT, RankServer, children, is_alive, rank_server, wait_until
+from tests.serving.rank_server import FIXTURE, ROOT, RankServer, children, is_alive, rank_server, spoil, wait_until
 from tests.serving.test_server import health, post, run_with, stream_of
 
 NUM_STREAMS = 8
@@ -187,21 +187,10 @@ def test_what_a_rank_finds_wrong_with_the_weights_reaches_the_user(tmp_path: Pat
     """Headers are sound, so that the server's own look at the file finds nothing."""
     for file in os.listdir(FIXTURE):
         shutil.copy(Path(FIXTURE) / file, tmp_path)
-    _spoil_scales(tmp_path / "model.safetensors")
+    spoil(tmp_path / "model.safetensors", "model.layers.0.mlp.down_proj.scales")
     begin = time.monotonic()
     refused = serve(str(tmp_path), "-tp", "2")
     assert refused.returncode == 2
     assert "scales has 1 values that are NaN or infinite; the file is damaged" in refused.stderr
     assert "Traceback" not in refused.stderr
     assert time.monotonic() - begin < 30.0
-
-
-def _spoil_scales(path: Path) -> None:
-    """Make one 16-bit scale of the file NaN."""
-    content = bytearray(path.read_bytes())
-    header_len = int.from_bytes(content[:8], "little")
-    header = json.loads(content[8 : 8 + header_len])
-    name = next(name for name in header if name.endswith("scales"))
-    first = 8 + header_len + header[name]["data_offsets"][0]
-    content[first : first + 2] = b"\xff\xff"
-    path.write_bytes(content)
