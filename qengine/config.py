@@ -28,6 +28,7 @@ DTYPES["float"] = "float32"
 KV_CACHE_DTYPES = ("auto", "float16", "bfloat16", "float32", "int8", "fp8", "fp8_e4m3", "fp8_e5m2")
 QUANTIZATIONS = {"awq": "awq", "gptq": "gptq", "gguf": "gguf", "awq_marlin": "awq", "gptq_marlin": "gptq"}
 LOAD_FORMATS = ("auto", "dummy")
+P2P_MODES = ("auto", "on", "off")
 DEVICES = ("auto", "cpu", "cuda")
 #: One machine has no more cards.
 MAX_RANKS = 64
@@ -220,13 +221,20 @@ class SchedulerConfig:
 
 @dataclass(frozen=True, slots=True)
 class ParallelConfig:
-    """How many devices share the model, and the seconds after which a step of several counts as hung."""
+    """How many devices share the model, and how they work together.
+
+    Attributes:
+        step_timeout: seconds after which a step of several counts as hung.
+        p2p: whether cards copy to each other: "auto" checks whether they can.
+    """
 
     tensor_parallel_size: int = 1
     pipeline_parallel_size: int = 1
     step_timeout: float = 60.0
+    p2p: str = AUTO
 
     def __post_init__(self) -> None:
+        _one_of("p2p", self.p2p, P2P_MODES)
         for name in ("tensor_parallel_size", "pipeline_parallel_size"):
             _positive(name, getattr(self, name))
         if self.world_size > MAX_RANKS:

@@ -46,3 +46,15 @@ def for_rank(num_threads: int) -> dict[str, str]:
         NCCL_SOCKET_IFNAME="lo",
     )
     return variables
+
+
+def cache_folder() -> Path:
+    """QENGINE_CACHE_DIR, or this project's place in the user's cache folder."""
+    chosen = os.environ.get("QENGINE_CACHE_DIR")
+    users = os.environ.get("XDG_CACHE_HOME")
+    return Path(chosen) if chosen else (Path(users) if users else Path.home() / ".cache") / "qengine"
+
+
+def nccl_p2p_disabled() -> bool:
+    """NCCL_P2P_DISABLE, which NCCL reads itself: whether the user has already turned off copies from card to card."""
+    return os.environ.get("NCCL_P2P_DISABLE", "") not in ("", "0")

@@ -19,6 +19,9 @@ import torch
 from qengine.config import EngineConfig
 from qengine.errors import ConfigError, EngineDeadError, LoadError
 from qengine.logs import level_name
+from qengine.parallel.cards import identify_cards
+from qengine.parallel.peer_check import choose_route
+from qengine.parallel.verdicts import Route, VerdictFile
 from qengine.runtime.executors import Executor, UniprocExecutor
 from qengine.runtime.links import check_split
 from qengine.runtime.loader import OpenedModel, open_model
@@ -86,12 +89,17 @@ class _Stopwatch:
 
 
 def start_parts(
-    config: EngineConfig, *, show_progress: bool = False, rank_command: Sequence[str] = RANK_COMMAND
+    config: EngineConfig,
+    *,
+    show_progress: bool = False,
+    rank_command: Sequence[str] = RANK_COMMAND,
+    route: Route | None = None,
 ) -> EngineParts:
     """Load a model and everything that runs it, on the device or devices that the configuration names.
 
     Args:
         rank_command: what a rank's process is started as, where there are several.
+        route: how tensors go between them; None checks the cards.
 
     Raises:
         ConfigError: an option is wrong for this model or machine.
@@ -102,7 +110,7 @@ def start_parts(
     dtype = choose_dtype(config.load.dtype, device, opened.config.torch_dtype)
     if config.parallel.world_size > 1:
         platform = Platform.of(device, dtype, enforce_eager=True)  # Nothing is recorded in this process.
-        return _start_ranks(platform, config, opened, rank_command, show_progress=show_progress)
+        return _start_ranks(platform, config, opened, rank_command, route, show_progress=show_progress)
     platform = Platform.of(device, dtype, enforce_eager=config.enforce_eager)
     return start_on(platform, config, opened, show_progress=show_progress)
 
@@ -133,7 +141,13 @@ def start_on(
 
 
 def _start_ranks(
-    platform: Platform, config: EngineConfig, opened: OpenedModel, command: Sequence[str], *, show_progress: bool
+    platform: Platform,
+    config: EngineConfig,
+    opened: OpenedModel,
+    command: Sequence[str],
+    route: Route | None,
+    *,
+    show_progress: bool,
 ) -> EngineParts:
     """The same in processes of their own; here are the tokenizer and the scheduler alone."""
     watch = _Stopwatch()
@@ -149,6 +163,7 @@ def _start_ranks(
         log_level=level_name(),
         show_progress=show_progress,
         command=command,
+        route=_route(config, platform.device) if route is None else route,
     )
     try:
         tokenizer = _load_tokenizer(config, opened)
@@ -167,6 +182,15 @@ def _start_ranks(
         raise
     info = _info(config, opened, plan, platform.target, sum(rank.weight_bytes for rank in loaded))
     return _parts(replace(info, start_seconds=watch.total()), config, opened, tokenizer, executor)
+
+
+def _route(config: EngineConfig, device: torch.device) -> Route:
+    """How tensors go between the ranks' devices. CPUs have nothing to check."""
+    if device.type != "cuda":
+        return Route.PEER
+    devices = [f"cuda:{rank}" for rank in range(config.parallel.world_size)]
+    mode, cards = config.parallel.p2p, identify_cards(devices)
+    return choose_route(mode, cards, devices, verdicts=VerdictFile.default()).route
 
 
 def _parts(

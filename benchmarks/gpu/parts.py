@@ -19,7 +19,7 @@ from typing import Any, Protocol
 
 from benchmarks.common import REPOSITORY, write_text
 from benchmarks.gpu.problems import Workload
-from benchmarks.gpu.workloads import Attention, EndToEnd, Logits, Serving
+from benchmarks.gpu.workloads import Attention, EndToEnd, Fit, Logits, Serving
 
 #: A part that takes longer is ended, and failed.
 PART_SECONDS = 470
@@ -88,6 +88,9 @@ PARTS: tuple[Part, ...] = (
     _matmul("8b", "float16"),
     Part("end-to-end-7b", "end-to-end", 110, workload=EndToEnd("llama-2-7b")),
     Part("end-to-end-13b", "end-to-end", 130, workload=EndToEnd("llama-2-13b")),
+    Part("fit-70b-two-ranks", "fit", 240, workload=Fit("llama-3-70b", ranks=2, sequences=8, tokens=2048)),
+    Part("fit-7b", "fit", 90, workload=Fit("llama-2-7b")),
+    Part("fit-13b", "fit", 110, workload=Fit("llama-2-13b")),
     Part("tests-real-sizes", "tests", 200, ((_REAL, "-m", "gpu and not every_tile"),)),
     Part("bandwidth", "bandwidth", 15),
     _matmul("8b", "bfloat16"),

@@ -11,13 +11,13 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.common import InputError, read_results
-from benchmarks.gpu import report_attention, report_matmul, report_models
+from benchmarks.gpu import report_attention, report_fit, report_matmul, report_models
 from benchmarks.gpu.tables import Record
 
 BENCHMARK = "gpu"
 SCHEMA = 1
 #: Kinds of parts whose records are kept in the results, by kind.
-TABLES = ("matmul", "attention", "logits", "end-to-end", "serving")
+TABLES = ("matmul", "attention", "logits", "end-to-end", "serving", "fit")
 
 
 def check_results(record: Any) -> Record:
@@ -40,10 +40,11 @@ def markdown_report(results: Record) -> str:
     """Everything that was measured: tests, aims, then tables, from whole models down to matmuls."""
     environment = results["environment"]
     title = f"# {results['card']['name']}\n\nMeasured {environment['date'][:10]} by `{environment['command']}`."
-    matmul, attention, logits, models, serving = (results.get(kind, []) for kind in TABLES)
+    matmul, attention, logits, models, serving, fit = (results.get(kind, []) for kind in TABLES)
     parts = [title, _facts(results), _tests(results), _failed(results), _aims(results)]
     parts += report_models.end_to_end_sections(models)
     parts += [report_models.serving_section(serving), report_models.logits_section(logits)]
+    parts.append(report_fit.section(fit))
     parts += report_attention.sections(attention)
     parts += report_matmul.sections(matmul, results.get("copy_bytes_per_s"))
     parts.append(_pending(results))
@@ -51,7 +52,7 @@ def markdown_report(results: Record) -> str:
 
 
 def _aims(results: Record) -> str:
-    matmul, attention, _, models, serving = (results.get(kind, []) for kind in TABLES)
+    matmul, attention, _, models, serving, _ = (results.get(kind, []) for kind in TABLES)
     lines = [
         *report_models.target_lines(models, serving),
         *report_attention.target_lines(attention),

@@ -24,6 +24,7 @@ MODULES: Mapping[str, str] = {
     "logits": "benchmarks.gpu.logits",
     "end-to-end": "benchmarks.gpu.end_to_end",
     "serving": "benchmarks.gpu.serving",
+    "fit": "benchmarks.gpu.fit",
 }
 
 

@@ -126,3 +126,23 @@ class Serving(JsonWorkload):
     peer_requests: int = 6
     seed: int = 0
     memory_limit: int | None = 24 * GIB
+
+
+@dataclass(frozen=True, slots=True)
+class Fit(JsonWorkload):
+    """A model in the memory of smaller cards, shared by ranks on one card.
+
+    Attributes:
+        ranks: processes that share every layer; each may take `memory_limit` bytes.
+        sequences: at once; None for as many as the plan holds.
+        tokens: of each sequence, prompt and answer together; None for the model's longest.
+        decode_tokens: of them, computed one by one.
+    """
+
+    model: str
+    ranks: int = 1
+    quantization: str | None = "gptq"
+    sequences: int | None = None
+    tokens: int | None = None
+    decode_tokens: int = 128
+    memory_limit: int = 24 * GIB

@@ -175,6 +175,7 @@ DEVICE_FLAGS = Group(
             number,
             default="60",
         ),
+        Flag("--p2p", "whether cards copy to each other: auto (checked once), on or off", "MODE", default="auto"),
         _switch("--enforce-eager", "no CUDA graphs"),
     ),
 )

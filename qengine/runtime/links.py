@@ -15,8 +15,11 @@ from torch.distributed import FileStore, PrefixStore  # type: ignore[attr-define
 from torch.distributed.distributed_c10d import Store
 
 from qengine.config import ParallelConfig
+from qengine.errors import TransportError
 from qengine.parallel.distributed import connect
 from qengine.parallel.group import TPGroup
+from qengine.parallel.host_staged import HostStagedTransport
+from qengine.parallel.seats import Seat
 from qengine.parallel.split import stage_layers
 from qengine.parallel.transport import SingleTransport, Transport
 from qengine.runtime.opening import OpenedHeaders, split_opened
@@ -74,12 +77,14 @@ def connect_links(
     device: torch.device,
     rendezvous: str,
     limit_s: float,
+    seats: tuple[str | None, str | None] = (None, None),
     shares: Sequence[float] | None = None,
 ) -> Links:
-    """Meet the other ranks of this machine; every rank calls it with the same arguments but `rank` and `device`.
+    """Meet the other ranks of this machine, and make sure of it; every rank calls it with arguments that agree.
 
     Args:
         rendezvous: path of a file that does not exist yet; no port is opened to meet.
+        seats: for tensors through host memory, of the stage's ranks and between the stages.
         limit_s: seconds that the others may take to come, and a call to complete.
         shares: as the plan says; how unlike ranks share every layer.
 
@@ -90,15 +95,31 @@ def connect_links(
     stage, place = divmod(rank, tp)
     store = FileStore(rendezvous, tp * pp)
 
-    def meet(name: str, own: int, size: int) -> Transport:
+    def meet(name: str, own: int, size: int, seat: str | None) -> Transport:
         if size == 1:
             return SingleTransport()
-        return choose_transport(device, PrefixStore(name, store), own, size, limit_s)
+        if seat is not None:
+            transport: Transport = HostStagedTransport(Seat.from_text(seat), limit_s)
+        else:
+            transport = choose_transport(device, PrefixStore(name, store), own, size, limit_s)
+        check_connection(transport, device)
+        return transport
 
     split = split_opened(opened, tp, shares) if tp > 1 else None
-    group = TPGroup(meet(f"stage{stage}", place, tp), split)
-    pipe = meet(f"pipe{place}", stage, pp)
+    group = TPGroup(meet(f"stage{stage}", place, tp, seats[0]), split)
+    pipe = meet(f"pipe{place}", stage, pp, seats[1])
     return Links(group, pipe, stage_layers(opened.config.num_layers, pp)[stage])
+
+
+def check_connection(transport: Transport, device: torch.device) -> None:
+    """One sum, waited for: what connects late, as NCCL does, connects now.
+
+    Raises:
+        TransportError: it is wrong, or does not come.
+    """
+    total = float(transport.all_reduce(torch.ones(1, device=device)))
+    if total != transport.size:
+        raise TransportError(f"the first sum over {transport.size} ranks is {total:g}; tensors are lost between them")
 
 
 def choose_transport(device: torch.device, store: Store, rank: int, size: int, limit_s: float) -> Transport:

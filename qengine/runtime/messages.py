@@ -1,6 +1,6 @@
 """Messages: everything that an engine and the ranks of its model say to each other, as msgpack with a fixed schema.
 
-    engine -> rank   Start, Allocate, Step, Clear, Check, Stop
+    engine -> rank   Start, Connect, Load, Allocate, Step, Clear, Check, Stop
     rank -> engine   Loaded, Done, Result, Failed
 
 Invariant: a message that was decoded has the fields and types declared here, and values that make sense by themselves;
@@ -39,13 +39,14 @@ class _Message(_Record, frozen=True, array_like=True, forbid_unknown_fields=True
 
 
 class Start(_Message, frozen=True):
-    """The first message: who the rank is, and all it needs to load its part of the model.
+    """The first message: who the rank is, and all it needs to open the model.
 
     Attributes:
         config: what the engine was started with; the model is a path.
         rank: number of this process; stages follow each other, and the ranks of one are neighbours.
         plan: of all cards, as far as headers tell.
         rendezvous: a file by which the ranks find each other.
+        seats: for tensors through host memory, of the stage's ranks and between the stages; none for a single rank.
     """
 
     config: EngineConfig
@@ -54,10 +55,19 @@ class Start(_Message, frozen=True):
     rendezvous: str
     log_level: str
     show_progress: bool
+    seats: tuple[str | None, str | None] = (None, None)
+
+
+class Connect(_Message, frozen=True):
+    """The second: meet the other ranks."""
+
+
+class Load(_Message, frozen=True):
+    """The third: read your part of the weights."""
 
 
 class Allocate(_Message, frozen=True):
-    """The second: make the KV cache."""
+    """The fourth: make the KV cache."""
 
     plan: MemoryPlan
 
@@ -121,7 +131,7 @@ class Stop(_Message, frozen=True):
 
 
 class Loaded(_Message, frozen=True):
-    """Answers `Start`: the weights are in place.
+    """Answers `Load`: the weights are in place.
 
     Attributes:
         card: as it was before them; None where all ranks share the computer's memory.
@@ -132,7 +142,7 @@ class Loaded(_Message, frozen=True):
 
 
 class Done(_Message, frozen=True):
-    """Answers `Allocate` and `Check`."""
+    """Answers `Start`, `Connect`, `Allocate` and `Check`."""
 
 
 class Result(_Message, frozen=True):
@@ -156,7 +166,7 @@ class Failed(_Message, frozen=True):
     text: str
 
 
-Order = Start | Allocate | Step | Clear | Check | Stop
+Order = Start | Connect | Load | Allocate | Step | Clear | Check | Stop
 Report = Loaded | Done | Result | Failed
 _T = TypeVar("_T")
 

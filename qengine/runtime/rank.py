@@ -13,19 +13,24 @@ import socket
 import sys
 import traceback
 from collections.abc import Sequence
+from typing import TypeVar
+
+import torch
 
 from qengine.errors import ConfigError, LoadError
 from qengine.logs import set_up_logging
 from qengine.runtime.channel import Channel, ChannelClosedError, ProtocolError
-from qengine.runtime.links import connect_links
-from qengine.runtime.loader import open_model
+from qengine.runtime.links import Links, connect_links
+from qengine.runtime.loader import OpenedModel, open_model
 from qengine.runtime.messages import (
     WARM_UP_SECONDS,
     Allocate,
     Check,
     Clear,
+    Connect,
     Done,
     Failed,
+    Load,
     Loaded,
     Order,
     Report,
@@ -42,6 +47,8 @@ from qengine.runtime.step_messages import StepReader, write_result
 from qengine.runtime.worker import Worker
 
 logger = logging.getLogger(__name__)
+
+_O = TypeVar("_O", bound=Order)
 
 
 def main(argv: Sequence[str]) -> int:
@@ -66,7 +73,14 @@ def _serve(channel: Channel) -> None:
     start = _expect_start(channel)
     config = start.config.parallel
     set_up_logging(start.log_level)
-    worker, card = _start(start)
+    device = rank_device(choose_device(start.config.load.device), start.rank)
+    opened = open_model(start.config.load)
+    _send(channel, Done())
+    _expect(channel, Connect)
+    links = _connect(start, opened, device)
+    _send(channel, Done())
+    _expect(channel, Load)
+    worker, card = _make_worker(start, opened, device, links)
     worker.load(show_progress=start.show_progress)
     if start.rank == 0:
         worker.log_kernels()
@@ -81,18 +95,29 @@ def _serve(channel: Channel) -> None:
 
 
 def _expect_start(channel: Channel) -> Start:
+    return _expect(channel, Start)
+
+
+def _expect(channel: Channel, kind: type[_O]) -> _O:
+    """The next order, which must be of this kind, or to stop."""
     order = decode_order(channel.receive())
-    if not isinstance(order, Start):
-        raise ProtocolError(f"the first message is {type(order).__name__}, expected Start")
+    if isinstance(order, Stop):
+        raise ChannelClosedError("told to stop before the model was loaded")
+    if not isinstance(order, kind):
+        raise ProtocolError(f"the engine said {type(order).__name__}, expected {kind.__name__}")
     return order
 
 
-def _start(start: Start) -> tuple[Worker, Card | None]:
+def _connect(start: Start, opened: OpenedModel, device: torch.device) -> Links:
+    parallel = start.config.parallel
+    limit_s = WARM_UP_SECONDS + parallel.step_timeout
+    return connect_links(
+        parallel, start.rank, opened, device, start.rendezvous, limit_s, start.seats, start.plan.shares
+    )
+
+
+def _make_worker(start: Start, opened: OpenedModel, device: torch.device, links: Links) -> tuple[Worker, Card | None]:
     config = start.config
-    device = rank_device(choose_device(config.load.device), start.rank)
-    opened = open_model(config.load)
-    limit_s = WARM_UP_SECONDS + config.parallel.step_timeout
-    links = connect_links(config.parallel, start.rank, opened, device, start.rendezvous, limit_s, start.plan.shares)
     dtype = choose_dtype(config.load.dtype, device, opened.config.torch_dtype)
     # Steps that wait for other ranks are not recorded.
     platform = Platform.of(device, dtype, enforce_eager=True)

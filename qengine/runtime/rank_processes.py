@@ -51,6 +51,7 @@ class RankProcesses:
     Args:
         command: the program and its first arguments; the socket's number and this process's id come after them.
         environment: theirs.
+        inherited: descriptors that each of them gets, by rank; none where it is empty.
         on_death: called in the watching thread for each process that ends before `close`, with how it ended.
 
     Raises:
@@ -58,8 +59,14 @@ class RankProcesses:
     """
 
     def __init__(
-        self, command: Sequence[str], count: int, environment: Mapping[str, str], on_death: Callable[[str], None]
+        self,
+        command: Sequence[str],
+        count: int,
+        environment: Mapping[str, str],
+        on_death: Callable[[str], None],
+        inherited: Sequence[Sequence[int]] = (),
     ) -> None:
+        assert len(inherited) in (0, count), "descriptors for each rank, or for none"
         self.ranks: list[RankProcess] = []
         self._on_death = on_death
         self._is_closing = False
@@ -67,7 +74,7 @@ class RankProcesses:
         self._started = threading.Event()
         self._waker, self._wakened = socket.socketpair()
         self._thread = threading.Thread(
-            target=self._run, args=(command, count, environment), name="qengine-ranks", daemon=True
+            target=self._run, args=(command, inherited or [()] * count, environment), name="qengine-ranks", daemon=True
         )
         self._thread.start()
         self._started.wait()
@@ -107,10 +114,10 @@ class RankProcesses:
 
     # In the watching thread
 
-    def _run(self, command: Sequence[str], count: int, environment: Mapping[str, str]) -> None:
+    def _run(self, command: Sequence[str], inherited: Sequence[Sequence[int]], environment: Mapping[str, str]) -> None:
         try:
-            for rank in range(count):
-                self.ranks.append(_start(command, rank, environment))
+            for rank, descriptors in enumerate(inherited):
+                self.ranks.append(_start(command, rank, environment, descriptors))
         except OSError as error:
             self._start_errors.append(error)
         finally:
@@ -139,7 +146,7 @@ class RankProcesses:
             self._on_death(rank.obituary() or f"rank {rank.rank} has closed its channel")
 
 
-def _start(command: Sequence[str], rank: int, environment: Mapping[str, str]) -> RankProcess:
+def _start(command: Sequence[str], rank: int, environment: Mapping[str, str], inherited: Sequence[int]) -> RankProcess:
     ours, theirs = socket.socketpair()
     with theirs:
         process = subprocess.Popen(
@@ -147,7 +154,7 @@ def _start(command: Sequence[str], rank: int, environment: Mapping[str, str]) ->
             stdin=subprocess.DEVNULL,
             stdout=subprocess.PIPE,
             stderr=subprocess.STDOUT,
-            pass_fds=[theirs.fileno()],
+            pass_fds=[theirs.fileno(), *inherited],
             env=environment,
             # Out of the terminal's group: Ctrl-C reaches the engine alone.
             start_new_session=True,

@@ -8,6 +8,7 @@ is. It neither schedules nor computes, and but for what says otherwise only one 
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import select
 import shutil
@@ -21,8 +22,11 @@ from pathlib import Path
 from typing import TypeVar
 
 from qengine import environment
-from qengine.config import EngineConfig
+from qengine.config import EngineConfig, ParallelConfig
 from qengine.errors import ConfigError, EngineDeadError, LoadError, QEngineError
+from qengine.parallel.seats import Seat, Seats
+from qengine.parallel.verdicts import Route
+from qengine.parallel.watchdog import DEFAULT_LIMIT_S, Watchdog, nccl_advice
 from qengine.runtime.channel import ChannelClosedError, ProtocolError
 from qengine.runtime.executors import OnFailure
 from qengine.runtime.messages import (
@@ -30,8 +34,10 @@ from qengine.runtime.messages import (
     Allocate,
     Check,
     Clear,
+    Connect,
     Done,
     Failed,
+    Load,
     Loaded,
     Order,
     Report,
@@ -51,6 +57,10 @@ logger = logging.getLogger(__name__)
 RANK_COMMAND = (sys.executable, "-m", "qengine.runtime.rank")
 #: A rank that lost its neighbour often says so before the neighbour is known to be dead.
 _OBITUARY_SECONDS = 0.3
+
+#: A rank's seat among those of its stage, and its seat between the stages.
+_TwoSeats = tuple[Seat | None, Seat | None]
+_NO_SEATS: _TwoSeats = (None, None)
 
 _R = TypeVar("_R", bound=Report)
 
@@ -74,6 +84,8 @@ class SpawnExecutor:
         plan: of all cards, as far as headers tell.
         num_threads: CPU threads of each rank.
         command: what a rank is started as; tests have ranks that fail.
+        route: how tensors go between cards; ranks on a CPU use gloo unless it is through host memory.
+        connect_limit_s: seconds that ranks may take to find each other once all of them are up.
 
     Raises:
         LoadError: they cannot be started.
@@ -88,21 +100,28 @@ class SpawnExecutor:
         log_level: str,
         show_progress: bool = False,
         command: Sequence[str] = RANK_COMMAND,
+        route: Route = Route.PEER,
+        connect_limit_s: float = DEFAULT_LIMIT_S,
     ) -> None:
         parallel = config.parallel
         self.max_in_flight = parallel.pipeline_parallel_size
         self._answering = parallel.answering_rank
         self._step_timeout = parallel.step_timeout
+        self._connect_limit_s = connect_limit_s
         self._is_warm = False
         self._writer = StepWriter(2 * config.scheduler.max_num_seqs)
         self._lock = threading.Lock()
         self._failure: str | None = None
         self._listeners: list[OnFailure] = []
         self._folder = Path(tempfile.mkdtemp(prefix="qengine-"))
+        variables = {**environment.for_rank(num_threads), **route.environment}
         try:
-            self._processes = RankProcesses(
-                command, parallel.world_size, environment.for_rank(num_threads), self._fail_on_death
-            )
+            with contextlib.ExitStack() as stack:
+                places = (
+                    _take_seats(parallel, stack) if route is Route.HOST_STAGED else [_NO_SEATS] * parallel.world_size
+                )
+                inherited = [[fd for seat in seats if seat is not None for fd in seat.fds] for seats in places]
+                self._processes = RankProcesses(command, parallel.world_size, variables, self._fail_on_death, inherited)
         except BaseException:
             shutil.rmtree(self._folder, ignore_errors=True)
             raise
@@ -116,6 +135,7 @@ class SpawnExecutor:
                     rendezvous=str(self._folder / "rendezvous"),
                     log_level=log_level,
                     show_progress=show_progress and rank.rank == 0,
+                    seats=_texts(places[rank.rank]),
                 ),
             )
 
@@ -125,8 +145,15 @@ class SpawnExecutor:
         """Wait until every rank has its weights; by rank.
 
         Raises:
-            ConfigError, LoadError: what a rank refused. EngineDeadError: a rank died.
+            ConfigError, LoadError: what a rank refused. EngineDeadError: a rank died. TransportError: they do not find
+                each other; says what to try.
         """
+        self._gather(Done, timeout=None)
+        processes = [rank.process for rank in self._processes.ranks]
+        with Watchdog("the first sum over all ranks", self._connect_limit_s, processes, nccl_advice):
+            self._order(Connect())
+            self._gather(Done, timeout=None)
+        self._order(Load())
         loaded = self._gather(Loaded, timeout=None)
         shutil.rmtree(self._folder, ignore_errors=True)  # They have found each other.
         return loaded
@@ -303,3 +330,20 @@ class SpawnExecutor:
     def _fail_with_obituary(self, reason: str) -> None:
         """Fail, but name those first that have died: whoever is left often only says that it misses them."""
         self._fail("; ".join([*self._processes.obituaries(_OBITUARY_SECONDS), reason]))
+
+
+def _take_seats(parallel: ParallelConfig, stack: contextlib.ExitStack) -> list[_TwoSeats]:
+    """By rank: its seat among the ranks of its stage, and its seat between the stages; closed with the stack."""
+    tp, pp = parallel.tensor_parallel_size, parallel.pipeline_parallel_size
+
+    def take(size: int) -> list[Seat | None]:
+        return list(stack.enter_context(Seats(size))) if size > 1 else [None]
+
+    stages = [take(tp) for _ in range(pp)]
+    pipes = [take(pp) for _ in range(tp)]
+    return [(stages[stage][place], pipes[place][stage]) for stage in range(pp) for place in range(tp)]
+
+
+def _texts(seats: _TwoSeats) -> tuple[str | None, str | None]:
+    in_stage, between = (None if seat is None else seat.to_text() for seat in seats)
+    return in_stage, between

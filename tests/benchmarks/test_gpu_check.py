@@ -88,6 +88,11 @@ MADE_UP: Mapping[str, Sequence[dict[str, Any]]] = {
          "max_error": 0.02, "mean_error": 0.002, "max_bound": 0.05, "mean_bound": 0.005, "top1": 0.99,
          "peer_max_error": 0.02, "peer_mean_error": 0.002, "peer_top1": 0.98, "passed": True},
     ],
+    "fit": [
+        {"model": "llama-3-70b", "rank": rank, "ranks": 2, "sequences": 8, "context": 2048, "memory_limit": 24 * 2**30,
+         "planned_bytes": 23 * 2**30, "peak_reserved": peak, "peak_loading": 19 * 2**30, "decode_tokens_per_s": 61.25}
+        for rank, peak in ((0, 23 * 2**30), (1, 22 * 2**30))
+    ],
 }  # fmt: skip
 
 
@@ -351,6 +356,8 @@ def test_the_report_shows_models_and_attention(tmp_path: Path) -> None:
         "| prompt | float16 | 16x64 w2 s3 | 900.0 | 1.1 | 0.33x |",
         "- attention, torch, chunk, float16, 8 x 8192: no",
         "- logits: 1 failed",
+        "| llama-3-70b | 0 of 2 | 8 | 2048 | 24.0 | 23.0 | 23.0 | 100.0% | 19.0 | 61.2 | ok |",
+        "| llama-3-70b | 1 of 2 | 8 | 2048 | 24.0 | 23.0 | 22.0 | 95.7% | 19.0 | 61.2 | OFF THE PLAN |",
     ):
         assert line in text
     old = {key: value for key, value in json.loads(file.read_text()).items() if key not in MADE_UP and key != "failed"}

@@ -19,9 +19,11 @@ from qengine.runtime.messages import (
     Allocate,
     Check,
     Clear,
+    Connect,
     Done,
     Entry,
     Failed,
+    Load,
     Loaded,
     Result,
     Sampling,
@@ -42,11 +44,14 @@ OPTIONS = {
     "kv_cache_memory_bytes": "1GiB",
     "max_model_len": "auto",
     "step_timeout": 2.5,
+    "p2p": "off",
 }
 PARAMS = SamplingParams(temperature=0.5, stop=["a"], logit_bias={7: -1.5}, stop_token_ids=[3], logprobs=2, seed=5)
 ENTRY = Entry(3, True, 16, (5, 6), 1, (9, 10), True, Sampling(PARAMS, 2**63 - 1, (1, 2), (0,)), (8,), 2, (6,))
 ORDERS = [
-    Start(EngineConfig.from_options(OPTIONS), PLAN, 1, "/tmp/x/rendezvous", "info", False),
+    Start(EngineConfig.from_options(OPTIONS), PLAN, 1, "/tmp/x/rendezvous", "info", False, ("{}", None)),
+    Connect(),
+    Load(),
     Allocate(PLAN),
     Step((ENTRY, Entry(0, False, 4, (1,), 2, (), False))),
     Clear((1, 2)),
