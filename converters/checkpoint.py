@@ -5,7 +5,8 @@ A file is an 8-byte little-endian length, that many bytes of JSON, and the tenso
     | u64 n | {"name": {"dtype": "F16", "shape": [2, 3], "data_offsets": [0, 12]}, ...} | data ... |
 
 Invariant: when `open_folder` returns, every tensor lies inside its file, the data section is covered exactly once
-without holes, and shape times dtype is the byte length; so a read cannot fail but for the disk. It converts nothing.
+without holes, and shape times dtype is the byte length; so a read cannot fail but for the disk. Headers alone are read
+here, without torch; `tensors` reads what they describe.
 """
 
 from __future__ import annotations
@@ -16,8 +17,6 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
-
-import torch
 
 from converters.errors import CheckpointError
 from converters.files import DataFile, list_folder, parse_json_object, read_json_object, shown
@@ -37,18 +36,6 @@ _BITS = {
     **dict.fromkeys(("BOOL", "U8", "I8", "F8_E5M2", "F8_E4M3", "F8_E8M0"), 8),
     **dict.fromkeys(("F6_E2M3", "F6_E3M2"), 6),
     "F4": 4,
-}
-_TORCH = {
-    "F64": torch.float64,
-    "F32": torch.float32,
-    "F16": torch.float16,
-    "BF16": torch.bfloat16,
-    "I64": torch.int64,
-    "I32": torch.int32,
-    "I16": torch.int16,
-    "I8": torch.int8,
-    "U8": torch.uint8,
-    "BOOL": torch.bool,
 }
 
 
@@ -80,18 +67,6 @@ class Checkpoint:
     path: Path
     tensors: Mapping[str, TensorInfo]
     metadata: Mapping[str, str]
-
-    def read(self, name: str) -> torch.Tensor:
-        """The tensor on the CPU, in the file's dtype.
-
-        Raises:
-            CheckpointError: if the dtype has no counterpart here, or the file cannot be read any more.
-        """
-        info = self.tensors[name]
-        dtype = _TORCH.get(info.dtype)
-        if dtype is None:
-            raise CheckpointError(f"{info.file.path}: {shown(name)} has dtype {info.dtype}, which is not supported")
-        return info.file.read(info.offset, info.num_bytes).view(dtype).reshape(info.shape)
 
 
 def open_folder(folder: Path, stem: str | None = None) -> Checkpoint:

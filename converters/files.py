@@ -15,7 +15,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import torch
+import numpy as np
+import numpy.typing as npt
 
 from converters.errors import CheckpointError
 
@@ -57,16 +58,16 @@ class DataFile:
             raise CheckpointError(f"{shown(path)} is not a regular file")
         return DataFile(path, status.st_size, status.st_mtime_ns)
 
-    def read(self, offset: int, num_bytes: int) -> torch.Tensor:
+    def read(self, offset: int, num_bytes: int) -> npt.NDArray[np.uint8]:
         """uint8 [num_bytes] from `offset` on. The caller has checked that the file holds them."""
         assert 0 <= offset <= offset + num_bytes <= self.num_bytes, "ranges are checked when the header is read"
-        data = torch.empty(num_bytes, dtype=torch.uint8)
-        self._read_into(offset, data.numpy().data)
+        data = np.empty(num_bytes, dtype=np.uint8)
+        self._read_into(offset, data.data)
         return data
 
     def read_bytes(self, offset: int, num_bytes: int) -> bytes:
         """The same as bytes."""
-        return self.read(offset, num_bytes).numpy().tobytes()
+        return self.read(offset, num_bytes).tobytes()
 
     def _read_into(self, offset: int, target: memoryview) -> None:
         try:

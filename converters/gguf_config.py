@@ -11,9 +11,12 @@ import math
 from collections.abc import Mapping
 from typing import Any
 
+import numpy as np
+import numpy.typing as npt
+
 from converters.errors import CheckpointError
 from converters.files import shown
-from converters.formats.gguf import FLOAT_TYPES, read_tensor
+from converters.formats.gguf_headers import FLOAT_TYPES
 from converters.gguf_file import GGUFTensor
 
 ROPE_FACTORS = "rope_freqs.weight"
@@ -143,7 +146,7 @@ def _rope(values: _Metadata, tensors: Mapping[str, GGUFTensor], path: str) -> di
 def _rope_factors(tensor: GGUFTensor, head_dim: int, path: str) -> list[float]:
     if tensor.type.name not in FLOAT_TYPES or tensor.shape != (head_dim // 2,):
         raise CheckpointError(f"{path}: {ROPE_FACTORS} is {tensor}, expected F32 [{head_dim // 2}]")
-    factors: list[float] = read_tensor(tensor).tolist()
+    factors: list[float] = _floats(tensor).tolist()
     if not all(math.isfinite(factor) and factor > 0 for factor in factors):
         raise CheckpointError(f"{path}: {ROPE_FACTORS} must hold finite numbers above zero")
     return factors
@@ -163,3 +166,13 @@ def _compute_dtype(tensors: Mapping[str, GGUFTensor]) -> str:
     if "BF16" in kinds:
         return "bfloat16"
     return "float32" if kinds == {"F32"} else "float16"
+
+
+def _floats(tensor: GGUFTensor) -> npt.NDArray[np.floating[Any]]:
+    """A small tensor of a float type, flat."""
+    data = tensor.file.read(tensor.offset, tensor.num_bytes)
+    if tensor.type.name == "BF16":
+        # The upper half of a float32.
+        return (data.view("<u2").astype(np.uint32) << 16).view(np.float32)
+    floats: npt.NDArray[np.floating[Any]] = data.view("<f2" if tensor.type.name == "F16" else "<f4")
+    return floats

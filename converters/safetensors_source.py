@@ -7,97 +7,35 @@ headers before its data are read, so that a shape is never a surprise.
 from __future__ import annotations
 
 import logging
-import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from converters.checkpoint import Checkpoint, TensorInfo, open_folder
-from converters.detect import QuantizationScheme, detect, find_declaration
-from converters.errors import CheckpointError
-from converters.files import read_json_object
+from converters.checkpoint import Checkpoint
+from converters.detect import QuantizationScheme
 from converters.formats.awq import AWQFormat
-from converters.formats.base import FLOAT_DTYPES, LinearFormat, check_tensor
+from converters.formats.base import LinearFormat
 from converters.formats.dense import DenseFormat
 from converters.formats.gptq import GPTQFormat
-from converters.report import Notices, Report, shape_text
-from converters.source import LinearKind, LinearSlot, Slot, TensorSlot, Weight
+from converters.report import Notices
+from converters.safetensors_headers import SafetensorsHeaders
+from converters.source import LinearSlot, TensorSlot, Weight
+from converters.tensors import ReadableCheckpoint
 
 logger = logging.getLogger(__name__)
 
-#: Buffers that training code saves beside the weights. An attention mask is no bias: it has four dimensions.
-_STRAY_BUFFERS = re.compile(r"(^|\.)(rotary_emb\.(inv_freq|cos_cached|sin_cached)|masked_bias)$")
-_STRAY_MASKS = re.compile(r"(^|\.)(attn|self_attn|attention)\.bias$")
-#: A bias that nothing asks for is read, to see if it is zero, only up to this size.
-_MAX_BIAS_BYTES = 4 * 2**20
-_HEAD = "lm_head"
 
-
-class SafetensorsSource:
-    """See WeightSource. `scheme` is the quantization that was found, None for a plain checkpoint."""
+class SafetensorsSource(SafetensorsHeaders):
+    """See WeightSource."""
 
     def __init__(
         self, path: Path, config: Mapping[str, Any], checkpoint: Checkpoint, scheme: QuantizationScheme | None
     ) -> None:
-        self.path = str(path)
-        self.config = config
-        self.scheme = scheme
-        self.quantization: str | None = scheme.method if scheme else None
-        self.description = scheme.description if scheme else _describe_plain(checkpoint)
-        self._checkpoint = checkpoint
-        self._formats = _formats(scheme, Notices(logger, self.path))
-
-    @staticmethod
-    def open(folder: Path) -> SafetensorsSource:
-        """Read config.json and the headers.
-
-        Raises:
-            CheckpointError: if something is broken, missing or not supported.
-        """
-        config = read_json_object(folder / "config.json")
-        declaration = find_declaration(folder, config)
-        checkpoint = open_folder(folder, declaration.weight_file_stem if declaration else None)
-        scheme = detect(checkpoint, declaration)
-        if scheme is not None and not any(name.endswith(".qweight") for name in checkpoint.tensors):
-            raise CheckpointError(
-                f"{folder} is declared {scheme.method.upper()} but holds no quantized tensor (qweight); "
-                "if its weights are meant to be plain, remove quantization_config from config.json"
-            )
-        return SafetensorsSource(folder, config, checkpoint, scheme)
-
-    def has_linear(self, name: str) -> bool:
-        """Whether the module has weights of its own."""
-        return self._format_of(name) is not None
-
-    def check(self, slots: Sequence[Slot]) -> None:
-        """Compare every slot with the headers, and every tensor with the slots.
-
-        Raises:
-            CheckpointError: with all problems at once.
-        """
-        report = Report(self.path)
-        used: set[str] = set()
-        for slot in slots:
-            used.update(self._check_slot(slot, report))
-        names = {slot.name for slot in slots}
-        for name, info in self._checkpoint.tensors.items():
-            if name not in used and not self._may_be_left_over(info, names):
-                report.leftover(name, str(info))
-        report.raise_if_any()
-
-    def linear_kind(self, slot: LinearSlot) -> LinearKind:
-        """By the tensors' headers, and what the quantization config says of the module.
-
-        Raises:
-            CheckpointError: if it does not fit the slot.
-        """
-        self._require(slot)
-        infos = [self._checkpoint.tensors[name] for name in self._check_slot(slot, Report(self.path))]
-        tensors = tuple((info.name.removeprefix(slot.name), info.dtype, info.shape) for info in infos)
-        is_dense = isinstance(self._format_of(slot.name), DenseFormat)
-        return LinearKind(tensors, is_dense, self.scheme.for_module(slot.name) if self.scheme else None)
+        super().__init__(path, config, checkpoint, scheme)
+        self._tensors = ReadableCheckpoint.of(checkpoint)
+        self._readers = _readers(scheme, Notices(logger, self.path))
 
     def read_tensor(self, slot: TensorSlot) -> torch.Tensor:
         """The tensor in the file's dtype.
@@ -106,7 +44,7 @@ class SafetensorsSource:
             CheckpointError: if it does not fit the slot, or cannot be read.
         """
         self._require(slot)
-        return self._checkpoint.read(slot.name)
+        return self._tensors.read(slot.name)
 
     def read_linear(self, slot: LinearSlot) -> Weight:
         """The linear as a record, or dense if that is how it is stored.
@@ -115,58 +53,14 @@ class SafetensorsSource:
             CheckpointError: if it does not fit the slot, cannot be read, or holds scales that are not finite.
         """
         self._require(slot)
-        reader = self._format_of(slot.name)
+        tensors = self._tensors.tensors
+        reader = next((reader for reader in self._readers if reader.claims(slot.name, tensors)), None)
         assert reader is not None, "a linear without a format does not pass the check"
-        return reader.read(slot, self._checkpoint)
-
-    def _require(self, slot: Slot) -> None:
-        report = Report(self.path)
-        self._check_slot(slot, report)
-        report.raise_if_any()
-
-    def _format_of(self, name: str) -> LinearFormat | None:
-        return next((reader for reader in self._formats if reader.claims(name, self._checkpoint.tensors)), None)
-
-    def _check_slot(self, slot: Slot, report: Report) -> Sequence[str]:
-        tensors = self._checkpoint.tensors
-        if isinstance(slot, TensorSlot):
-            info = tensors.get(slot.name)
-            if info is None:
-                report.missing(slot.name, shape_text("F16", slot.shape))
-                return []
-            check_tensor(report, info, slot.shape, FLOAT_DTYPES)
-            return [slot.name]
-        reader = self._format_of(slot.name)
-        if reader is None:
-            report.missing(self._weight_name(slot.name), f"of {slot.in_features} inputs, {slot.out_features} outputs")
-            return []
-        return reader.check(slot, tensors, report)
-
-    def _weight_name(self, module: str) -> str:
-        """What a module without any weight should have had."""
-        if self.scheme is None or self.scheme.for_module(module).skipped:
-            return f"{module}.weight"
-        return f"{module}.qweight (or .weight)"
-
-    def _may_be_left_over(self, info: TensorInfo, slot_names: set[str]) -> bool:
-        name = info.name
-        if _STRAY_BUFFERS.search(name) or (_STRAY_MASKS.search(name) and len(info.shape) > 1):
-            return True
-        if name.startswith(_HEAD + ".") and _HEAD not in slot_names:
-            return True
-        is_small_bias = name.endswith(".bias") and info.dtype in FLOAT_DTYPES and info.num_bytes <= _MAX_BIAS_BYTES
-        return is_small_bias and not bool(self._checkpoint.read(name).any())
+        return reader.read(slot, self._tensors)
 
 
-def _formats(scheme: QuantizationScheme | None, notices: Notices) -> tuple[LinearFormat, ...]:
+def _readers(scheme: QuantizationScheme | None, notices: Notices) -> tuple[LinearFormat, ...]:
     """Readers in the order in which they are asked whether a module is theirs."""
     if scheme is None:
         return (DenseFormat(),)
     return (GPTQFormat(scheme, notices) if scheme.method == "gptq" else AWQFormat(scheme, notices), DenseFormat())
-
-
-def _describe_plain(checkpoint: Checkpoint) -> str:
-    num_bytes: dict[str, int] = {}
-    for info in checkpoint.tensors.values():
-        num_bytes[info.dtype] = num_bytes.get(info.dtype, 0) + info.num_bytes
-    return f"unquantized {max(num_bytes, key=lambda dtype: num_bytes[dtype])}" if num_bytes else "empty"

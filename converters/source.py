@@ -3,19 +3,23 @@
 A model lists its `Slot`s (exact tensor names and sizes). `check` compares them with the file's headers alone and
 reports every missing, leftover and mis-shaped tensor together; only then are weights read, one slot at a time.
 `linear_kind` says which linears are stored alike, so that one can be read for all of them.
-Invariant: `check` reads no tensor data (but small index vectors), and `read_*` succeed on every checked slot unless
-the data itself is bad. It does not place weights on a device and does not fuse or shard them.
+A `HeaderSource` answers from headers alone and needs no torch; a `WeightSource` reads too.
+Invariant: `check` reads no tensor data (but small biases that may be left over), and `read_*` succeed on every checked
+slot unless the data itself is bad. It does not place weights on a device and does not fuse or shard them.
 """
 
 from __future__ import annotations
 
 from collections.abc import Hashable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import TYPE_CHECKING, Any, Protocol, TypeAlias
 
-import torch
+from quant_kernels.footprint import WeightFacts
 
-from quant_kernels.packed_weight import DenseWeight, PackedWeight
+if TYPE_CHECKING:
+    import torch
+
+    from quant_kernels.packed_weight import DenseWeight, PackedWeight
 
 
 @dataclass(frozen=True, slots=True)
@@ -56,11 +60,11 @@ class LinearKind:
 
 
 Slot = TensorSlot | LinearSlot
-Weight = PackedWeight | DenseWeight
+Weight: TypeAlias = "PackedWeight | DenseWeight"
 
 
-class WeightSource(Protocol):
-    """An opened checkpoint.
+class HeaderSource(Protocol):
+    """An opened checkpoint whose headers are known.
 
     Attributes:
         path: the folder or file.
@@ -85,6 +89,14 @@ class WeightSource(Protocol):
     def linear_kind(self, slot: LinearSlot) -> LinearKind:
         """How a checked slot is stored. Reads no tensor data."""
         ...
+
+    def linear_facts(self, slot: LinearSlot) -> WeightFacts:
+        """What the record of a checked slot will be. Reads no tensor data, and believes the headers where it must."""
+        ...
+
+
+class WeightSource(HeaderSource, Protocol):
+    """An opened checkpoint whose tensors can be read."""
 
     def read_tensor(self, slot: TensorSlot) -> torch.Tensor:
         """The tensor, on the CPU, in the file's float dtype (dequantized to float32 where the file packs it)."""

@@ -45,7 +45,7 @@ LIGHT = (
 WEB = {"fastapi", "starlette", "uvicorn", "pydantic", "httpx", "prometheus_client", "aiohttp", "flask"}
 #: The same inside quant_kernels/: what describes a weight, what chooses, what computes, what watches.
 KERNEL_FLOORS: tuple[tuple[str, ...], ...] = (
-    ("packed_weight", "scheme", "late", "launching"),
+    ("footprint", "packed_weight", "scheme", "late", "launching"),
     ("packing", "tuning", "tolerance"),
     ("reference", "elementwise", "attention", "sampling"),
     ("ops",),

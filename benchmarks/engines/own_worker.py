@@ -17,7 +17,7 @@ from qengine import LLM, SamplingParams
 from qengine.config import EngineConfig, LoadConfig
 from qengine.engine import Engine
 from qengine.errors import QEngineError
-from qengine.models.decoder import LinearShape, head_linear, slots
+from qengine.models.shapes import LinearShape, head_linear, slots
 from qengine.runtime.loader import open_model
 
 #: Steps before the timed ones, and room for the sequences that start decoding while others still read their prompt.

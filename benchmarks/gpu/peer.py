@@ -15,7 +15,7 @@ import transformers
 
 from benchmarks.gpu.models import Config
 from converters.source import LinearSlot, TensorSlot
-from qengine.models.decoder import LinearShape, slots
+from qengine.models.shapes import LinearShape, slots
 from qengine.runtime.loader import OpenedModel
 from quant_kernels.reference import to_dense
 

@@ -6,21 +6,27 @@ Invariant: `check` looks at headers alone and reports every problem; after it, `
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import Protocol
+from typing import TYPE_CHECKING, Protocol
 
-import torch
-
-from converters.checkpoint import Checkpoint, TensorInfo
+from converters.checkpoint import TensorInfo
 from converters.errors import CheckpointError
 from converters.files import shown
 from converters.report import Report, shape_text
 from converters.source import LinearSlot, Weight
+from quant_kernels.footprint import WeightFacts
 
-FLOAT_DTYPES = ("F16", "BF16", "F32")
+if TYPE_CHECKING:
+    import torch
+
+    from converters.tensors import ReadableCheckpoint
+
+#: Types of weights, scales and biases, and what torch calls them.
+DTYPE_NAMES: Mapping[str, str] = {"F16": "float16", "BF16": "bfloat16", "F32": "float32"}
+FLOAT_DTYPES = tuple(DTYPE_NAMES)
 
 
-class LinearFormat(Protocol):
-    """Reads linears that are stored in one way."""
+class LinearHeaders(Protocol):
+    """Knows linears that are stored in one way by their headers."""
 
     def claims(self, name: str, tensors: Mapping[str, TensorInfo]) -> bool:
         """Whether module `name` is stored in this way."""
@@ -30,7 +36,15 @@ class LinearFormat(Protocol):
         """Compare the headers with the slot; returns the names of the tensors that belong to it."""
         ...
 
-    def read(self, slot: LinearSlot, checkpoint: Checkpoint) -> Weight:
+    def facts(self, slot: LinearSlot, tensors: Mapping[str, TensorInfo]) -> WeightFacts:
+        """What a checked slot will be read as, as far as headers tell."""
+        ...
+
+
+class LinearFormat(LinearHeaders, Protocol):
+    """Reads them too."""
+
+    def read(self, slot: LinearSlot, checkpoint: ReadableCheckpoint) -> Weight:
         """The weight. Raises CheckpointError for data that cannot be meant."""
         ...
 
@@ -55,7 +69,12 @@ def check_bias(slot: LinearSlot, tensors: Mapping[str, TensorInfo], report: Repo
     return []
 
 
-def read_bias(slot: LinearSlot, checkpoint: Checkpoint) -> torch.Tensor | None:
+def bias_dtype(slot: LinearSlot, tensors: Mapping[str, TensorInfo]) -> str | None:
+    """Of the bias that will be kept: one that the architecture lacks is taken for zeros."""
+    return DTYPE_NAMES[tensors[f"{slot.name}.bias"].dtype] if slot.has_bias else None
+
+
+def read_bias(slot: LinearSlot, checkpoint: ReadableCheckpoint) -> torch.Tensor | None:
     """The bias. One that the architecture lacks is dropped if it is all zero, and kept if it is not."""
     name = f"{slot.name}.bias"
     if name not in checkpoint.tensors:
@@ -64,7 +83,7 @@ def read_bias(slot: LinearSlot, checkpoint: Checkpoint) -> torch.Tensor | None:
     return bias if slot.has_bias or bool(bias.any()) else None
 
 
-def read_scales(checkpoint: Checkpoint, name: str) -> torch.Tensor:
+def read_scales(checkpoint: ReadableCheckpoint, name: str) -> torch.Tensor:
     """Scales, which must be finite: one NaN would make every output NaN."""
     scales = checkpoint.read(name)
     require_finite(scales, str(checkpoint.tensors[name].file.path), name)
@@ -73,8 +92,8 @@ def read_scales(checkpoint: Checkpoint, name: str) -> torch.Tensor:
 
 def require_finite(values: torch.Tensor, path: str, name: str) -> None:
     """Raise a CheckpointError if anything in `values` is NaN or infinite."""
-    if not bool(torch.isfinite(values).all()):
-        count = int((~torch.isfinite(values)).sum())
+    if not bool(values.isfinite().all()):
+        count = int((~values.isfinite()).sum())
         raise CheckpointError(
             f"{path}: {shown(name)} has {count} values that are NaN or infinite; the file is damaged, download it again"
         )

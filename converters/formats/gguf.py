@@ -13,38 +13,20 @@ beside the result no more than a few MB are in memory.
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
 
 import numpy as np
 import numpy.typing as npt
 import torch
 
 from converters.formats.base import require_finite
+from converters.formats.gguf_headers import BLOCK, PACKINGS
 from converters.gguf_file import GGUFTensor
 from quant_kernels.packed_weight import DenseWeight, PackedWeight
 
-BLOCK = 32
-FLOAT_TYPES: Mapping[str, torch.dtype] = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
+_TORCH: Mapping[str, torch.dtype] = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
 #: Raw bytes that are converted at a time.
 _CHUNK_BYTES = 4 * 2**20
 _Bytes = npt.NDArray[np.uint8]
-
-
-@dataclass(frozen=True, slots=True)
-class _Packing:
-    """How one block type becomes a record. A zero point of None means that the blocks carry mins."""
-
-    bits: int
-    zero_point: int | None
-
-    @property
-    def head_bytes(self) -> int:
-        """Bytes before the codes: the scale, and the min if there is one."""
-        return 2 if self.zero_point is not None else 4
-
-
-_PACKINGS: Mapping[str, _Packing] = {"Q4_0": _Packing(4, 8), "Q4_1": _Packing(4, None), "Q8_0": _Packing(8, 128)}
-SUPPORTED_TYPES = (*_PACKINGS, *FLOAT_TYPES)
 
 
 def read_linear(
@@ -55,7 +37,7 @@ def read_linear(
     Raises:
         CheckpointError: if scales or mins are not finite, or the file cannot be read.
     """
-    packing = _PACKINGS.get(tensor.type.name)
+    packing = PACKINGS.get(tensor.type.name)
     if packing is None:
         weight = read_tensor(tensor)
         return DenseWeight(weight if row_order is None else weight[row_order], bias)
@@ -95,10 +77,10 @@ def read_tensor(tensor: GGUFTensor) -> torch.Tensor:
     Raises:
         CheckpointError: if a scale is not finite, or the file cannot be read.
     """
-    packing = _PACKINGS.get(tensor.type.name)
+    packing = PACKINGS.get(tensor.type.name)
     if packing is None:
         data = tensor.file.read(tensor.offset, tensor.num_bytes)
-        return data.view(FLOAT_TYPES[tensor.type.name]).view(tensor.shape)
+        return torch.from_numpy(data).view(_TORCH[tensor.type.name]).view(tensor.shape)
     values = torch.empty(tensor.num_rows, tensor.shape[-1] // BLOCK, BLOCK)
     for rows, blocks in _chunks(tensor):
         part = values[rows]
@@ -120,7 +102,7 @@ def _chunks(tensor: GGUFTensor) -> Iterator[tuple[slice, _Bytes]]:
         rows = slice(start, min(start + step, tensor.num_rows))
         count = rows.stop - rows.start
         data = tensor.file.read(tensor.offset + start * row_bytes, count * row_bytes)
-        yield rows, data.numpy().reshape(count, -1, tensor.type.block_bytes)
+        yield rows, data.reshape(count, -1, tensor.type.block_bytes)
 
 
 def _halves(blocks: _Bytes, start: int) -> torch.Tensor:

@@ -1,8 +1,8 @@
 """The one decoder: pre-norm attention and gated MLP, shared by every architecture of the registry.
 
-`slots` says which tensors a ModelConfig needs, by exact name; `build` puts the decoder together from whatever reads
-them. Invariant: `forward` is a pure function of its arguments and the KV cache; rows are tokens, in any mix of
-sequences. It does not read files, allocate the cache or sample.
+`build` puts the decoder together of the weights that `models.shapes` names, from whatever reads them. Invariant:
+`forward` is a pure function of its arguments and the KV cache; rows are tokens, in any mix of sequences. It does not
+read files, allocate the cache or sample.
 """
 
 from __future__ import annotations
@@ -19,122 +19,22 @@ from qengine.layers.linear import Linear, Weight
 from qengine.layers.mlp import GatedMLP
 from qengine.layers.norm import RMSNorm
 from qengine.layers.rope import RotaryEmbedding
+from qengine.models.shapes import (
+    EMBEDDING,
+    FINAL_NORM,
+    HEAD,
+    LinearShape,
+    MergedShape,
+    TensorShape,
+    head_linear,
+    layer_norms,
+    merged_linears,
+)
 from quant_kernels.attention.kv_format import LayerCache
 from quant_kernels.linear.dispatch import Target
 from quant_kernels.ops.base import Heads, StepInputs
 from quant_kernels.packed_weight import DenseWeight
 from quant_kernels.packing import fold_input_order
-
-EMBEDDING = "model.embed_tokens"
-FINAL_NORM = "model.norm.weight"
-HEAD = "lm_head"
-
-
-@dataclass(frozen=True, slots=True)
-class LinearShape:
-    """One linear of the architecture, under its checkpoint name."""
-
-    name: str
-    in_features: int
-    out_features: int
-    has_bias: bool = False
-
-
-@dataclass(frozen=True, slots=True)
-class TensorShape:
-    """One plain tensor of the architecture, under its checkpoint name."""
-
-    name: str
-    shape: tuple[int, ...]
-
-
-@dataclass(frozen=True, slots=True)
-class MergedShape:
-    """Linears that read the same input, side by side: one matmul where their formats allow it.
-
-    Attributes:
-        name: of the whole, e.g. "model.layers.0.self_attn.qkv_proj".
-        parts: as the checkpoint has them.
-        folds_order: an activation order moves into the outputs of the linears before it.
-    """
-
-    name: str
-    parts: tuple[LinearShape, ...]
-    folds_order: bool = False
-
-
-def attention_linears(config: ModelConfig, layer: int) -> list[LinearShape]:
-    """q, k, v and o of one layer."""
-    prefix = f"model.layers.{layer}.self_attn."
-    hidden, q_size = config.hidden_size, config.num_heads * config.head_dim
-    kv_size = config.num_kv_heads * config.head_dim
-    return [
-        LinearShape(prefix + "q_proj", hidden, q_size, config.qkv_bias),
-        LinearShape(prefix + "k_proj", hidden, kv_size, config.qkv_bias),
-        LinearShape(prefix + "v_proj", hidden, kv_size, config.qkv_bias),
-        LinearShape(prefix + "o_proj", q_size, hidden, config.o_bias),
-    ]
-
-
-def mlp_linears(config: ModelConfig, layer: int) -> list[LinearShape]:
-    """gate, up and down of one layer."""
-    prefix = f"model.layers.{layer}.mlp."
-    hidden, inner = config.hidden_size, config.intermediate_size
-    return [
-        LinearShape(prefix + "gate_proj", hidden, inner, config.mlp_bias),
-        LinearShape(prefix + "up_proj", hidden, inner, config.mlp_bias),
-        LinearShape(prefix + "down_proj", inner, hidden, config.mlp_bias),
-    ]
-
-
-def merged_linears(config: ModelConfig, layer: int) -> tuple[MergedShape, ...]:
-    """qkv, o, gate_up and down of one layer: what its linears run as."""
-    prefix = f"model.layers.{layer}."
-    q, k, v, o = attention_linears(config, layer)
-    gate, up, down = mlp_linears(config, layer)
-    return (
-        MergedShape(prefix + "self_attn.qkv_proj", (q, k, v)),
-        MergedShape(prefix + "self_attn.o_proj", (o,)),
-        MergedShape(prefix + "mlp.gate_up_proj", (gate, up)),
-        MergedShape(prefix + "mlp.down_proj", (down,), folds_order=True),
-    )
-
-
-def all_merged_linears(config: ModelConfig, *, tied: bool) -> Iterator[MergedShape]:
-    """Every linear as it runs, in order of execution: what `Decoder.linears` yields once it is built."""
-    for layer in range(config.num_layers):
-        yield from merged_linears(config, layer)
-    yield MergedShape(HEAD, (head_linear(config, tied=tied),))
-
-
-def layer_norms(config: ModelConfig, layer: int) -> list[TensorShape]:
-    """The norm weights of one layer: input, post-attention, and q, k where the architecture has them."""
-    prefix = f"model.layers.{layer}."
-    norms = [
-        TensorShape(prefix + "input_layernorm.weight", (config.hidden_size,)),
-        TensorShape(prefix + "post_attention_layernorm.weight", (config.hidden_size,)),
-    ]
-    if config.qk_norm:
-        norms.append(TensorShape(prefix + "self_attn.q_norm.weight", (config.head_dim,)))
-        norms.append(TensorShape(prefix + "self_attn.k_norm.weight", (config.head_dim,)))
-    return norms
-
-
-def head_linear(config: ModelConfig, *, tied: bool) -> LinearShape:
-    """The output projection; the embedding's own weights when tied."""
-    return LinearShape(EMBEDDING if tied else HEAD, config.hidden_size, config.vocab_size)
-
-
-def slots(config: ModelConfig, *, tied: bool) -> Iterator[LinearShape | TensorShape]:
-    """Everything the model needs, each name once."""
-    yield TensorShape(EMBEDDING + ".weight", (config.vocab_size, config.hidden_size))
-    for layer in range(config.num_layers):
-        yield from layer_norms(config, layer)
-        yield from attention_linears(config, layer)
-        yield from mlp_linears(config, layer)
-    yield TensorShape(FINAL_NORM, (config.hidden_size,))
-    if not tied:
-        yield head_linear(config, tied=False)
 
 
 class DecoderLayer:
@@ -190,6 +90,20 @@ class Decoder:
     def logits(self, hidden: torch.Tensor) -> torch.Tensor:
         """Hidden states [rows, hidden] to float32 logits [rows, vocab]."""
         return self.head(hidden).float()
+
+    @property
+    def num_bytes(self) -> int:
+        """Bytes of all weights; a table that embedding and head share counts once."""
+        norms = [norm.weight for layer in self.layers for norm in (layer.input_norm, layer.post_norm)]
+        norms += [heads for layer in self.layers if (heads := layer.attention.heads.norms) is not None]
+        plain = sum(t.numel() * t.element_size() for t in (*norms, self.norm.weight))
+        table = 0 if self._is_tied else self.embedding.num_bytes
+        return plain + table + sum(linear.num_bytes for linear in self.linears())
+
+    @property
+    def _is_tied(self) -> bool:
+        """Whether the head multiplies by the embedding's own table."""
+        return any(getattr(part, "weight", None) is self.embedding.table for part in self.head.parts)
 
     def linears(self) -> Iterator[Linear]:
         """Every linear, in order of execution."""

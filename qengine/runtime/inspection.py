@@ -12,7 +12,7 @@ from dataclasses import dataclass
 
 from qengine.config import ModelConfig
 from qengine.layers.linear import Linear, MergedPlan, plan_linear
-from qengine.models.decoder import MergedShape, all_merged_linears
+from qengine.models.shapes import MergedShape, all_merged_linears
 from qengine.runtime.loader import OpenedModel, linear_kind, sketch_linear
 from quant_kernels.late import try_import
 from quant_kernels.linear.dispatch import Target

@@ -25,8 +25,9 @@ from converters.source import LinearKind, LinearSlot, Slot, TensorSlot, WeightSo
 from qengine.config import LoadConfig, ModelConfig
 from qengine.errors import ConfigError, LoadError, RequestError
 from qengine.layers.linear import Weight
-from qengine.models.decoder import HEAD, Decoder, LinearShape, Materials, TensorShape, build, slots
+from qengine.models.decoder import Decoder, Materials, build
 from qengine.models.registry import find_spec
+from qengine.models.shapes import HEAD, LinearShape, TensorShape, slots
 from qengine.models.spec import read_model_config, read_token_ids
 from qengine.request import SamplingParams
 from qengine.runtime.locate import ModelLocation, locate_model

@@ -29,6 +29,8 @@ from functools import lru_cache
 
 import torch
 
+from quant_kernels.footprint import kv_bytes_per_token
+
 #: The largest finite values of the two float8 types, and of a centred byte.
 E4M3_MAX, E5M2_MAX, INT8_MAX = 448.0, 57344.0, 127.0
 #: No scale is smaller: its logarithm and its inverse stay normal numbers. What it belongs to is zero for all purposes.
@@ -72,7 +74,8 @@ class KVFormat:
     def bytes_per_token(self, num_kv_heads: int, head_dim: int) -> int:
         """Bytes that one token takes in one layer: keys, values and their scales."""
         number = 1 if self.dtype is None else self.dtype.itemsize
-        return 2 * num_kv_heads * (head_dim * number + (torch.bfloat16.itemsize if self.is_scaled else 0))
+        scale = torch.bfloat16.itemsize if self.is_scaled else 0
+        return kv_bytes_per_token(num_kv_heads, head_dim, number, scale)
 
 
 def plain(dtype: torch.dtype) -> KVFormat:

@@ -16,22 +16,17 @@ from __future__ import annotations
 import torch
 import torch.nn.functional as F
 
+from quant_kernels.footprint import CPU_COLUMNS, cpu_group, cpu_int4_bytes
 from quant_kernels.linear.whole import WholeLinear
 from quant_kernels.packed_weight import PackedWeight
 from quant_kernels.packing import expand_zeros
 
-#: Group sizes torch's kernel knows, largest first: fewer groups mean fewer scales to read.
-KERNEL_GROUPS = (256, 128, 64, 32)
-_COLUMN_MULTIPLE = 16
 _SLICE_COLUMNS = 2048
 
 
 def kernel_group(weight: PackedWeight) -> int | None:
     """The largest kernel group that divides both the record's group and K, or None."""
-    for group in KERNEL_GROUPS:
-        if weight.group_size % group == 0 and weight.in_features % group == 0:
-            return group
-    return None
+    return cpu_group(weight.group_size, weight.in_features)
 
 
 def can_run(weight: PackedWeight, dtype: torch.dtype) -> tuple[bool, str]:
@@ -47,12 +42,7 @@ def can_run(weight: PackedWeight, dtype: torch.dtype) -> tuple[bool, str]:
 
 def stored_bytes(weight: PackedWeight) -> int:
     """What `CpuInt4Linear.bytes_per_pass` is for the record, by its sizes alone. Ask `can_run` first."""
-    group = kernel_group(weight)
-    assert group is not None, "ask can_run first"
-    columns = weight.out_features + -weight.out_features % _COLUMN_MULTIPLE
-    table_rows = weight.bits // 4 * weight.in_features // group
-    # A row of the table is a scale and a zero in bfloat16.
-    return columns * (weight.in_features * weight.bits // 8 + table_rows * 4)
+    return cpu_int4_bytes(weight.bits, weight.in_features, weight.out_features, weight.group_size)
 
 
 class CpuInt4Linear(WholeLinear):
@@ -67,7 +57,7 @@ class CpuInt4Linear(WholeLinear):
         self.out_features = weight.out_features
         self.group_size = group
         self.num_planes = weight.bits // 4
-        padding = -weight.out_features % _COLUMN_MULTIPLE
+        padding = -weight.out_features % CPU_COLUMNS
         self._is_padded = padding > 0
         self.codes = _pack(weight, weight.out_features + padding)
         scales, zeros = _scales_and_zeros(weight, group)

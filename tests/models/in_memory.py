@@ -7,7 +7,8 @@ from collections.abc import Mapping, Sequence
 import torch
 
 from qengine.config import ModelConfig
-from qengine.models.decoder import EMBEDDING, Decoder, LinearShape, Materials, TensorShape, build
+from qengine.models.decoder import Decoder, Materials, build
+from qengine.models.shapes import EMBEDDING, LinearShape, TensorShape
 from qengine.runtime.inputs import CpuSteps, Steps
 from qengine.runtime.kv_cache import KVCache
 from qengine.scheduling.batch import Batch, BatchEntry

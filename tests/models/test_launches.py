@@ -20,8 +20,9 @@ pytest.importorskip("triton")
 from triton.runtime import interpreter
 
 from qengine.layers.linear import Weight
-from qengine.models.decoder import Decoder, LinearShape, Materials, TensorShape, build
+from qengine.models.decoder import Decoder, Materials, build
 from qengine.models.registry import find_spec
+from qengine.models.shapes import LinearShape, TensorShape
 from qengine.models.spec import read_model_config
 from qengine.runtime.device_inputs import DeviceSteps
 from qengine.scheduling.batch import Batch, BatchEntry

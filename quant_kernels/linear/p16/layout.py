@@ -32,6 +32,7 @@ from dataclasses import dataclass
 
 import torch
 
+from quant_kernels.footprint import P16Groups, p16_bytes
 from quant_kernels.packed_weight import PackedWeight
 from quant_kernels.scheme import ACTIVATION_DTYPES, COLUMN_MULTIPLE, PLANE_ROWS, Scheme, ZeroKind
 
@@ -144,12 +145,9 @@ def scheme_of(weight: PackedWeight, dtype: torch.dtype) -> Scheme:
 def stored_bytes(weight: PackedWeight, dtype: torch.dtype) -> int:
     """What `P16Weight.bytes_per_pass` of the packed record is, by its sizes alone. Ask `can_pack` first."""
     scheme = scheme_of(weight, dtype)
-    num_blocks = -(-weight.in_features // scheme.block_inputs)
-    columns = weight.out_features + -weight.out_features % COLUMN_MULTIPLE
-    rows = -(-num_blocks // scheme.blocks_per_group) if scheme.blocks_per_group else 1
     num_tables = 1 if scheme.zero in (ZeroKind.CONST, ZeroKind.CODEBOOK) else 2
-    # Words and fields of tables have 16 bits; every table ends with one more row.
-    return 2 * columns * (num_blocks * PLANE_ROWS + num_tables * (rows + 1) * scheme.groups)
+    tables = P16Groups(num_tables, scheme.groups, scheme.blocks_per_group)
+    return p16_bytes(weight.bits, weight.in_features, weight.out_features, tables)
 
 
 def pack(weight: PackedWeight, dtype: torch.dtype, device: torch.device) -> P16Weight:

@@ -1,0 +1,190 @@
+"""What a weight takes in memory once it is prepared, from what headers tell of it: arithmetic alone, without torch.
+
+A `WeightFacts` stands for a weight nobody has read. `fuse` joins neighbours as `packing.concat_outputs` would, and
+`prepared_bytes` is the `num_bytes` of what `linear.dispatch.prepare` would make. Invariant: both agree with the real
+ones byte for byte (tests prepare every format and compare). What only the data can tell is told by whoever makes the
+facts: whether zero points are all the same, and whether an activation order is one.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Literal
+
+#: Bytes of a number by the name that configs and torch use.
+DTYPE_BYTES: Mapping[str, int] = {"float16": 2, "bfloat16": 2, "float32": 4}
+#: Which kernels lay weights out: torch's on a CPU, Triton's on a GPU.
+Kernels = Literal["cpu", "gpu"]
+
+#: P16's block, its padding of outputs, and the planes of a block (see `linear.p16.layout`).
+P16_ROWS, P16_COLUMNS = 32, 128
+#: Group sizes of torch's int4 kernel, largest first, and its padding of outputs (see `linear.cpu_int4`).
+CPU_GROUPS, CPU_COLUMNS = (256, 128, 64, 32), 16
+#: An activation order on a CPU is int64; on a GPU int32, there and back.
+_ORDER_BYTES = 8
+
+
+@dataclass(frozen=True, slots=True)
+class WeightFacts:
+    """A linear of K = in_features and N = out_features, as headers describe it.
+
+    Attributes:
+        bits: 4 or 8 of a `PackedWeight`; None if the weight is not quantized.
+        group_size: inputs that share a scale, K for one group.
+        zero_const: the zero point of all groups; None where a table holds them, or mins do.
+        has_mins: float mins in place of zero points.
+        scale_dtype: of scales and mins.
+        has_order: there is an activation order.
+        bias_dtype: None without a bias.
+    """
+
+    in_features: int
+    out_features: int
+    bits: int | None = None
+    group_size: int = 0
+    zero_const: int | None = None
+    has_mins: bool = False
+    scale_dtype: str = "float16"
+    has_order: bool = False
+    bias_dtype: str | None = None
+
+    @property
+    def is_one_group(self) -> bool:
+        """Whether one scale serves all of K."""
+        return self.group_size >= self.in_features
+
+    @property
+    def num_tables(self) -> int:
+        """Scales, and zero points or mins where they are not all the same."""
+        return 1 if self.zero_const is not None else 2
+
+
+def fuse(parts: Sequence[WeightFacts]) -> list[WeightFacts]:
+    """The parts as one weight where they can run as one, else as they are."""
+    first = parts[0]
+    if any(_kind(part) != _kind(first) for part in parts):
+        return list(parts)
+    consts = {part.zero_const for part in parts}
+    biases = [part.bias_dtype for part in parts if part.bias_dtype is not None]
+    merged = replace(
+        first,
+        out_features=sum(part.out_features for part in parts),
+        zero_const=first.zero_const if len(consts) == 1 else None,
+        bias_dtype=max(biases, key=lambda name: DTYPE_BYTES[name]) if biases else None,
+    )
+    return [merged]
+
+
+def _kind(part: WeightFacts) -> tuple[object, ...]:
+    """What must agree for two parts to be one weight."""
+    if part.bits is None:
+        return (None, part.in_features)
+    return (part.bits, part.in_features, part.group_size, part.has_mins, part.scale_dtype, part.has_order)
+
+
+def prepared_bytes(facts: WeightFacts, kernels: Kernels, dtype: str) -> int:
+    """Bytes that the prepared linear holds.
+
+    Args:
+        kernels: of which device.
+        dtype: of activations.
+    """
+    if facts.bits is not None and kernels == "gpu" and runs_p16(facts, dtype):
+        held, bias_dtype = p16_bytes(facts.bits, facts.in_features, facts.out_features, _p16_groups(facts)), None
+    elif facts.bits is not None and kernels == "cpu" and runs_cpu_int4(facts, dtype):
+        held, bias_dtype = cpu_int4_bytes(facts.bits, facts.in_features, facts.out_features, facts.group_size), dtype
+    else:
+        return dense_bytes(facts.in_features, facts.out_features, dtype, has_bias=facts.bias_dtype is not None)
+    if facts.bias_dtype is not None:
+        held += facts.out_features * DTYPE_BYTES[bias_dtype or facts.bias_dtype]
+    return held + (_ORDER_BYTES * facts.in_features if facts.has_order else 0)
+
+
+def dense_bytes(in_features: int, out_features: int, dtype: str, *, has_bias: bool = False) -> int:
+    """A matrix in the compute dtype."""
+    return (in_features + has_bias) * out_features * DTYPE_BYTES[dtype]
+
+
+# torch's int4 kernel
+
+
+def cpu_group(group_size: int, in_features: int) -> int | None:
+    """The largest group of the kernel that divides both the weight's group and K, or None."""
+    return next((g for g in CPU_GROUPS if group_size % g == 0 and in_features % g == 0), None)
+
+
+def runs_cpu_int4(facts: WeightFacts, dtype: str) -> bool:
+    """Whether torch's int4 kernel takes the weight; else it is expanded."""
+    return dtype == "bfloat16" and cpu_group(facts.group_size, facts.in_features) is not None
+
+
+def cpu_int4_bytes(bits: int, in_features: int, out_features: int, group_size: int) -> int:
+    """Codes, scales and zeros in torch's layout."""
+    group = cpu_group(group_size, in_features)
+    assert group is not None, "ask runs_cpu_int4 first"
+    columns = out_features + -out_features % CPU_COLUMNS
+    table_rows = bits // 4 * in_features // group
+    # A row of the table is a scale and a zero in bfloat16.
+    return columns * (in_features * bits // 8 + table_rows * 4)
+
+
+# Triton's kernels
+
+
+@dataclass(frozen=True, slots=True)
+class P16Groups:
+    """How the tables of a P16 weight are cut; see `scheme.Scheme`."""
+
+    num_tables: int
+    groups: int
+    blocks_per_group: int
+
+
+def runs_p16(facts: WeightFacts, dtype: str) -> bool:
+    """Whether P16 holds the weight; else it is expanded.
+
+    Scales of 32 bits seldom have a 16-bit twin, and only the data can tell: they count as expanded.
+    """
+    if DTYPE_BYTES[dtype] != 2 or DTYPE_BYTES[facts.scale_dtype] != 2 or (facts.bits == 8 and facts.has_mins):
+        return False
+    return facts.is_one_group or facts.group_size % P16_ROWS == 0
+
+
+def _p16_groups(facts: WeightFacts) -> P16Groups:
+    assert facts.bits is not None, "asked for quantized weights only"
+    if facts.is_one_group and not facts.has_mins:
+        return P16Groups(facts.num_tables, 1, 0)
+    size = P16_ROWS * 4 if facts.is_one_group else math.gcd(facts.group_size, P16_ROWS * 4)
+    block = P16_ROWS * 16 // facts.bits
+    return P16Groups(facts.num_tables, max(1, block // size), max(1, size // block))
+
+
+def p16_bytes(bits: int, in_features: int, out_features: int, tables: P16Groups) -> int:
+    """Words and tables of the P16 layout, padding included."""
+    num_blocks = -(-in_features // (P16_ROWS * 16 // bits))
+    columns = out_features + -out_features % P16_COLUMNS
+    rows = -(-num_blocks // tables.blocks_per_group) if tables.blocks_per_group else 1
+    # Words and fields of tables have 16 bits; every table ends with one more row.
+    return 2 * columns * (num_blocks * P16_ROWS + tables.num_tables * (rows + 1) * tables.groups)
+
+
+# The KV cache
+
+
+def kv_number_bytes(name: str, dtype: str) -> tuple[int, int]:
+    """Bytes of a number in the cache, and of a scale per token and head (0 without), by the user's name for it.
+
+    Args:
+        name: "auto" keeps the compute dtype.
+        dtype: the compute dtype.
+    """
+    if name in ("int8", "fp8", "fp8_e4m3"):
+        return 1, 2
+    return (1, 0) if name == "fp8_e5m2" else (DTYPE_BYTES[dtype if name == "auto" else name], 0)
+
+
+def kv_bytes_per_token(num_kv_heads: int, head_dim: int, number_bytes: int, scale_bytes: int) -> int:
+    """Bytes that one token takes in one layer: keys, values and their scales."""
+    return 2 * num_kv_heads * (head_dim * number_bytes + scale_bytes)
