@@ -9,12 +9,14 @@ from __future__ import annotations
 
 import hashlib
 import math
+from collections.abc import Sequence
 from pathlib import Path
 
 import torch
 
 from converters.dummy_headers import Declared, DummyHeaders, DummyScheme, read_declared
-from converters.source import LinearSlot, TensorSlot, Weight
+from converters.read_ahead import ByteRange, Reader
+from converters.source import LinearSlot, Slot, TensorSlot, Weight
 from quant_kernels.packed_weight import DenseWeight, PackedWeight
 
 CPU = torch.device("cpu")
@@ -50,6 +52,14 @@ class DummySource(DummyHeaders):
             CheckpointError: as `read_declared`.
         """
         return cls(str(path), read_declared(path, quantization, group_size, bits), seed, device)
+
+    def ranges(self, slot: Slot) -> Sequence[ByteRange]:
+        """None: nothing is read."""
+        return ()
+
+    def read_through(self, reader: Reader) -> DummySource:
+        """The same: nothing is read."""
+        return self
 
     def read_tensor(self, slot: TensorSlot) -> torch.Tensor:
         """Norm weights of one, embeddings of unit variance."""

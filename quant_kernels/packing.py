@@ -130,7 +130,12 @@ def fold_input_order(
     Returns:
         The linear without `perm`, and the producers; all of them as they were if there is no `perm`.
     """
+    folded, order = take_input_order(weight)
+    return folded, [producer if order is None else select_outputs(producer, order) for producer in producers]
+
+
+def take_input_order(weight: PackedWeight | DenseWeight) -> tuple[PackedWeight | DenseWeight, torch.Tensor | None]:
+    """A linear without its activation order, and the order (int64 [K]) that its producers' outputs must be put in."""
     if isinstance(weight, DenseWeight) or weight.perm is None:
-        return weight, list(producers)
-    order = weight.perm.long()
-    return replace(weight, perm=None), [select_outputs(producer, order) for producer in producers]
+        return weight, None
+    return replace(weight, perm=None), weight.perm.long()

@@ -15,7 +15,7 @@ import torch
 from qengine.config import ModelConfig
 from qengine.layers.attention import Attention
 from qengine.layers.embedding import Embedding
-from qengine.layers.linear import Linear, Weight
+from qengine.layers.linear import Linear, Weight, fuse
 from qengine.layers.mlp import GatedMLP
 from qengine.layers.norm import RMSNorm
 from qengine.layers.rope import RotaryEmbedding
@@ -34,7 +34,7 @@ from quant_kernels.attention.kv_format import LayerCache
 from quant_kernels.linear.dispatch import Target
 from quant_kernels.ops.base import Heads, StepInputs
 from quant_kernels.packed_weight import DenseWeight
-from quant_kernels.packing import fold_input_order
+from quant_kernels.packing import select_outputs, take_input_order
 
 
 class DecoderLayer:
@@ -150,14 +150,11 @@ def _tensor(materials: Materials, shape: TensorShape) -> torch.Tensor:
 
 
 def _build_layer(config: ModelConfig, materials: Materials, layer: int) -> DecoderLayer:
+    """One layer's worth: a merged linear is on its device, and its parts are gone, before the next is read."""
     input_norm, post_norm, *head_norms = layer_norms(config, layer)
-    shapes = merged_linears(config, layer)
-    qkv, o, gate_up, [down] = ([materials.read_linear(part) for part in shape.parts] for shape in shapes)
-    folded, gate_up = fold_input_order(down, gate_up)
-
-    def linear(shape: MergedShape, parts: Sequence[Weight]) -> Linear:
-        return Linear(shape.name, parts, materials.target, order_is_folded=shape.folds_order and folded is not down)
-
+    qkv, o, gate_up, down = merged_linears(config, layer)
+    qkv_linear, o_linear = _linear(materials, qkv), _linear(materials, o)
+    gate_up_linear, down_linear = _folded_mlp(materials, gate_up, down)
     ops = materials.target.ops
     heads = Heads(
         config.num_heads,
@@ -167,6 +164,28 @@ def _build_layer(config: ModelConfig, materials: Materials, layer: int) -> Decod
         norms=torch.stack([_tensor(materials, shape) for shape in head_norms]) if head_norms else None,
         norm_eps=config.rms_norm_eps,
     )
-    attention = Attention(linear(shapes[0], qkv), linear(shapes[1], o), heads, ops)
-    mlp = GatedMLP(linear(shapes[2], gate_up), linear(shapes[3], [folded]), ops)
+    attention = Attention(qkv_linear, o_linear, heads, ops)
+    mlp = GatedMLP(gate_up_linear, down_linear, ops)
     return DecoderLayer(_norm(config, materials, input_norm), attention, _norm(config, materials, post_norm), mlp)
+
+
+def _linear(materials: Materials, shape: MergedShape) -> Linear:
+    return Linear(shape.name, _read(materials, shape, None), materials.target)
+
+
+def _read(materials: Materials, shape: MergedShape, order: torch.Tensor | None) -> Sequence[Weight]:
+    """The parts, fused where they can be: as read they are gone before the whole is prepared, which takes as much."""
+    parts = [materials.read_linear(part) for part in shape.parts]
+    if order is not None:
+        parts = [select_outputs(part, order) for part in parts]
+    return fuse(parts)[0]
+
+
+def _folded_mlp(materials: Materials, gate_up: MergedShape, down: MergedShape) -> tuple[Linear, Linear]:
+    """gate_up and down, whose activation order moves into the outputs of gate and up: so down is read first."""
+    [weight] = _read(materials, down, None)
+    folded, order = take_input_order(weight)
+    del weight
+    down_linear = Linear(down.name, [folded], materials.target, order_is_folded=order is not None)
+    del folded
+    return Linear(gate_up.name, _read(materials, gate_up, order), materials.target), down_linear

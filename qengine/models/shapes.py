@@ -111,12 +111,14 @@ def head_linear(config: ModelConfig, *, tied: bool) -> LinearShape:
 
 
 def slots(config: ModelConfig, *, tied: bool) -> Iterator[LinearShape | TensorShape]:
-    """Everything the model needs, each name once."""
+    """Everything the model needs, each name once, in the order in which `decoder.build` asks for it."""
     yield TensorShape(EMBEDDING + ".weight", (config.vocab_size, config.hidden_size))
     for layer in range(config.num_layers):
-        yield from layer_norms(config, layer)
-        yield from attention_linears(config, layer)
-        yield from mlp_linears(config, layer)
+        qkv, o, gate_up, down = merged_linears(config, layer)
+        for merged in (qkv, o, down, gate_up):
+            yield from merged.parts
+        input_norm, post_norm, *head_norms = layer_norms(config, layer)
+        yield from (*head_norms, input_norm, post_norm)
     yield TensorShape(FINAL_NORM, (config.hidden_size,))
     if not tied:
         yield head_linear(config, tied=False)

@@ -9,11 +9,12 @@ from __future__ import annotations
 
 import json
 import logging
+import time
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 import torch
 from tqdm import tqdm
@@ -21,13 +22,14 @@ from tqdm import tqdm
 from converters.dummy_source import DummySource
 from converters.errors import CheckpointError
 from converters.open import open_checkpoint
+from converters.read_ahead import ReadAhead
 from converters.source import LinearKind, LinearSlot, Slot, TensorSlot, WeightSource
 from qengine.config import LoadConfig, ModelConfig
 from qengine.errors import ConfigError, LoadError, RequestError
 from qengine.layers.linear import Weight
 from qengine.models.decoder import Decoder, Materials, build
 from qengine.models.registry import find_spec
-from qengine.models.shapes import HEAD, LinearShape, TensorShape, slots
+from qengine.models.shapes import EMBEDDING, HEAD, LinearShape, TensorShape, slots
 from qengine.models.spec import read_model_config, read_token_ids
 from qengine.request import SamplingParams
 from qengine.runtime.locate import ModelLocation, locate_model
@@ -95,26 +97,79 @@ def _open_source(location: ModelLocation, load: LoadConfig) -> WeightSource:
     return open_checkpoint(location.path, load.quantization)
 
 
+@dataclass(frozen=True, slots=True)
+class LoadTimes:
+    """What loading took. Reading and converting overlap, so that their seconds do not add up to those of the whole.
+
+    Attributes:
+        num_bytes: that were read.
+        seconds: of everything.
+        read_seconds: that the reading thread was busy.
+        convert_seconds: that the converting thread was busy: it did not wait for bytes.
+    """
+
+    num_bytes: int
+    seconds: float
+    read_seconds: float
+    convert_seconds: float
+
+
 def load_decoder(opened: OpenedModel, target: Target, max_position: int, *, show_progress: bool = False) -> Decoder:
     """Read the weights and lay them out for the device.
 
     Raises:
         LoadError: if the data itself is bad (scales that are not finite, a file cut short).
     """
-    total = sum(1 for _ in slots(opened.config, tied=opened.tied)) + (1 if opened.tied else 0)
-    bar = tqdm(total=total, desc="Loading weights", unit=" tensors", disable=not show_progress, leave=False)
+    return load_timed(opened, target, max_position, show_progress=show_progress)[0]
 
-    def read_tensor(shape: TensorShape) -> torch.Tensor:
-        bar.update()
-        return opened.source.read_tensor(TensorSlot(shape.name, shape.shape))
 
-    def read_linear(shape: LinearShape) -> Weight:
-        bar.update()
-        return opened.source.read_linear(_linear_slot(shape))
+def load_timed(
+    opened: OpenedModel, target: Target, max_position: int, *, show_progress: bool = False
+) -> tuple[Decoder, LoadTimes]:
+    """The same, and what it took. A thread reads ahead while this one converts.
 
-    with bar, _load_errors(opened.location):
+    Raises:
+        LoadError: as `load_decoder`.
+    """
+    started = time.perf_counter()
+    wanted = [_slot(shape) for shape in slots(opened.config, tied=opened.tied)]
+    ranges = [part for slot in wanted for part in opened.source.ranges(slot)]
+    total = sum(part.num_bytes for part in ranges)
+    with (
+        _load_errors(opened.location),
+        _progress_bar(total, len(wanted), shown=show_progress) as bar,
+        ReadAhead(ranges) as reader,
+    ):
+        source = opened.source.read_through(reader)
+
+        def read_tensor(shape: TensorShape) -> torch.Tensor:
+            tensor = source.read_tensor(TensorSlot(shape.name, shape.shape))
+            bar.update(reader.times.num_bytes - bar.n if total else 1)
+            return tensor
+
+        def read_linear(shape: LinearShape) -> Weight:
+            if shape.name == EMBEDDING and linear_kind(opened, shape).is_dense:
+                # The head is the embedding, whose table is in memory: `build` takes that one.
+                return DenseWeight(torch.empty(shape.out_features, shape.in_features, device="meta"))
+            weight = source.read_linear(_linear_slot(shape))
+            bar.update(reader.times.num_bytes - bar.n if total else 1)
+            return weight
+
         materials = Materials(read_tensor, read_linear, target)
-        return build(opened.config, materials, tied=opened.tied, max_position=max_position)
+        decoder = build(opened.config, materials, tied=opened.tied, max_position=max_position)
+    seconds = time.perf_counter() - started
+    times = reader.times
+    return decoder, LoadTimes(times.num_bytes, seconds, times.busy_seconds, seconds - times.waited_seconds)
+
+
+def _progress_bar(num_bytes: int, num_weights: int, *, shown: bool) -> tqdm[NoReturn]:
+    """Bytes with their rate; weights where there are no bytes to read."""
+    unit = (
+        {"total": num_bytes, "unit": "B", "unit_scale": True}
+        if num_bytes
+        else {"total": num_weights, "unit": " weights"}
+    )
+    return tqdm(desc="Loading weights", disable=not shown, leave=False, **unit)
 
 
 def linear_kind(opened: OpenedModel, shape: LinearShape) -> LinearKind:
