@@ -1,6 +1,7 @@
 """From an EngineConfig to the parts of an engine: everything that happens once, at the start.
 
-Order: check the file's headers, plan memory, load the tokenizer, then the weights, then the KV cache. Invariant: what
+Order: check the file's headers, plan memory, load the tokenizer, then the weights, then the KV cache, and let the model
+run once. Invariant: what
 cannot work fails before a weight is read, with a message for the user; but on a GPU the cache is planned after them,
 from what they leave. It runs no request.
 """
@@ -8,7 +9,6 @@ from what they leave. It runs no request.
 from __future__ import annotations
 
 import logging
-import time
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -17,12 +17,15 @@ from typing import Any
 from qengine.config import EngineConfig
 from qengine.errors import ConfigError, LoadError
 from qengine.layers.linear import Linear
+from qengine.runtime.checkpoint_check import examine, judge
 from qengine.runtime.executors import Executor, UniprocExecutor
 from qengine.runtime.inspection import summarize_loaded
 from qengine.runtime.kv_cache import KVCache
-from qengine.runtime.loader import OpenedModel, load_decoder, open_model
+from qengine.runtime.loader import OpenedModel, load_timed, open_model
 from qengine.runtime.planner import MemoryPlan, wanted_length
 from qengine.runtime.platform import Platform, choose_device, choose_dtype
+from qengine.runtime.runner import ModelRunner
+from qengine.runtime.start_times import StartTimes
 from qengine.scheduling.block_pool import BlockPool
 from qengine.scheduling.scheduler import Scheduler, SchedulerLimits
 from qengine.tokenizer import IdsOnlyTokenizer, Tokenizer, has_tokenizer, load_tokenizer, tokenizer_from_gguf
@@ -65,45 +68,38 @@ class EngineParts:
     seed: int = 0
 
 
-class _Stopwatch:
-    """Seconds per named phase of the start."""
-
-    def __init__(self) -> None:
-        self.seconds: dict[str, float] = {}
-        self._begin = self._last = time.perf_counter()
-
-    def lap(self, phase: str) -> None:
-        now = time.perf_counter()
-        self.seconds[phase] = now - self._last
-        self._last = now
-
-    def total(self) -> dict[str, float]:
-        return {**self.seconds, "total": time.perf_counter() - self._begin}
-
-
-def start_parts(config: EngineConfig, *, show_progress: bool = False) -> EngineParts:
+def start_parts(config: EngineConfig, *, show_progress: bool = False, import_seconds: float = 0.0) -> EngineParts:
     """Load a model and everything that runs it, on the device that the configuration names.
+
+    Args:
+        import_seconds: what the process took before, for the table of the start.
 
     Raises:
         ConfigError: an option is wrong for this model or machine.
         LoadError: the model cannot be found or loaded.
     """
+    watch = StartTimes(import_seconds)
     device = choose_device(config.load.device)
     opened = open_model(config.load)
     dtype = choose_dtype(config.load.dtype, device, opened.config.torch_dtype)
     platform = Platform.of(device, dtype, enforce_eager=config.enforce_eager)
-    return start_on(platform, config, opened, show_progress=show_progress)
+    return start_on(platform, config, opened, watch, show_progress=show_progress)
 
 
 def start_on(
-    platform: Platform, config: EngineConfig, opened: OpenedModel, *, show_progress: bool = False
+    platform: Platform,
+    config: EngineConfig,
+    opened: OpenedModel,
+    watch: StartTimes | None = None,
+    *,
+    show_progress: bool = False,
 ) -> EngineParts:
     """The same on a given platform.
 
     Raises:
         ConfigError, LoadError: as `start_parts`.
     """
-    watch = _Stopwatch()
+    watch = watch or StartTimes()
     model_config, on_gpu = opened.config, platform.device.type == "cuda"
     kv_format = platform.kv_format(config.cache.kv_cache_dtype)
     platform.check(model_config, config)
@@ -111,27 +107,51 @@ def start_on(
     # A GPU's cache takes what the weights leave; a CPU's share is known before.
     plan = None if on_gpu else platform.plan(model_config, config, kv_format)
     longest = wanted_length(model_config, config.scheduler.max_model_len) if plan is None else plan.max_model_len
-    watch.lap("checks")
+    watch.lap("plan")
     tokenizer = _load_tokenizer(config, opened)
     watch.lap("tokenizer")
-    model = load_decoder(opened, platform.target, longest, show_progress=show_progress)
-    watch.lap("weights")
+    model, load_times = load_timed(opened, platform.target, longest, show_progress=show_progress)
+    watch.loaded(load_times)
     plan = plan or platform.plan(model_config, config, kv_format)
     cache = KVCache(model_config, plan.num_blocks, plan.block_size, kv_format, platform.device)
-    runner = platform.make_runner(model_config, model, cache, plan, config.scheduler.max_num_seqs)
     watch.lap("kv cache")
+    runner = platform.make_runner(model_config, model, cache, plan, config.scheduler.max_num_seqs)
+    if platform.recorder is not None:
+        watch.lap("graphs")
+    if not config.load.skip_check:
+        _check_weights(runner, plan, config, opened)
+    watch.lap("warm-up")
     _log_kernels(model.linears())
+    logger.info("%s", watch.table())
     weight_bytes = sum(linear.num_bytes for linear in model.linears()) + model.embedding.num_bytes
     info = _info(config, opened, plan, platform.target, weight_bytes)
     eos_token_ids = opened.eos_token_ids | tokenizer.eos_token_ids
     return EngineParts(
-        info=replace(info, start_seconds=watch.total()),
+        info=replace(info, start_seconds=watch.seconds),
         tokenizer=tokenizer,
         scheduler=_make_scheduler(config, plan, info),
         executor=UniprocExecutor(runner),
         eos_token_ids=frozenset(i for i in eos_token_ids if i < model_config.vocab_size),
         seed=config.load.seed,
     )
+
+
+def _check_weights(runner: ModelRunner, plan: MemoryPlan, config: EngineConfig, opened: OpenedModel) -> None:
+    """Run the model for the first time, and refuse it if it computes no numbers.
+
+    Raises:
+        LoadError: naming the layer.
+    """
+    found = examine(
+        runner.model,
+        runner.cache,
+        runner.steps,
+        max_len=plan.max_model_len,
+        max_rows=min(plan.max_num_batched_tokens, config.scheduler.max_num_seqs * plan.max_model_len),
+    )
+    if config.load.load_format == "dummy":
+        found = replace(found, constant_token_id=None)
+    judge(found, opened.location.name, runner.model.dtype, opened.config.torch_dtype)
 
 
 def _load_tokenizer(config: EngineConfig, opened: OpenedModel) -> Tokenizer:

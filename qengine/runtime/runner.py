@@ -71,7 +71,7 @@ class ModelRunner:
     ) -> None:
         self.model = model
         self.cache = cache
-        self._steps = steps
+        self.steps = steps
         self._sampler = sampler
         self._graphs = graphs
 
@@ -87,7 +87,7 @@ class ModelRunner:
             pending = PendingStep(batch.entries, self._sample(batch.entries, hidden), {}, self.cache)
             self._graphs.foresee(batch.entries)
             return pending
-        step = self._steps.prepare(batch)
+        step = self.steps.prepare(batch)
         hidden = self.model.forward(step.token_ids, self.cache.layers, step.inputs)
         entries = step.sample_entries
         samples = self._sample(entries, _rows(hidden, step.sample_rows)) if entries else None
