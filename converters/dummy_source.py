@@ -9,12 +9,13 @@ from __future__ import annotations
 
 import hashlib
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 import torch
 
-from converters.dummy_headers import Declared, DummyHeaders, DummyScheme, read_declared
+from converters.dummy_headers import DummyHeaders, DummyScheme, read_declared
 from converters.read_ahead import ByteRange, Reader
 from converters.source import LinearSlot, Slot, TensorSlot, Weight
 from quant_kernels.packed_weight import DenseWeight, PackedWeight
@@ -25,8 +26,10 @@ CPU = torch.device("cpu")
 class DummySource(DummyHeaders):
     """A WeightSource that makes everything up, on `device`."""
 
-    def __init__(self, path: str, declared: Declared, seed: int, device: torch.device = CPU) -> None:
-        super().__init__(path, declared)
+    def __init__(
+        self, path: str, config: Mapping[str, Any], scheme: DummyScheme | None, seed: int, device: torch.device = CPU
+    ) -> None:
+        super().__init__(path, config, scheme)
         self._seed = seed
         self._device = device
 
@@ -44,14 +47,14 @@ class DummySource(DummyHeaders):
         """Read the folder's config.json.
 
         Args:
-            quantization: "awq" or "gptq"; None takes what the config says.
             device: where weights are made: a GPU makes billions in the time that a CPU takes for millions.
-            bits, group_size: None takes what the config says, else 4 and 128.
+            quantization, bits, group_size: as `read_declared`.
 
         Raises:
             CheckpointError: as `read_declared`.
         """
-        return cls(str(path), read_declared(path, quantization, group_size, bits), seed, device)
+        declared = read_declared(path, quantization, bits=bits, group_size=group_size)
+        return cls(str(path), declared.config, declared.scheme, seed, device)
 
     def ranges(self, slot: Slot) -> Sequence[ByteRange]:
         """None: nothing is read."""
@@ -75,7 +78,7 @@ class DummySource(DummyHeaders):
         if scheme is None:
             weight = self._normal(f"{slot.name}.weight", (columns, rows))
             return DenseWeight(weight.mul_(rows**-0.5), bias)
-        group, middle = scheme.group(rows), scheme.zero_point
+        group, middle = scheme.group(rows), scheme.middle
         # Uniform codes of b bits have a standard deviation of sqrt((4^b - 1) / 12): 4.6 for 4 bits.
         scale = rows**-0.5 / math.sqrt((4**scheme.bits - 1) / 12)
         table = (-(-rows // group), columns)

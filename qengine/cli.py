@@ -20,9 +20,15 @@ from typing import Any
 from qengine import __version__, environment
 from qengine.commands.flags import COMMANDS, Flag
 from qengine.commands.parsing import Invocation, help_text, overview, parse
-from qengine.commands.settings import chat_settings, generate_settings, inspect_settings, serve_settings
+from qengine.commands.settings import (
+    chat_settings,
+    generate_settings,
+    inspect_settings,
+    plan_settings,
+    serve_settings,
+)
 from qengine.config import nearest
-from qengine.errors import ConfigError, LoadError, QEngineError, RequestError
+from qengine.errors import ConfigError, DoesNotFitError, LoadError, QEngineError, RequestError
 from qengine.imports import import_late
 from qengine.logs import set_up_logging
 
@@ -47,6 +53,7 @@ _RUNNERS = {
     "generate": _Command(generate_settings, "qengine.commands.generate", "warning"),
     "chat": _Command(chat_settings, "qengine.commands.chat", "warning"),
     "inspect": _Command(inspect_settings, "qengine.commands.inspect", "warning"),
+    "plan": _Command(plan_settings, "qengine.commands.plan", "warning"),
 }
 
 
@@ -64,6 +71,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     except BrokenPipeError:
         _silence_output()
         return EXIT_BROKEN_PIPE
+    except DoesNotFitError as error:
+        code = _fail(_with_flag_names(error.summary), EXIT_USAGE, debug)
+        print(f"\n{error.table}", file=sys.stderr)
+        return code
     except (ConfigError, LoadError, RequestError) as error:
         return _fail(_with_flag_names(str(error)), EXIT_USAGE, debug)
     except QEngineError as error:

@@ -68,6 +68,23 @@ def parse_memory(text: str | int | float, name: str = "value") -> int:
     return int(number * factor)
 
 
+def parse_limits(value: object, name: str = "value") -> int | tuple[int, ...] | None:
+    """One memory size for every card, or several, one per card: "22" or "22,23.5". None stays None.
+
+    Raises:
+        ConfigError: if one of them is no size.
+    """
+    if value is None:
+        return None
+    parts: Sequence[Any] = [value]
+    if isinstance(value, str):
+        parts = value.split(",")
+    elif isinstance(value, list | tuple):
+        parts = value
+    sizes = tuple(parse_memory(part, name) for part in parts)
+    return sizes[0] if len(sizes) == 1 else sizes
+
+
 def nearest(name: str, known: Sequence[str]) -> str:
     """A hint such as "; did you mean 'dtype'?" or an empty string."""
     close = difflib.get_close_matches(name, known, n=1, cutoff=0.6)
@@ -135,13 +152,16 @@ class LoadConfig:
 
 @dataclass(frozen=True, slots=True)
 class CacheConfig:
-    """The KV cache. Sizes are bytes; `gpu_memory_limit` and `gpu_memory_utilization` concern GPUs only."""
+    """The KV cache. Sizes are bytes; `gpu_memory_limit` and `gpu_memory_utilization` concern GPUs only.
+
+    `gpu_memory_limit` is one size for every card, or one per card.
+    """
 
     block_size: int = 16
     kv_cache_dtype: str = "auto"
     enable_prefix_caching: bool = True
     gpu_memory_utilization: float = 0.92
-    gpu_memory_limit: int | None = None
+    gpu_memory_limit: int | tuple[int, ...] | None = None
     kv_cache_memory_bytes: int | None = None
 
     def __post_init__(self) -> None:
@@ -155,13 +175,29 @@ class CacheConfig:
         if not isinstance(share, int | float) or not math.isfinite(share) or not 0 < share <= 1:
             raise ConfigError(f"gpu_memory_utilization is {share}, expected a fraction above 0 and at most 1")
         _one_of("enable_prefix_caching", self.enable_prefix_caching, (True, False))
-        if self.gpu_memory_limit is not None:
-            object.__setattr__(self, "gpu_memory_limit", parse_memory(self.gpu_memory_limit, "gpu_memory_limit"))
+        object.__setattr__(self, "gpu_memory_limit", parse_limits(self.gpu_memory_limit, "gpu_memory_limit"))
         size: object = self.kv_cache_memory_bytes
         if isinstance(size, str):
             object.__setattr__(self, "kv_cache_memory_bytes", parse_memory(size, "kv_cache_memory_bytes"))
         elif size is not None:
             _positive("kv_cache_memory_bytes", size)
+
+    def memory_limit(self, rank: int) -> int | None:
+        """What a rank may take of its card in all; None where a share says."""
+        limit = self.gpu_memory_limit
+        return limit[rank] if isinstance(limit, tuple) else limit
+
+    def check_num_limits(self, num_ranks: int) -> None:
+        """Several limits are one per rank.
+
+        Raises:
+            ConfigError: if there are more or fewer.
+        """
+        if isinstance(self.gpu_memory_limit, tuple) and len(self.gpu_memory_limit) != num_ranks:
+            raise ConfigError(
+                f"gpu_memory_limit has {len(self.gpu_memory_limit)} sizes for {num_ranks} card(s); "
+                "give one for all of them, or one for each"
+            )
 
 
 @dataclass(frozen=True, slots=True)

@@ -15,6 +15,20 @@ class ConfigError(QEngineError, ValueError):
     """An option is unknown, malformed, or contradicts another one or the model."""
 
 
+class DoesNotFitError(ConfigError):
+    """A model, as it was asked for, needs more memory than there is.
+
+    Attributes:
+        summary: what is missing, in one line.
+        table: where the memory would go, and what would help; several lines.
+    """
+
+    def __init__(self, summary: str, table: str) -> None:
+        super().__init__(f"{summary}\n{table}")
+        self.summary = summary
+        self.table = table
+
+
 class LoadError(QEngineError):
     """A model cannot be loaded: not found, broken, unsupported, or too large for the memory given."""
 

@@ -1,9 +1,7 @@
 """From an EngineConfig to the parts of an engine: everything that happens once, at the start.
 
 Order: check the file's headers, plan memory, load the tokenizer, then the weights, then the KV cache, and let the model
-run once. Invariant: what
-cannot work fails before a weight is read, with a message for the user; but on a GPU the cache is planned after them,
-from what they leave. It runs no request.
+run once. Invariant: what cannot work fails before a weight is read, with a message for the user. It runs no request.
 """
 
 from __future__ import annotations
@@ -22,7 +20,7 @@ from qengine.runtime.executors import Executor, UniprocExecutor
 from qengine.runtime.inspection import summarize_loaded
 from qengine.runtime.kv_cache import KVCache
 from qengine.runtime.loader import OpenedModel, load_timed, open_model
-from qengine.runtime.planner import MemoryPlan, wanted_length
+from qengine.runtime.planner import MemoryPlan, size_text
 from qengine.runtime.platform import Platform, choose_device, choose_dtype
 from qengine.runtime.runner import ModelRunner
 from qengine.runtime.start_times import StartTimes
@@ -100,19 +98,16 @@ def start_on(
         ConfigError, LoadError: as `start_parts`.
     """
     watch = watch or StartTimes()
-    model_config, on_gpu = opened.config, platform.device.type == "cuda"
+    model_config = opened.config
     kv_format = platform.kv_format(config.cache.kv_cache_dtype)
     platform.check(model_config, config)
-    platform.cap_memory(config)
-    # A GPU's cache takes what the weights leave; a CPU's share is known before.
-    plan = None if on_gpu else platform.plan(model_config, config, kv_format)
-    longest = wanted_length(model_config, config.scheduler.max_model_len) if plan is None else plan.max_model_len
+    plan = platform.plan(opened, config)
     watch.lap("plan")
     tokenizer = _load_tokenizer(config, opened)
     watch.lap("tokenizer")
-    model, load_times = load_timed(opened, platform.target, longest, show_progress=show_progress)
+    model, load_times = load_timed(opened, platform.target, plan.max_model_len, show_progress=show_progress)
     watch.loaded(load_times)
-    plan = plan or platform.plan(model_config, config, kv_format)
+    plan = _corrected(plan, model.num_bytes, platform, config, opened)
     cache = KVCache(model_config, plan.num_blocks, plan.block_size, kv_format, platform.device)
     watch.lap("kv cache")
     runner = platform.make_runner(model_config, model, cache, plan, config.scheduler.max_num_seqs)
@@ -123,8 +118,7 @@ def start_on(
     watch.lap("warm-up")
     _log_kernels(model.linears())
     logger.info("%s", watch.table())
-    weight_bytes = sum(linear.num_bytes for linear in model.linears()) + model.embedding.num_bytes
-    info = _info(config, opened, plan, platform.target, weight_bytes)
+    info = _info(config, opened, plan, platform.target, model.num_bytes)
     eos_token_ids = opened.eos_token_ids | tokenizer.eos_token_ids
     return EngineParts(
         info=replace(info, start_seconds=watch.seconds),
@@ -152,6 +146,18 @@ def _check_weights(runner: ModelRunner, plan: MemoryPlan, config: EngineConfig, 
     if config.load.load_format == "dummy":
         found = replace(found, constant_token_id=None)
     judge(found, opened.location.name, runner.model.dtype, opened.config.torch_dtype)
+
+
+def _corrected(
+    plan: MemoryPlan, weight_bytes: int, platform: Platform, config: EngineConfig, opened: OpenedModel
+) -> MemoryPlan:
+    """The plan again where the weights turned out larger than headers could tell."""
+    planned = plan.cards[0].weight_bytes
+    if weight_bytes <= planned:
+        return plan
+    logger.warning("the weights take %s, and headers told of %s", size_text(weight_bytes), size_text(planned))
+    found = platform.plan(opened, config, measured_weights=weight_bytes)
+    return replace(found, max_model_len=min(found.max_model_len, plan.max_model_len))
 
 
 def _load_tokenizer(config: EngineConfig, opened: OpenedModel) -> Tokenizer:

@@ -91,20 +91,28 @@ def prepared_bytes(facts: WeightFacts, kernels: Kernels, dtype: str) -> int:
         kernels: of which device.
         dtype: of activations.
     """
+    return sum(prepared_parts(facts, kernels, dtype))
+
+
+def prepared_parts(facts: WeightFacts, kernels: Kernels, dtype: str) -> tuple[int, ...]:
+    """The same, tensor by tensor."""
+    order = (_ORDER_BYTES * facts.in_features,) if facts.has_order else ()
     if facts.bits is not None and kernels == "gpu" and runs_p16(facts, dtype):
-        held, bias_dtype = p16_bytes(facts.bits, facts.in_features, facts.out_features, _p16_groups(facts)), None
-    elif facts.bits is not None and kernels == "cpu" and runs_cpu_int4(facts, dtype):
-        held, bias_dtype = cpu_int4_bytes(facts.bits, facts.in_features, facts.out_features, facts.group_size), dtype
-    else:
-        return dense_bytes(facts.in_features, facts.out_features, dtype, has_bias=facts.bias_dtype is not None)
-    if facts.bias_dtype is not None:
-        held += facts.out_features * DTYPE_BYTES[bias_dtype or facts.bias_dtype]
-    return held + (_ORDER_BYTES * facts.in_features if facts.has_order else 0)
+        parts = p16_parts(facts.bits, facts.in_features, facts.out_features, _p16_groups(facts))
+        return (*parts, *order, *_bias(facts, facts.bias_dtype))
+    if facts.bits is not None and kernels == "cpu" and runs_cpu_int4(facts, dtype):
+        held = cpu_int4_bytes(facts.bits, facts.in_features, facts.out_features, facts.group_size)
+        return (held, *order, *_bias(facts, dtype))
+    return (dense_bytes(facts.in_features, facts.out_features, dtype), *_bias(facts, dtype))
 
 
-def dense_bytes(in_features: int, out_features: int, dtype: str, *, has_bias: bool = False) -> int:
+def _bias(facts: WeightFacts, dtype: str | None) -> tuple[int, ...]:
+    return () if facts.bias_dtype is None or dtype is None else (facts.out_features * DTYPE_BYTES[dtype],)
+
+
+def dense_bytes(in_features: int, out_features: int, dtype: str) -> int:
     """A matrix in the compute dtype."""
-    return (in_features + has_bias) * out_features * DTYPE_BYTES[dtype]
+    return in_features * out_features * DTYPE_BYTES[dtype]
 
 
 # torch's int4 kernel
@@ -161,13 +169,19 @@ def _p16_groups(facts: WeightFacts) -> P16Groups:
     return P16Groups(facts.num_tables, max(1, block // size), max(1, size // block))
 
 
-def p16_bytes(bits: int, in_features: int, out_features: int, tables: P16Groups) -> int:
-    """Words and tables of the P16 layout, padding included."""
+def p16_parts(bits: int, in_features: int, out_features: int, tables: P16Groups) -> tuple[int, ...]:
+    """Bytes of the words, and of each table of the P16 layout, padding included."""
     num_blocks = -(-in_features // (P16_ROWS * 16 // bits))
     columns = out_features + -out_features % P16_COLUMNS
     rows = -(-num_blocks // tables.blocks_per_group) if tables.blocks_per_group else 1
     # Words and fields of tables have 16 bits; every table ends with one more row.
-    return 2 * columns * (num_blocks * P16_ROWS + tables.num_tables * (rows + 1) * tables.groups)
+    table = 2 * columns * (rows + 1) * tables.groups
+    return (2 * columns * num_blocks * P16_ROWS, *[table] * tables.num_tables)
+
+
+def p16_bytes(bits: int, in_features: int, out_features: int, tables: P16Groups) -> int:
+    """All of them."""
+    return sum(p16_parts(bits, in_features, out_features, tables))
 
 
 # The KV cache

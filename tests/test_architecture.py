@@ -32,7 +32,7 @@ FLOORS: tuple[tuple[str, ...], ...] = (
 )
 #: The same inside scheduling/, whose modules build on each other in one direction.
 SCHEDULING_BASE = ("block_pool", "batch")
-CONVERTER_USERS = ("qengine.runtime.loader", "qengine.runtime.planner", "qengine.commands")
+CONVERTER_USERS = ("qengine.runtime.loader", "qengine.runtime.opening", "qengine.commands")
 LIGHT = (
     "qengine.config",
     "qengine.cli",

@@ -20,7 +20,6 @@ from converters.dummy_source import DummySource
 from qengine.config import CacheConfig, EngineConfig, LoadConfig, SchedulerConfig
 from qengine.models.decoder import Decoder
 from qengine.request import Request, SamplingParams
-from qengine.runtime import gpu_memory
 from qengine.runtime.kv_cache import KVCache
 from qengine.runtime.loader import OpenedModel, load_decoder, open_model
 from qengine.runtime.planner import MemoryPlan, wanted_length
@@ -97,9 +96,8 @@ def open_dummy(folder: Path, config: Config, quantization: str | None, device: t
 
 def load(opened: OpenedModel, platform: Platform, config: EngineConfig) -> LoadedModel:
     """Make the weights and lay them out, within the memory that the configuration allows."""
-    if platform.device.type == "cuda":
-        gpu_memory.cap_process(gpu_memory.allowed_bytes(config.cache, platform.device), platform.device)
     platform.check(opened.config, config)
+    platform.plan(opened, config)  # Holds torch to what is allowed, and refuses what will not fit.
     begun = time.perf_counter()
     decoder = load_decoder(opened, platform.target, wanted_length(opened.config, config.scheduler.max_model_len))
     return LoadedModel(opened, decoder, time.perf_counter() - begun)
@@ -109,7 +107,7 @@ def start(loaded: LoadedModel, platform: Platform, config: EngineConfig) -> Toke
     """An engine around weights that are loaded."""
     model, limits = loaded.opened.config, config.scheduler
     kv_format = platform.kv_format(config.cache.kv_cache_dtype)
-    plan = platform.plan(model, config, kv_format)
+    plan = platform.plan(loaded.opened, config, measured_weights=loaded.decoder.num_bytes)
     cache = KVCache(model, plan.num_blocks, plan.block_size, kv_format, platform.device)
     runner = platform.make_runner(model, loaded.decoder, cache, plan, limits.max_num_seqs)
     scheduler = Scheduler(

@@ -11,15 +11,8 @@ from pathlib import Path
 from typing import Any
 
 Config = Mapping[str, Any]
-
-_LLAMA: Config = {
-    "architectures": ["LlamaForCausalLM"],
-    "model_type": "llama",
-    "hidden_act": "silu",
-    "tie_word_embeddings": False,
-    "rms_norm_eps": 1e-5,
-}
-_LLAMA_2: Config = {**_LLAMA, "vocab_size": 32000, "max_position_embeddings": 4096, "rope_theta": 10000.0}
+#: One folder per model; `benchmarks.memory_table` plans them too.
+MODELS = Path(__file__).parents[1] / "models"
 
 
 def _sizes(hidden: int, inner: int, layers: int, heads: int, kv_heads: int) -> Config:
@@ -32,17 +25,11 @@ def _sizes(hidden: int, inner: int, layers: int, heads: int, kv_heads: int) -> C
     }
 
 
-#: Sizes as published with the models.
+#: Their config.json as published, but for what sizes do not depend on.
 CONFIGS: Mapping[str, Config] = {
-    "llama-3-8b": {
-        **_LLAMA,
-        **_sizes(4096, 14336, 32, 32, 8),
-        "vocab_size": 128256,
-        "max_position_embeddings": 8192,
-        "rope_theta": 500000.0,
-    },
-    "llama-2-7b": {**_LLAMA_2, **_sizes(4096, 11008, 32, 32, 32)},
-    "llama-2-13b": {**_LLAMA_2, **_sizes(5120, 13824, 40, 40, 40)},
+    folder.name: json.loads((folder / "config.json").read_text(encoding="utf-8"))
+    for folder in sorted(MODELS.iterdir())
+    if folder.is_dir()
 }
 #: What logits are compared on: real widths, few layers.
 _MODERATE: Config = {

@@ -10,7 +10,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Literal
 
-from qengine.config import AUTO, parse_count, parse_memory
+from qengine.config import AUTO, parse_count, parse_limits, parse_memory
 from qengine.errors import ConfigError
 
 #: (text, flag name) -> value; raises ConfigError.
@@ -35,6 +35,10 @@ def count(value: str, flag: str) -> int:
 
 def memory(value: str, flag: str) -> int:
     return parse_memory(value, flag)
+
+
+def limits(value: str, flag: str) -> object:
+    return parse_limits(value, flag)
 
 
 def number(value: str, flag: str) -> float:
@@ -141,7 +145,7 @@ MEMORY_FLAGS = Group(
             default="on",
         ),
         Flag("--gpu-memory-utilization", "share of a GPU's memory to use", "SHARE", number, default="0.92"),
-        Flag("--gpu-memory-limit", "the same as a size, such as 22GiB; overrides the share", "SIZE", memory),
+        Flag("--gpu-memory-limit", "the same as a size, such as 22GiB, or 22,23.5 per card", "SIZE", limits),
     ),
 )
 
@@ -240,6 +244,8 @@ CHAT_FLAGS = Group(
 
 #: Cards whose figures are known without one there (a test compares with quant_kernels, which is too heavy to ask here).
 CARD_NAMES = ("3090", "4090", "5090", "a100", "h100")
+#: What their driver shows to a program, in GiB: the least that has been seen, since newer drivers keep more.
+CARD_MEMORY = {"3090": 23.57, "4090": 23.52, "5090": 31.36, "a100": 79.14, "h100": 79.10}
 
 _READ_AS = ("--quantization", "--dtype", "--load-format", "--bits", "--group-size")
 INSPECT_FLAGS = Group(
@@ -253,6 +259,32 @@ INSPECT_FLAGS = Group(
     ),
 )
 READ_FLAGS = Group("Model", tuple(flag for flag in MODEL_FLAGS.flags if flag.name in _READ_AS))
+PLAN_FLAGS = Group(
+    "What to plan for",
+    (
+        Flag(
+            "--gpu",
+            f"a size such as 24GB, a card ({', '.join(CARD_MEMORY)}), 24GB,12GB for two, or auto: this machine's",
+            "CARDS",
+            default="this machine's, or its CPU",
+        ),
+        Flag(
+            "--tensor-parallel-size",
+            "cards that share each layer",
+            "N",
+            count,
+            default="1, or all that are named",
+            short="-tp",
+        ),
+        Flag("--device", "cpu plans for this computer's own memory", "DEVICE", default="auto"),
+        _switch("--enforce-eager", "no CUDA graphs"),
+        _switch("--json", "one JSON object instead of a table"),
+    ),
+)
+_NOT_PLANNED = ("--enable-prefix-caching",)
+PLAN_MEMORY_FLAGS = Group(
+    MEMORY_FLAGS.title, tuple(flag for flag in MEMORY_FLAGS.flags if flag.name not in _NOT_PLANNED)
+)
 
 GENERAL_FLAGS = Group(
     "General",
@@ -318,6 +350,16 @@ COMMANDS: dict[str, CommandHelp] = {
             ("qengine inspect MODEL --gpu h100 --rows 32", "a step of 32 sequences"),
             ("qengine inspect MODEL --load-format dummy -q gptq", "from a config.json alone"),
             ("qengine inspect --bandwidth 40 --json", "the bundled model on this CPU, for a program"),
+        ),
+    ),
+    "plan": CommandHelp(
+        "Say where every byte of a card would go and what context fits. Exits with 1 if it does not fit.",
+        (PLAN_FLAGS, READ_FLAGS, PLAN_MEMORY_FLAGS, BATCH_FLAGS, GENERAL_FLAGS),
+        (
+            ("qengine plan ./Qwen2.5-14B-Instruct-AWQ --gpu 24GB", "a card that need not be there"),
+            ("qengine plan MODEL --gpu 3090,3090 --max-model-len 16K", "two cards, a context that must fit"),
+            ("qengine plan MODEL --gpu 24GB,12GB --kv-cache-dtype int8", "cards that are unlike"),
+            ("qengine plan DIR --load-format dummy -q awq --gpu 8GB", "from a config.json alone"),
         ),
     ),
 }

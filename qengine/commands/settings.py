@@ -13,11 +13,12 @@ import sys
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from qengine import environment
 from qengine.commands.flags import (
     ADDRESS_FLAGS,
+    CARD_MEMORY,
     CARD_NAMES,
     ENGINE_GROUPS,
     SAMPLING_FLAGS,
@@ -25,7 +26,7 @@ from qengine.commands.flags import (
     Group,
 )
 from qengine.commands.parsing import Invocation
-from qengine.config import EngineConfig, LoadConfig, nearest
+from qengine.config import AUTO, EngineConfig, LoadConfig, nearest, parse_memory
 from qengine.errors import ConfigError
 from qengine.request import SamplingParams
 from qengine.serving.exposure import check_key
@@ -35,6 +36,7 @@ logger = logging.getLogger(__name__)
 
 #: A key file larger than this is a mistake, such as a model's name in the wrong place.
 _MAX_KEY_FILE_BYTES = 1 << 20
+_SMALLEST_CARD_BYTES, _LARGEST_CARD_BYTES = 1 << 28, 1 << 40
 
 
 @dataclass(frozen=True, slots=True)
@@ -73,6 +75,19 @@ class InspectSettings:
     gpu: str | None = None
     num_sequences: int = 1
     bytes_per_s: float | None = None
+    as_json: bool = False
+
+
+@dataclass(frozen=True, slots=True)
+class PlanSettings:
+    """`cards` are (name, bytes); None asks this machine's driver, and so does AUTO, which insists on a card.
+
+    `num_ranks` None is as many as there are cards in `cards`, else 1.
+    """
+
+    engine: EngineConfig
+    cards: tuple[tuple[str, int], ...] | Literal["auto"] | None = None
+    num_ranks: int | None = None
     as_json: bool = False
 
 
@@ -138,6 +153,47 @@ def inspect_settings(given: Invocation) -> InspectSettings:
         raise ConfigError(f"--bandwidth is {bandwidth}, expected GB/s above zero, such as 50")
     bytes_per_s = None if bandwidth is None else bandwidth * 1e9
     return InspectSettings(load, gpu, num_sequences, bytes_per_s, bool(options.get("json", False)))
+
+
+def plan_settings(given: Invocation) -> PlanSettings:
+    """Raises ConfigError."""
+    options = dict(given.options)
+    # Ranks are planned here and not run, so the engine's own limit is not asked.
+    num_ranks = options.pop("tensor_parallel_size", None)
+    engine = _engine_config(options)
+    if num_ranks is not None and num_ranks < 1:
+        raise ConfigError(f"--tensor-parallel-size is {num_ranks}, expected a whole number of at least 1")
+    gpu = options.get("gpu")
+    cards = None if gpu is None else _cards(gpu)
+    if gpu is not None and engine.load.device == "cpu":
+        raise ConfigError("--gpu and --device cpu contradict each other; give one or the other")
+    if isinstance(cards, tuple) and len(cards) > 1 and num_ranks not in (None, len(cards)):
+        raise ConfigError(
+            f"--gpu names {len(cards)} cards and -tp is {num_ranks}; name one card for all ranks, or one for each"
+        )
+    return PlanSettings(engine, cards, num_ranks, bool(options.get("json", False)))
+
+
+def _cards(text: str) -> tuple[tuple[str, int], ...] | Literal["auto"]:
+    """What --gpu names: "auto", or sizes and names of cards with commas between them."""
+    if text.strip().lower() == AUTO:
+        return AUTO
+    return tuple(_card_of(part.strip()) for part in text.split(","))
+
+
+def _card_of(text: str) -> tuple[str, int]:
+    name = text.lower()
+    if name in CARD_MEMORY:
+        return name.upper() if name[0].isalpha() else f"RTX {name}", int(CARD_MEMORY[name] * 2**30)
+    try:
+        num_bytes = parse_memory(text, "--gpu")
+    except ConfigError:
+        num_bytes = 0
+    # No card has so much or so little; and what is a card's name in other ears must not pass as its GiB.
+    if not _SMALLEST_CARD_BYTES <= num_bytes <= _LARGEST_CARD_BYTES:
+        hint, known = nearest(name, list(CARD_MEMORY)), ", ".join(CARD_MEMORY)
+        raise ConfigError(f"--gpu '{text}' is no size such as 24GB and no known card{hint} (known: {known})")
+    return f"{num_bytes / 2**30:g} GiB card", num_bytes
 
 
 def _check_card(name: str) -> str:

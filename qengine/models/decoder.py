@@ -1,8 +1,8 @@
 """The one decoder: pre-norm attention and gated MLP, shared by every architecture of the registry.
 
-`build` puts the decoder together of the weights that `models.shapes` names, from whatever reads them. Invariant:
-`forward` is a pure function of its arguments and the KV cache; rows are tokens, in any mix of sequences. It does not
-read files, allocate the cache or sample.
+`build` puts it together of the weights that `models.shapes` names, from whatever reads them. Invariant: `forward` is a
+pure function of its arguments and the KV cache; rows are tokens, in any mix of sequences. It does not read files,
+allocate the cache or sample.
 """
 
 from __future__ import annotations

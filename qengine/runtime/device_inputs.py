@@ -16,6 +16,7 @@ import torch
 from qengine.config import ModelConfig
 from qengine.layers.rope import RotaryEmbedding
 from qengine.runtime.inputs import PreparedStep, first_rows, sample_rows
+from qengine.runtime.model_bytes import NUM_SLOTS
 from qengine.runtime.packed_ints import Ints, Layout, write
 from qengine.scheduling.batch import Batch, BatchEntry
 from quant_kernels.attention.kv_format import KVFormat
@@ -26,8 +27,6 @@ from quant_kernels.ops.triton_ops import TritonInputs
 from quant_kernels.tuning.attention import AttentionTile, most_shares, select_attention
 from quant_kernels.tuning.card import Card
 
-#: Query tokens whose attention may be in parts at one time; their partial results take memory.
-NUM_SLOTS = 1024
 #: Programs per multiprocessor that a recorded attention launch has; each takes as many items as there are.
 _RECORDED_PROGRAMS_PER_SM = 4
 _NO_SLOT = -1

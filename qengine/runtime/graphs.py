@@ -15,8 +15,8 @@ import torch
 
 from qengine.models.decoder import Decoder
 from qengine.runtime.device_inputs import DeviceSteps, StaticInputs
-from qengine.runtime.gpu_memory import buckets
 from qengine.runtime.kv_cache import KVCache
+from qengine.runtime.model_bytes import buckets
 from qengine.scheduling.batch import BatchEntry
 
 logger = logging.getLogger(__name__)

@@ -1,116 +1,229 @@
-"""MemoryPlan: where the bytes go, decided before any of them is allocated.
+"""MemoryPlan: where every byte of every card goes, decided before any of them is allocated.
 
-From the model's sizes and the machine's free memory alone. Invariant: a sequence of exactly `max_model_len` tokens fits
-the planned pool, and the plan never exceeds what it was given. It imports neither torch nor converters and reads
-no weights.
+`make_plan` is the one function that both `qengine plan` and the engine use. Invariant: on each card total = weights +
+step buffers + graphs + reserve + KV cache + free, and a sequence of exactly `max_model_len` tokens fits the planned
+pool. It imports no torch and reads no weights; `advice` says what would help where a plan does not fit.
 """
 
 from __future__ import annotations
 
-import logging
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
 
 from qengine.config import AUTO, EngineConfig, ModelConfig
 from qengine.errors import ConfigError
-
-logger = logging.getLogger(__name__)
+from qengine.parallel.split import RankShape
+from qengine.runtime.model_bytes import (
+    BATCHED_TOKENS,
+    CPU_BATCHED_TOKENS,
+    LARGE_BATCHED_TOKENS,
+    LARGE_CARD_BYTES,
+    ModelFacts,
+    graph_bytes,
+    rounding_bytes,
+    step_bytes,
+    weight_bytes,
+    weight_parts,
+)
+from quant_kernels.footprint import Kernels, kv_bytes_per_token, kv_number_bytes
+from quant_kernels.tuning.attention import BLOCK_SIZES, HEAD_DIMS, max_group
 
 #: On a CPU the cache holds this many sequences of full length by default, but at most this share of free memory.
 CPU_SEQUENCES = 4
 CPU_SHARE = 0.25
-#: One step's tokens by default: small on a CPU, so that a long prompt does not stall the others.
-CPU_BATCHED_TOKENS = 256
+#: The driver's own memory per process: code, stacks, libraries.
+CONTEXT_BYTES = 2**29
+#: Shares that are tried where cards are unlike.
+_SHARE_STEPS = 16
+
+
+@dataclass(frozen=True, slots=True)
+class Card:
+    """A card that need not be there, or a computer's own memory.
+
+    Attributes:
+        total_bytes: as its driver says.
+        free_bytes: what this process can have of it; None for all.
+    """
+
+    name: str
+    total_bytes: int
+    free_bytes: int | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Machine:
+    """What a model is planned for: one card per rank.
+
+    Attributes:
+        kernels: "gpu", or "cpu" with the computer's memory as the only card.
+        dtype: compute dtype.
+        has_graphs: decode steps are recorded.
+        is_interpreted: a GPU's kernels run in Triton's interpreter, in the computer's memory.
+    """
+
+    kernels: Kernels
+    cards: tuple[Card, ...]
+    dtype: str
+    has_graphs: bool = True
+    is_interpreted: bool = False
+
+    @property
+    def is_gpu(self) -> bool:
+        """Whether the memory is a card's own."""
+        return self.kernels == "gpu" and not self.is_interpreted
+
+
+@dataclass(frozen=True, slots=True)
+class CardPlan:
+    """Bytes of one card by purpose; `free_bytes` is negative where something does not fit.
+
+    Attributes:
+        weight_bytes: as they are once prepared, padding included.
+        step_buffer_bytes: what a step takes at most.
+        graph_bytes: recorded decode steps.
+        reserve_bytes: what this process may not use, the driver's own, and what torch's allocator rounds up.
+        kv_bytes_per_token: of context, all layers together.
+        num_blocks: of the cache.
+    """
+
+    name: str
+    total_bytes: int
+    weight_bytes: int
+    step_buffer_bytes: int
+    graph_bytes: int
+    reserve_bytes: int
+    kv_bytes_per_token: int
+    num_blocks: int
+    block_size: int
+
+    @property
+    def kv_bytes(self) -> int:
+        return self.num_blocks * self.block_size * self.kv_bytes_per_token
+
+    @property
+    def free_bytes(self) -> int:
+        """What nobody takes."""
+        taken = self.weight_bytes + self.step_buffer_bytes + self.graph_bytes + self.reserve_bytes
+        return self.total_bytes - taken - self.kv_bytes
 
 
 @dataclass(frozen=True, slots=True)
 class MemoryPlan:
-    """Sizes an engine is built with. Bytes are exact for the cache; `num_blocks` of `block_size` tokens."""
+    """Sizes an engine is built with.
+
+    Attributes:
+        max_model_len: the context, prompt and output together; where it does not fit, the longest that would, or 0.
+        wanted_len: the context that was asked for, or the model's own.
+        fits: whether the engine can start with it.
+        num_blocks: of `block_size` tokens, on every card.
+        cards: by rank.
+        shares: how ranks that are unlike share the model, in any unit; None for alike.
+    """
 
     max_model_len: int
+    wanted_len: int
+    fits: bool
     max_num_batched_tokens: int
+    max_num_seqs: int
     block_size: int
     num_blocks: int
-    kv_bytes_per_token: int
+    cards: tuple[CardPlan, ...]
+    shares: tuple[float, ...] | None = None
 
     @property
     def kv_cache_bytes(self) -> int:
-        return self.num_blocks * self.block_size * self.kv_bytes_per_token
+        """Of all cards."""
+        return sum(card.kv_bytes for card in self.cards)
+
+    @property
+    def kv_bytes_per_token(self) -> int:
+        """Of all cards."""
+        return sum(card.kv_bytes_per_token for card in self.cards)
+
+    @property
+    def longest_len(self) -> int:
+        """Tokens that the pool holds; one sequence can have them all, if the model was made for so many."""
+        return self.num_blocks * self.block_size
+
+    @property
+    def max_concurrency(self) -> float:
+        """Sequences of `max_model_len` tokens that the pool holds at once; `max_num_seqs` may allow fewer."""
+        if self.max_model_len == 0:
+            return 0.0
+        return self.num_blocks / num_blocks_for(self.max_model_len, self.block_size)
+
+    @property
+    def is_lowered(self) -> bool:
+        """Whether it fits with a shorter context than the model was made for."""
+        return self.fits and self.max_model_len < self.wanted_len
+
+    @property
+    def text(self) -> str:
+        """One line per card, for the log."""
+        return "; ".join(_card_text(card) for card in self.cards)
 
 
-def available_memory() -> int:
-    """Bytes that can be allocated without swapping: MemAvailable, within the cgroup's limit where there is one."""
-    available = _meminfo("MemAvailable")
-    try:
-        with open("/sys/fs/cgroup/memory.max") as limit, open("/sys/fs/cgroup/memory.current") as used:
-            return max(0, min(available, int(limit.read()) - int(used.read()) + _cached_files()))
-    except (OSError, ValueError):
-        return available
+def _card_text(card: CardPlan) -> str:
+    parts = {
+        "weights": card.weight_bytes,
+        "a step": card.step_buffer_bytes,
+        "graphs": card.graph_bytes,
+        "reserve": card.reserve_bytes,
+        "the KV cache": card.kv_bytes,
+    }
+    named = ", ".join(f"{size_text(value)} for {name}" for name, value in parts.items())
+    return f"{card.name}: {size_text(card.total_bytes)} = {named}, {size_text(card.free_bytes)} free"
 
 
-def _cached_files() -> int:
-    """Bytes of files that the cgroup counts as used, but gives up when memory is asked for."""
-    with open("/sys/fs/cgroup/memory.stat") as table:
-        return sum(int(line.split()[1]) for line in table if line.startswith("inactive_file "))
+def num_blocks_for(tokens: int, block_size: int) -> int:
+    """Blocks that so many tokens take."""
+    return -(-tokens // block_size)
 
 
-def _meminfo(key: str) -> int:
-    with open("/proc/meminfo") as table:
-        for line in table:
-            if line.startswith(key + ":"):
-                return int(line.split()[1]) * 1024
-    raise ConfigError(f"/proc/meminfo has no {key}; set kv_cache_memory_bytes")
+def size_text(num_bytes: int) -> str:
+    """Bytes for people."""
+    sign, size = "-" if num_bytes < 0 else "", abs(num_bytes)
+    return f"{sign}{size / 2**30:.2f} GiB" if size >= 2**30 else f"{sign}{size / 2**20:.1f} MiB"
 
 
-def plan_memory(
-    model: ModelConfig,
-    config: EngineConfig,
-    *,
-    kv_bytes_per_token: int,
-    free_bytes: int,
-    on_gpu: bool = False,
-    batched_tokens: int = CPU_BATCHED_TOKENS,
-) -> MemoryPlan:
-    """Fit the KV cache and the context length into memory.
+def compute_dtype(name: str, stored: str | None, *, on_gpu: bool) -> str:
+    """The compute dtype by the user's name for it.
+
+    "auto" on a CPU is bfloat16 for every file, since its 4-bit kernel knows nothing else; on a GPU what the file is
+    stored in, float16 for anything but bfloat16.
 
     Args:
-        kv_bytes_per_token: what one token takes in the cache, over all layers.
-        free_bytes: what the machine could give the cache: on a GPU all that everything else leaves, and it takes it.
-        on_gpu: where the cache is.
-        batched_tokens: one step's tokens unless the user says.
+        stored: the file's own dtype, if it says.
 
     Raises:
-        ConfigError: if an explicit max_model_len, or a single block, does not fit; names the largest that would.
+        ConfigError: for a dtype that the device has no kernels for.
     """
-    cache, limits = config.cache, config.scheduler
-    block_bytes = kv_bytes_per_token * cache.block_size
-    wanted = wanted_length(model, limits.max_model_len)
-    budget = cache.kv_cache_memory_bytes
-    if budget is not None:
-        if budget > free_bytes:
-            raise ConfigError(
-                f"kv_cache_memory_bytes is {size_text(budget)}, but only {size_text(free_bytes)} of memory are free; "
-                "lower it"
-            )
-        most_blocks = budget // block_bytes
-    elif on_gpu:
-        budget = free_bytes
-        most_blocks = budget // block_bytes
-    else:
-        budget = int(free_bytes * CPU_SHARE)
-        most_blocks = min(budget // block_bytes, CPU_SEQUENCES * _blocks(wanted, cache.block_size))
-    if most_blocks < 1:
+    if name == AUTO:
+        return "bfloat16" if not on_gpu or stored == "bfloat16" else "float16"
+    if name == "float32" and on_gpu:
+        raise ConfigError("dtype is float32, which has no kernels on a GPU; use float16, bfloat16 or --device cpu")
+    return name
+
+
+def check_gpu(model: ModelConfig, config: EngineConfig, arch: int = 0) -> None:
+    """Refuse what a GPU's kernels do not know.
+
+    Args:
+        arch: compute capability, such as 86; 0 if it is not known.
+
+    Raises:
+        ConfigError: naming the option or the model's property.
+    """
+    if config.cache.block_size not in BLOCK_SIZES:
+        known = " or ".join(map(str, BLOCK_SIZES))
+        raise ConfigError(f"block_size is {config.cache.block_size}, but a GPU's attention takes {known}")
+    group, most = model.num_heads // model.num_kv_heads, max_group(arch, model.head_dim)
+    if group > most or model.head_dim > HEAD_DIMS[-1]:
         raise ConfigError(
-            f"the KV cache may take {size_text(budget)}, but one block of {cache.block_size} tokens needs "
-            f"{size_text(block_bytes)}; free some memory or raise kv_cache_memory_bytes"
+            f"the model has {group} query heads per KV head of {model.head_dim} numbers; the GPU's attention takes "
+            f"up to {most} heads of up to {HEAD_DIMS[-1]}; use --device cpu"
         )
-    fitting = most_blocks * cache.block_size
-    length = _fit_length(wanted, fitting, budget, explicit=isinstance(limits.max_model_len, int))
-    batched = limits.max_num_batched_tokens or batched_tokens
-    return MemoryPlan(length, batched, cache.block_size, most_blocks, kv_bytes_per_token)
-
-
-def _blocks(tokens: int, block_size: int) -> int:
-    return -(-tokens // block_size)
 
 
 def wanted_length(model: ModelConfig, asked: int | str | None) -> int:
@@ -130,24 +243,145 @@ def wanted_length(model: ModelConfig, asked: int | str | None) -> int:
     return asked
 
 
-def _fit_length(wanted: int, fitting: int, budget: int, *, explicit: bool) -> int:
-    if wanted <= fitting:
-        return wanted
-    if explicit:
+def allowed_bytes(card: Card, config: EngineConfig, rank: int) -> int:
+    """What this process may take of a card: the limit, else the share, and never more than is free.
+
+    Raises:
+        ConfigError: if the limit exceeds the card.
+    """
+    limit = config.cache.memory_limit(rank)
+    if limit is None:
+        allowed = int(card.total_bytes * config.cache.gpu_memory_utilization)
+    elif limit > card.total_bytes:
         raise ConfigError(
-            f"max_model_len is {wanted}, but the KV cache of {size_text(budget)} holds {fitting} tokens; "
-            f"use max_model_len {fitting} or less, or raise kv_cache_memory_bytes"
+            f"gpu_memory_limit is {size_text(limit)}, but {card.name} has {size_text(card.total_bytes)}; lower it"
         )
-    logger.warning(
-        "max_model_len lowered from the model's %d to %d: what a KV cache of %s holds "
-        "(kv_cache_memory_bytes sets its size)",
-        wanted,
-        fitting,
-        size_text(budget),
-    )
-    return fitting
+    else:
+        allowed = limit
+    return allowed if card.free_bytes is None else min(allowed, card.free_bytes)
 
 
-def size_text(num_bytes: int) -> str:
-    """Bytes for people."""
-    return f"{num_bytes / 2**30:.2f} GiB" if num_bytes >= 2**30 else f"{num_bytes / 2**20:.1f} MiB"
+def batched_tokens(config: EngineConfig, machine: Machine) -> int:
+    """Tokens of one step: as asked for, else by the device and its size."""
+    if config.scheduler.max_num_batched_tokens is not None:
+        return config.scheduler.max_num_batched_tokens
+    if not machine.is_gpu:
+        return CPU_BATCHED_TOKENS
+    smallest = min(card.total_bytes for card in machine.cards)
+    return LARGE_BATCHED_TOKENS if smallest >= LARGE_CARD_BYTES else BATCHED_TOKENS
+
+
+def make_plan(
+    model: ModelFacts, config: EngineConfig, machine: Machine, *, measured_weights: Sequence[int] | None = None
+) -> MemoryPlan:
+    """Share out the memory of every card. Whether the result `fits` is for the caller to look at.
+
+    Args:
+        measured_weights: bytes of each rank's weights where they are loaded already; None takes what headers tell.
+
+    Raises:
+        ConfigError: if the request contradicts the model or the cards, whatever their memory.
+    """
+    config.cache.check_num_limits(len(machine.cards))
+    wanted = wanted_length(model.config, config.scheduler.max_model_len)
+    planner = _Planner(model, config, machine, measured_weights)
+    best = max((planner.plan(wanted, shares) for shares in planner.shares()), key=lambda plan: plan.num_blocks)
+    if best.longest_len >= wanted:
+        return best
+    is_explicit = isinstance(config.scheduler.max_model_len, int)
+    longest = planner.plan(planner.longest(wanted, best.shares), best.shares)
+    return replace(longest, wanted_len=wanted, fits=longest.max_model_len > 0 and not is_explicit)
+
+
+@dataclass(frozen=True, slots=True)
+class _Planner:
+    """One request; plans it for a context and given shares of the cards."""
+
+    model: ModelFacts
+    config: EngineConfig
+    machine: Machine
+    measured_weights: Sequence[int] | None
+
+    def longest(self, wanted: int, shares: tuple[float, ...] | None) -> int:
+        """The longest context below `wanted` that fits: a longer one needs larger tables and leaves fewer blocks."""
+        fitting, failing = 0, wanted
+        while failing - fitting > 1:
+            middle = (fitting + failing) // 2
+            if self.plan(middle, shares).longest_len >= middle:
+                fitting = middle
+            else:
+                failing = middle
+        return fitting
+
+    def shares(self) -> list[tuple[float, ...] | None]:
+        """How the model may be shared out: evenly, or where cards are unlike, more and more by their sizes."""
+        allowed = [allowed_bytes(card, self.config, rank) for rank, card in enumerate(self.machine.cards)]
+        if not self.machine.is_gpu or len(set(allowed)) == 1:
+            return [None]
+        even = sum(allowed) / len(allowed)
+        # Beyond sizes alone: every card has the same fixed costs, so the smaller one carries even less.
+        steps = (i / _SHARE_STEPS for i in range(1, 2 * _SHARE_STEPS + 1))
+        blends = (tuple(even + step * (size - even) for size in allowed) for step in steps)
+        return [None, *(blend for blend in blends if min(blend) > 0)]
+
+    def plan(self, length: int, shares: tuple[float, ...] | None) -> MemoryPlan:
+        """The cards as they are with a context of `length` tokens, which may turn out not to fit."""
+        ranks = self.model.split(len(self.machine.cards), shares).ranks
+        cards = [self._fixed(rank, length) for rank in ranks]
+        num_blocks = max(0, min(self._most_blocks(card, length) for card in cards))
+        return MemoryPlan(
+            max_model_len=length,
+            wanted_len=length,
+            fits=True,
+            max_num_batched_tokens=batched_tokens(self.config, self.machine),
+            max_num_seqs=self.config.scheduler.max_num_seqs,
+            block_size=self.config.cache.block_size,
+            num_blocks=num_blocks,
+            cards=tuple(replace(card, num_blocks=num_blocks) for card in cards),
+            shares=shares,
+        )
+
+    def _fixed(self, rank: RankShape, length: int) -> CardPlan:
+        """A card with all but its cache."""
+        machine, limits, block_size = self.machine, self.config.scheduler, self.config.cache.block_size
+        card, local = machine.cards[rank.rank], rank.local(self.model.config)
+        weights = weight_bytes(self.model, rank, machine.kernels, machine.dtype)
+        if self.measured_weights is not None:
+            weights = self.measured_weights[rank.rank]
+        rows = batched_tokens(self.config, machine)
+        graphs = reserve = 0
+        if machine.is_gpu:
+            rounding = rounding_bytes(weight_parts(self.model, rank, machine.kernels, machine.dtype))
+            reserve = card.total_bytes - allowed_bytes(card, self.config, rank.rank) + CONTEXT_BYTES + rounding
+        if machine.is_gpu and machine.has_graphs:
+            graphs = graph_bytes(local, limits.max_num_seqs, length, block_size)
+        number, scale = kv_number_bytes(self.config.cache.kv_cache_dtype, machine.dtype)
+        return CardPlan(
+            name=card.name,
+            total_bytes=card.total_bytes,
+            weight_bytes=weights,
+            step_buffer_bytes=step_bytes(
+                local,
+                rows,
+                limits.max_num_seqs,
+                length,
+                num_ranks=len(machine.cards),
+                on_gpu=machine.is_gpu,
+            ),
+            graph_bytes=graphs,
+            reserve_bytes=reserve,
+            kv_bytes_per_token=local.num_layers * kv_bytes_per_token(local.num_kv_heads, local.head_dim, number, scale),
+            num_blocks=0,
+            block_size=block_size,
+        )
+
+    def _most_blocks(self, card: CardPlan, length: int) -> int:
+        """Blocks that a card can hold: the size that was asked for if it fits, else what the device's rule gives."""
+        block_bytes = card.kv_bytes_per_token * card.block_size
+        asked = self.config.cache.kv_cache_memory_bytes
+        if asked is not None:
+            return asked // block_bytes if asked <= card.free_bytes else 0
+        if self.machine.is_gpu:
+            return card.free_bytes // block_bytes
+        budget = min(int(card.total_bytes * CPU_SHARE), card.free_bytes)
+        return min(budget // block_bytes, CPU_SEQUENCES * num_blocks_for(length, card.block_size))

@@ -18,13 +18,25 @@ from qengine.models.decoder import Decoder
 from qengine.runtime import gpu_memory
 from qengine.runtime.inputs import CpuSteps
 from qengine.runtime.kv_cache import KVCache
-from qengine.runtime.planner import MemoryPlan, available_memory, plan_memory, wanted_length
+from qengine.runtime.machine_memory import CPU, available_memory
+from qengine.runtime.model_bytes import ModelFacts
+from qengine.runtime.opening import OpenedHeaders
+from qengine.runtime.planner import (
+    Card,
+    Machine,
+    MemoryPlan,
+    allowed_bytes,
+    check_gpu,
+    compute_dtype,
+    wanted_length,
+)
+from qengine.runtime.planning import plan_to_start
 from qengine.runtime.runner import ModelRunner
 from qengine.runtime.sampler import make_sampler
 from quant_kernels.attention.kv_format import KV_FORMATS, KVFormat, plain
+from quant_kernels.footprint import Kernels
 from quant_kernels.late import try_import
 from quant_kernels.linear.dispatch import MIN_ARCH, Target
-from quant_kernels.tuning.attention import BLOCK_SIZES, HEAD_DIMS, max_group
 
 if TYPE_CHECKING:
     from qengine.runtime.graphs import Recorder
@@ -81,62 +93,41 @@ class Platform:
         selector = self.target.selector
         if selector is None:
             return
-        if config.cache.block_size not in BLOCK_SIZES:
-            known = " or ".join(map(str, BLOCK_SIZES))
-            raise ConfigError(f"block_size is {config.cache.block_size}, but a GPU's attention takes {known}")
+        check_gpu(model, config, selector.card.arch)
         if self.device.type == "cuda" and config.cache.kv_cache_dtype == "float32":
             raise ConfigError("kv_cache_dtype is float32, which is for CPUs; use auto, float16, bfloat16, int8 or fp8")
-        group = model.num_heads // model.num_kv_heads
-        most = max_group(selector.card.arch, model.head_dim)
-        if group > most or model.head_dim > HEAD_DIMS[-1]:
-            raise ConfigError(
-                f"the model has {group} query heads per KV head of {model.head_dim} numbers; the GPU's attention takes "
-                f"up to {most} heads of up to {HEAD_DIMS[-1]}; use --device cpu"
-            )
 
-    def cap_memory(self, config: EngineConfig) -> None:
-        """Before weights are loaded: hold torch to what the user allows of a GPU.
+    @property
+    def machine(self) -> Machine:
+        """What the planner works with: the device as it is now."""
+        kernels: Kernels = "cpu" if self.target.selector is None else "gpu"
+        is_cuda = self.device.type == "cuda"
+        card = gpu_memory.card_of(self.device) if is_cuda else Card(CPU, available_memory())
+        dtype = str(self.target.dtype).removeprefix("torch.")
+        return Machine(
+            kernels,
+            (card,),
+            dtype,
+            has_graphs=self.recorder is not None,
+            is_interpreted=kernels == "gpu" and not is_cuda,
+        )
+
+    def plan(self, opened: OpenedHeaders, config: EngineConfig, *, measured_weights: int | None = None) -> MemoryPlan:
+        """Where all bytes go, from headers alone; holds torch to what the user allows of a GPU.
+
+        Args:
+            measured_weights: bytes of the weights where they are loaded already.
 
         Raises:
-            ConfigError: if that is more than the card has.
+            ConfigError: if the request contradicts the model or the device.
+            DoesNotFitError: if it needs more memory than there is, with the table.
         """
+        machine = self.machine
+        measured = None if measured_weights is None else (measured_weights,)
+        plan = plan_to_start(ModelFacts.of(opened), config, machine, measured_weights=measured)
         if self.device.type == "cuda":
-            gpu_memory.cap_process(gpu_memory.allowed_bytes(config.cache, self.device), self.device)
-
-    def plan(self, model: ModelConfig, config: EngineConfig, kv_format: KVFormat) -> MemoryPlan:
-        """Context length and number of blocks; on a GPU with the weights in their place.
-
-        Raises:
-            ConfigError: if what was asked for does not fit.
-        """
-        per_token = model.num_layers * kv_format.bytes_per_token(model.num_kv_heads, model.head_dim)
-        if self.device.type != "cuda":
-            return plan_memory(model, config, kv_bytes_per_token=per_token, free_bytes=available_memory())
-        taken = gpu_memory.taken_bytes(self.device)
-        allowed = gpu_memory.allowed_bytes(config.cache, self.device)
-        batched = config.scheduler.max_num_batched_tokens or gpu_memory.default_batched_tokens(self.device)
-        budget = gpu_memory.plan_gpu(
-            model,
-            allowed,
-            taken,
-            batched_tokens=batched,
-            max_num_seqs=config.scheduler.max_num_seqs,
-            with_graphs=self.recorder is not None,
-        )
-        logger.info("memory of %s: %s", torch.cuda.get_device_name(self.device), budget.text)
-        if not budget.kv_cache:
-            raise ConfigError(
-                f"nothing is left for the KV cache: {budget.text}; lower --max-num-batched-tokens or --max-num-seqs, "
-                "allow more memory, or take a smaller model"
-            )
-        return plan_memory(
-            model,
-            config,
-            kv_bytes_per_token=per_token,
-            free_bytes=budget.kv_cache,
-            on_gpu=True,
-            batched_tokens=batched,
-        )
+            gpu_memory.cap_process(allowed_bytes(machine.cards[0], config, 0), self.device)
+        return plan
 
     def make_runner(
         self, config: ModelConfig, model: Decoder, cache: KVCache, plan: MemoryPlan, max_num_seqs: int
@@ -187,23 +178,11 @@ def _why_no_gpu() -> str | None:
 
 
 def choose_dtype(name: str, device: torch.device, stored: str | None = None) -> torch.dtype:
-    """The compute dtype.
-
-    "auto" on a CPU is bfloat16 for every file, since its 4-bit kernel knows nothing else; on a GPU what the file is
-    stored in, float16 for anything but bfloat16.
-
-    Args:
-        stored: the file's own dtype, if it says.
+    """The compute dtype; see `planner.compute_dtype`.
 
     Raises:
         ConfigError: for a dtype that the device has no kernels for.
     """
-    if name == "auto" and device.type == "cpu":
-        return torch.bfloat16
-    if name == "auto":
-        return torch.bfloat16 if stored == "bfloat16" else torch.float16
     if name == "float16" and device.type == "cpu":
         logger.warning("dtype float16 has no 4-bit kernel on the CPU: weights are expanded at load and run slowly")
-    if name == "float32" and device.type == "cuda":
-        raise ConfigError("dtype is float32, which has no kernels on a GPU; use float16, bfloat16 or --device cpu")
-    return _DTYPES[name]
+    return _DTYPES[compute_dtype(name, stored, on_gpu=device.type == "cuda")]

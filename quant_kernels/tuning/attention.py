@@ -8,8 +8,10 @@ checked by `quant_kernels.resources`, and how a sequence's keys are shared out d
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
-from quant_kernels.tuning.card import Card
+if TYPE_CHECKING:
+    from quant_kernels.tuning.card import Card
 
 #: Head sizes that models have; others fit the next one's registers, but nobody has compiled them.
 HEAD_DIMS = (64, 80, 96, 128, 256)

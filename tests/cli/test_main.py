@@ -98,7 +98,7 @@ def test_ctrl_c(runs: Any, capsys: pytest.CaptureFixture[str]) -> None:
     ("words", "message"),
     [
         (["sevre"], "unknown command 'sevre'; did you mean 'serve'?"),
-        (["quantize"], "unknown command 'quantize' (commands: serve, generate, chat, inspect)"),
+        (["quantize"], "unknown command 'quantize' (commands: serve, generate, chat, inspect, plan)"),
         (["--versoin"], "unknown flag '--versoin'; did you mean '--version'?"),
         (["serve", "--prot", "1"], "unknown flag --prot; did you mean '--port'?"),
         (["serve", "--port", "70000"], "--port is '70000'"),

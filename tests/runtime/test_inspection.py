@@ -14,7 +14,7 @@ from typing import Any
 import pytest
 import torch
 
-from converters.dummy_headers import Declared, DummyScheme
+from converters.dummy_headers import DummyScheme
 from converters.dummy_source import DummySource
 from converters.source import LinearKind, LinearSlot, Weight
 from qengine import startup
@@ -66,8 +66,7 @@ class CountingSource(DummySource):
     """Counts what is read; keeps some linears dense, by a part of their name."""
 
     def __init__(self, source: DummySource, dense: tuple[str, ...] = ()) -> None:
-        scheme = None if source.quantization is None else DummyScheme(source.quantization)
-        super().__init__(source.path, Declared(source.config, scheme), 0)
+        super().__init__(source.path, source.config, source.scheme, 0)
         self.dense = dense
         self.reads: Counter[str] = Counter()
 
@@ -117,7 +116,7 @@ def test_it_says_what_a_card_would_hold(name: str) -> None:
     source = opened.source
     materials = Materials(
         lambda shape: source.read_tensor(loader.TensorSlot(shape.name, shape.shape)),
-        lambda shape: source.read_linear(loader._linear_slot(shape)),
+        lambda shape: source.read_linear(loader.linear_slot(shape)),
         here,
     )
     linears = list(build(opened.config, materials, tied=opened.tied, max_position=64).linears())

@@ -20,8 +20,8 @@ from qengine import LLM, SamplingParams
 from qengine.config import LoadConfig
 from qengine.errors import LoadError, RequestError
 from qengine.models.shapes import slots
-from qengine.runtime import loader
 from qengine.runtime.loader import load_decoder, load_timed, open_model
+from qengine.runtime.opening import slot_of
 from quant_kernels.linear.dispatch import Target
 from tests.engine.fixtures import NAMES, path
 
@@ -197,7 +197,7 @@ class NotedReader:
 def test_what_is_planned_is_what_is_read(name: str | None) -> None:
     opened = open_model(LoadConfig(model=None if name is None else path(name)))
     for shape in slots(opened.config, tied=opened.tied):
-        slot, reader = loader._slot(shape), NotedReader()
+        slot, reader = slot_of(shape), NotedReader()
         source = opened.source.read_through(reader)
         planned = opened.source.ranges(slot)
         if isinstance(slot, TensorSlot):
@@ -226,7 +226,7 @@ def test_weights_are_asked_for_in_the_order_of_the_plan(name: str | None, monkey
 
     monkeypatch.setattr(opened.source, "__class__", NotedSource)
     load_decoder(opened, Target(CPU, torch.bfloat16), 64)
-    planned = [loader._slot(shape) for shape in slots(opened.config, tied=opened.tied)]
+    planned = [slot_of(shape) for shape in slots(opened.config, tied=opened.tied)]
     assert asked[: len(planned)] == planned
     # The head of a quantized embedding is read a second time, as a linear.
     assert len(asked) - len(planned) == (1 if name is None else 0)
