@@ -103,8 +103,18 @@ class OpenFile:
         """Once."""
         os.close(self.descriptor)
 
-    def read(self, offset: int, num_bytes: int, after_part: Callable[[int], None] | None = None) -> Bytes:
-        """uint8 [num_bytes] from `offset` on, in large reads.
+    def read(self, offset: int, num_bytes: int) -> Bytes:
+        """uint8 [num_bytes] from `offset` on.
+
+        Raises:
+            CheckpointError: if the file changed, or cannot be read.
+        """
+        data = np.empty(num_bytes, dtype=np.uint8)
+        self.read_into(data, offset)
+        return data
+
+    def read_into(self, data: Bytes, offset: int, after_part: Callable[[int], None] | None = None) -> None:
+        """Fill `data` from `offset` on, in large reads.
 
         Args:
             after_part: told the bytes of every part that was read; what it raises ends the reading.
@@ -112,9 +122,8 @@ class OpenFile:
         Raises:
             CheckpointError: if the file changed, or cannot be read.
         """
+        target, num_bytes, done = data.data, len(data), 0
         assert 0 <= offset <= offset + num_bytes <= self.file.num_bytes, "ranges are checked when the header is read"
-        data = np.empty(num_bytes, dtype=np.uint8)
-        target, done = data.data, 0
         try:
             self._require_unchanged()
             while done < num_bytes:
@@ -126,7 +135,6 @@ class OpenFile:
                     after_part(got)
         except OSError as error:
             raise CheckpointError(f"cannot read {self.file.path}: {_reason(error)}") from error
-        return data
 
     def will_need(self, offset: int, num_bytes: int) -> None:
         """Let the system fetch a range meanwhile. A hint: where it is not understood, nothing happens."""

@@ -21,6 +21,7 @@ from dataclasses import dataclass
 from types import TracebackType
 from typing import Protocol
 
+from converters.buffers import Buffers
 from converters.files import Bytes, DataFile, OpenFile
 
 #: Bytes that are held for the asker. A range that is larger waits until nothing else is held.
@@ -82,7 +83,7 @@ class ReadAhead:
 
     Args:
         ranges: in the order in which they will be asked for. Others, and the same ones again, are read when asked for.
-        max_bytes: how much is held that was not asked for yet.
+        max_bytes: how much is held that was not asked for yet, with the buffers that wait to be used again.
     """
 
     def __init__(self, ranges: Sequence[ByteRange], *, max_bytes: int = MAX_HELD_BYTES) -> None:
@@ -91,6 +92,7 @@ class ReadAhead:
         self._max_bytes = max_bytes
         self._changed = threading.Condition()
         self._planned = set(self._ranges)
+        self._buffers = Buffers()
         self._held: dict[ByteRange, Bytes] = {}
         self._held_bytes = 0
         self._is_asked = False
@@ -110,6 +112,7 @@ class ReadAhead:
             self._changed.notify_all()
         self._thread.join()
         self._held.clear()
+        self._buffers.clear()
 
     def read(self, wanted: ByteRange) -> Bytes:
         """The range's bytes, which are the caller's from here on.
@@ -192,7 +195,10 @@ class ReadAhead:
                 self._require_wanted()
             started = now
 
-        return file.read(wanted.offset, wanted.num_bytes, after_part)
+        self._buffers.trim(self._max_bytes - self._held_bytes)
+        data = self._buffers.take(wanted.num_bytes)
+        file.read_into(data, wanted.offset, after_part)
+        return data
 
     def _deliver(self, wanted: ByteRange, data: Bytes) -> None:
         with self._changed:

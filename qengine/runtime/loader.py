@@ -8,7 +8,8 @@ The only place, with `opening`, where qengine meets converters.
 from __future__ import annotations
 
 import time
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from typing import Any, NoReturn
 
@@ -101,6 +102,7 @@ def load_timed(
     total = sum(part.num_bytes for part in ranges)
     with (
         load_errors(opened.location),
+        _one_thread_less(),
         _progress_bar(total, len(wanted), shown=show_progress) as bar,
         ReadAhead(ranges) as reader,
     ):
@@ -124,6 +126,17 @@ def load_timed(
     seconds = time.perf_counter() - started
     times = reader.times
     return decoder, LoadTimes(times.num_bytes, seconds, times.busy_seconds, seconds - times.waited_seconds)
+
+
+@contextmanager
+def _one_thread_less() -> Iterator[None]:
+    """Leave a core to the reading thread: work that is split over all cores waits for the one that is shared."""
+    num_threads = torch.get_num_threads()
+    torch.set_num_threads(max(1, num_threads - 1))
+    try:
+        yield
+    finally:
+        torch.set_num_threads(num_threads)
 
 
 def _progress_bar(num_bytes: int, num_weights: int, *, shown: bool) -> tqdm[NoReturn]:

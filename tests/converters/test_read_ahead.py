@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 from converters.errors import CheckpointError
-from converters.files import DataFile, OpenFile
+from converters.files import Bytes, DataFile, OpenFile
 from converters.read_ahead import ByteRange, DirectReader, ReadAhead, joined
 
 CONTENT = random.Random(0).randbytes(100_000)
@@ -129,14 +129,14 @@ def test_a_file_that_is_gone_is_refused(file: DataFile) -> None:
 
 
 def test_what_was_read_before_an_error_is_still_given(file: DataFile, monkeypatch: pytest.MonkeyPatch) -> None:
-    plain, planned = OpenFile.read, pieces(file)
+    plain, planned = OpenFile.read_into, pieces(file)
 
-    def failing(self: OpenFile, offset: int, *rest: object) -> object:
+    def failing(self: OpenFile, data: Bytes, offset: int, *rest: object) -> None:
         if offset == planned[2].offset:
             raise MemoryError("no room")
-        return plain(self, offset, *rest)  # type: ignore[arg-type]
+        plain(self, data, offset, *rest)  # type: ignore[arg-type]
 
-    monkeypatch.setattr(OpenFile, "read", failing)
+    monkeypatch.setattr(OpenFile, "read_into", failing)
     with ReadAhead(planned) as reader:
         wait_until_held(reader, 20_000)
         assert reader.read(planned[0]).tobytes() == content(planned[0])
