@@ -15,8 +15,8 @@ from converters.read_ahead import MAX_HELD_BYTES
 ROOT = Path(__file__).parents[2]
 SIZES = Sizes(2048, 8192, 16, 4, num_layers=12)
 GATE_UP_BYTES = 2 * SIZES.hidden_size * SIZES.intermediate_size // 2
-#: Temporaries of conversion, and what the allocator keeps.
-SLACK_BYTES = 32 * 2**20
+#: Temporaries of conversion, and what the allocator keeps: 40 to 60 MiB of it is still there after the load.
+SLACK_BYTES = 72 * 2**20
 
 
 @pytest.mark.parametrize("method", ["gptq", "awq"])
