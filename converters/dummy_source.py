@@ -9,14 +9,15 @@ from __future__ import annotations
 
 import hashlib
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
 
 from converters.dummy_headers import DummyHeaders, DummyScheme, read_declared
-from converters.source import LinearSlot, TensorSlot, Weight
+from converters.read_ahead import ByteRange, Reader
+from converters.source import LinearSlot, Slot, TensorSlot, Weight
 from quant_kernels.packed_weight import DenseWeight, PackedWeight
 
 CPU = torch.device("cpu")
@@ -54,6 +55,14 @@ class DummySource(DummyHeaders):
         """
         declared = read_declared(path, quantization, bits=bits, group_size=group_size)
         return cls(str(path), declared.config, declared.scheme, seed, device)
+
+    def ranges(self, slot: Slot) -> Sequence[ByteRange]:
+        """None: nothing is read."""
+        return ()
+
+    def read_through(self, reader: Reader) -> DummySource:
+        """The same: nothing is read."""
+        return self
 
     def read_tensor(self, slot: TensorSlot) -> torch.Tensor:
         """Norm weights of one, embeddings of unit variance."""

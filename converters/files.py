@@ -7,10 +7,11 @@ shrinks meanwhile is an error message and not a signal that ends the process.
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import stat
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -22,9 +23,11 @@ from converters.errors import CheckpointError
 
 #: config.json and its companions are a few KB; an index of 100,000 tensors is about 10 MB.
 MAX_JSON_BYTES = 16 * 2**20
-#: Linux returns at most 2 GiB less a page from one read.
-_MAX_READ_BYTES = 2**30
+#: Bytes of one read: enough for a disk's full speed, and short enough to be stopped in between.
+_PART_BYTES = 16 * 2**20
 _MAX_SHOWN_CHARS = 120
+
+Bytes = npt.NDArray[np.uint8]
 
 
 def shown(text: object) -> str:
@@ -58,32 +61,90 @@ class DataFile:
             raise CheckpointError(f"{shown(path)} is not a regular file")
         return DataFile(path, status.st_size, status.st_mtime_ns)
 
-    def read(self, offset: int, num_bytes: int) -> npt.NDArray[np.uint8]:
-        """uint8 [num_bytes] from `offset` on. The caller has checked that the file holds them."""
-        assert 0 <= offset <= offset + num_bytes <= self.num_bytes, "ranges are checked when the header is read"
-        data = np.empty(num_bytes, dtype=np.uint8)
-        self._read_into(offset, data.data)
-        return data
+    def open(self) -> OpenFile:
+        """For several reads; use it in a `with`.
+
+        Raises:
+            CheckpointError: if it cannot be opened any more.
+        """
+        try:
+            return OpenFile(self, os.open(self.path, os.O_RDONLY | os.O_CLOEXEC))
+        except OSError as error:
+            raise CheckpointError(f"cannot read {self.path}: {_reason(error)}") from error
+
+    def read(self, offset: int, num_bytes: int) -> Bytes:
+        """uint8 [num_bytes] from `offset` on. The caller has checked that the file holds them.
+
+        Raises:
+            CheckpointError: if the file changed, or cannot be read.
+        """
+        with self.open() as file:
+            return file.read(offset, num_bytes)
 
     def read_bytes(self, offset: int, num_bytes: int) -> bytes:
         """The same as bytes."""
         return self.read(offset, num_bytes).tobytes()
 
-    def _read_into(self, offset: int, target: memoryview) -> None:
+
+@dataclass(frozen=True, slots=True)
+class OpenFile:
+    """A DataFile with its descriptor."""
+
+    file: DataFile
+    descriptor: int
+
+    def __enter__(self) -> OpenFile:
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self.close()
+
+    def close(self) -> None:
+        """Once."""
+        os.close(self.descriptor)
+
+    def read(self, offset: int, num_bytes: int) -> Bytes:
+        """uint8 [num_bytes] from `offset` on.
+
+        Raises:
+            CheckpointError: if the file changed, or cannot be read.
+        """
+        data = np.empty(num_bytes, dtype=np.uint8)
+        self.read_into(data, offset)
+        return data
+
+    def read_into(self, data: Bytes, offset: int, after_part: Callable[[int], None] | None = None) -> None:
+        """Fill `data` from `offset` on, in large reads.
+
+        Args:
+            after_part: told the bytes of every part that was read; what it raises ends the reading.
+
+        Raises:
+            CheckpointError: if the file changed, or cannot be read.
+        """
+        target, num_bytes, done = data.data, len(data), 0
+        assert 0 <= offset <= offset + num_bytes <= self.file.num_bytes, "ranges are checked when the header is read"
         try:
-            with open(self.path, "rb", buffering=0) as file:
-                status = os.fstat(file.fileno())
-                if (status.st_size, status.st_mtime_ns) != (self.num_bytes, self.modified_ns):
-                    raise CheckpointError(f"{self.path} changed while it was being loaded; load the model again")
-                file.seek(offset)
-                done = 0
-                while done < len(target):
-                    got = file.readinto(target[done : done + _MAX_READ_BYTES])
-                    if not got:
-                        raise CheckpointError(f"{self.path} ended {len(target) - done} bytes too early")
-                    done += got
+            self._require_unchanged()
+            while done < num_bytes:
+                got = os.preadv(self.descriptor, [target[done : done + _PART_BYTES]], offset + done)
+                if not got:
+                    raise CheckpointError(f"{self.file.path} ended {num_bytes - done} bytes too early")
+                done += got
+                if after_part is not None:
+                    after_part(got)
         except OSError as error:
-            raise CheckpointError(f"cannot read {self.path}: {_reason(error)}") from error
+            raise CheckpointError(f"cannot read {self.file.path}: {_reason(error)}") from error
+
+    def will_need(self, offset: int, num_bytes: int) -> None:
+        """Let the system fetch a range meanwhile. A hint: where it is not understood, nothing happens."""
+        with contextlib.suppress(OSError):
+            os.posix_fadvise(self.descriptor, offset, num_bytes, os.POSIX_FADV_WILLNEED)
+
+    def _require_unchanged(self) -> None:
+        status = os.fstat(self.descriptor)
+        if (status.st_size, status.st_mtime_ns) != (self.file.num_bytes, self.file.modified_ns):
+            raise CheckpointError(f"{self.file.path} changed while it was being loaded; load the model again")
 
 
 def parse_json_object(data: bytes, what: str, *, unique_keys: bool = False) -> dict[str, Any]:

@@ -6,8 +6,10 @@ headers before its data are read, so that a shape is never a surprise.
 
 from __future__ import annotations
 
+import copy
 import logging
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -19,9 +21,10 @@ from converters.formats.awq import AWQFormat
 from converters.formats.base import LinearFormat
 from converters.formats.dense import DenseFormat
 from converters.formats.gptq import GPTQFormat
-from converters.report import Notices
+from converters.read_ahead import ByteRange, Reader
+from converters.report import Notices, Report
 from converters.safetensors_headers import SafetensorsHeaders
-from converters.source import LinearSlot, TensorSlot, Weight
+from converters.source import LinearSlot, Slot, TensorSlot, Weight
 from converters.tensors import ReadableCheckpoint
 
 logger = logging.getLogger(__name__)
@@ -36,6 +39,16 @@ class SafetensorsSource(SafetensorsHeaders):
         super().__init__(path, config, checkpoint, scheme)
         self._tensors = ReadableCheckpoint.of(checkpoint)
         self._readers = _readers(scheme, Notices(logger, self.path))
+
+    def ranges(self, slot: Slot) -> Sequence[ByteRange]:
+        """See WeightSource."""
+        return self._tensors.ranges(self._check_slot(slot, Report(self.path)))
+
+    def read_through(self, reader: Reader) -> SafetensorsSource:
+        """See WeightSource."""
+        other = copy.copy(self)
+        other._tensors = replace(self._tensors, reader=reader)
+        return other
 
     def read_tensor(self, slot: TensorSlot) -> torch.Tensor:
         """The tensor in the file's dtype.

@@ -19,6 +19,7 @@ from quant_kernels.footprint import WeightFacts
 if TYPE_CHECKING:
     import torch
 
+    from converters.read_ahead import ByteRange, Reader
     from quant_kernels.packed_weight import DenseWeight, PackedWeight
 
 
@@ -97,6 +98,14 @@ class HeaderSource(Protocol):
 
 class WeightSource(HeaderSource, Protocol):
     """An opened checkpoint whose tensors can be read."""
+
+    def ranges(self, slot: Slot) -> Sequence[ByteRange]:
+        """Where the data of a checked slot lie, in the order of their file; empty where nothing is read."""
+        ...
+
+    def read_through(self, reader: Reader) -> WeightSource:
+        """The same source, whose bytes come from `reader`."""
+        ...
 
     def read_tensor(self, slot: TensorSlot) -> torch.Tensor:
         """The tensor, on the CPU, in the file's float dtype (dequantized to float32 where the file packs it)."""

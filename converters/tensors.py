@@ -5,13 +5,15 @@ Invariant: a tensor comes as its header describes it, in the file's dtype, on th
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Iterable
+from dataclasses import dataclass, field
 
 import torch
 
-from converters.checkpoint import Checkpoint
+from converters.checkpoint import Checkpoint, TensorInfo
 from converters.errors import CheckpointError
 from converters.files import shown
+from converters.read_ahead import ByteRange, DirectReader, Reader
 
 _TORCH = {
     "F64": torch.float64,
@@ -29,7 +31,9 @@ _TORCH = {
 
 @dataclass(frozen=True, slots=True)
 class ReadableCheckpoint(Checkpoint):
-    """A checkpoint whose tensors can be read."""
+    """A checkpoint whose tensors can be read, through `reader`."""
+
+    reader: Reader = field(default_factory=DirectReader)
 
     @classmethod
     def of(cls, checkpoint: Checkpoint) -> ReadableCheckpoint:
@@ -46,4 +50,12 @@ class ReadableCheckpoint(Checkpoint):
         dtype = _TORCH.get(info.dtype)
         if dtype is None:
             raise CheckpointError(f"{info.file.path}: {shown(name)} has dtype {info.dtype}, which is not supported")
-        return torch.from_numpy(info.file.read(info.offset, info.num_bytes)).view(dtype).reshape(info.shape)
+        return torch.from_numpy(self.reader.read(_range(info))).view(dtype).reshape(info.shape)
+
+    def ranges(self, names: Iterable[str]) -> list[ByteRange]:
+        """Where the tensors lie, in the order of their files."""
+        return sorted((_range(self.tensors[name]) for name in names), key=lambda r: (str(r.file.path), r.offset))
+
+
+def _range(info: TensorInfo) -> ByteRange:
+    return ByteRange(info.file, info.offset, info.num_bytes)

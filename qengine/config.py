@@ -118,6 +118,7 @@ class LoadConfig:
     load_format: str = "auto"
     bits: int | None = None
     group_size: int | None = None
+    skip_check: bool = False
     device: str = "auto"
     chat_template: str | None = None
     generation_config: str = "auto"
@@ -130,6 +131,7 @@ class LoadConfig:
         _one_of("dtype", self.dtype, tuple(DTYPES))
         object.__setattr__(self, "dtype", DTYPES[self.dtype])
         _one_of("load_format", self.load_format, LOAD_FORMATS)
+        _one_of("skip_check", self.skip_check, (True, False))
         self._check_dummy_scheme()
         _one_of("device", self.device, DEVICES)
         for name in ("model", "tokenizer", "chat_template"):

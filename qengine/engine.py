@@ -77,14 +77,17 @@ class Engine:
         self._death: str | None = None
 
     @classmethod
-    def start(cls, config: EngineConfig, *, show_progress: bool = False) -> Engine:
+    def start(cls, config: EngineConfig, *, show_progress: bool = False, import_seconds: float = 0.0) -> Engine:
         """Load a model and make it ready.
+
+        Args:
+            import_seconds: what the process took before, for the table of the start.
 
         Raises:
             ConfigError: an option is wrong for this model or machine (found before weights are read).
             LoadError: the model cannot be found or loaded.
         """
-        return cls(start_parts(config, show_progress=show_progress))
+        return cls(start_parts(config, show_progress=show_progress, import_seconds=import_seconds))
 
     @property
     def has_unfinished(self) -> bool:

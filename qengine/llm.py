@@ -46,6 +46,7 @@ class LLM:
         device: "auto" or "cpu".
         kv_cache_memory_bytes: size of the KV cache; an int is bytes, "4GiB" works too.
         load_format: "auto", or "dummy" for random weights of the right shapes.
+        skip_check: start even if the weights compute NaN or infinity.
         bits, group_size: how dummy weights are quantized; None is what the config says, else 4 and 128.
 
     Raises:
@@ -74,6 +75,7 @@ class LLM:
         load_format: str = "auto",
         bits: int | None = None,
         group_size: int | None = None,
+        skip_check: bool = False,
         **more_options: Any,
     ) -> None:
         options = {
@@ -96,6 +98,7 @@ class LLM:
             "load_format": load_format,
             "bits": bits,
             "group_size": group_size,
+            "skip_check": skip_check,
             **more_options,
         }
         self.engine = Engine.start(EngineConfig.from_options(options))

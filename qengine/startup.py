@@ -1,14 +1,13 @@
 """From an EngineConfig to the parts of an engine: everything that happens once, at the start.
 
-Order: check the file's headers, plan memory, load the tokenizer, then the weights, then the KV cache. Invariant: what
-cannot work fails before a weight is read, with a message for the user. With several ranks each loads its part in a
-process of its own. It runs no request.
+Order: check the file's headers, plan memory, load the tokenizer, then the weights, then the KV cache, and let the model
+run once. Invariant: what cannot work fails before a weight is read, with a message for the user. With several ranks
+each loads its part in a process of its own. It runs no request.
 """
 
 from __future__ import annotations
 
 import logging
-import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -29,6 +28,7 @@ from qengine.runtime.planner import MemoryPlan
 from qengine.runtime.platform import Platform, choose_device, choose_dtype
 from qengine.runtime.rank_planning import plan_ranks, replan_ranks
 from qengine.runtime.spawn_executor import RANK_COMMAND, SpawnExecutor
+from qengine.runtime.start_times import WEIGHTS, StartTimes
 from qengine.runtime.worker import Worker
 from qengine.scheduling.block_pool import BlockPool
 from qengine.scheduling.scheduler import Scheduler, SchedulerLimits
@@ -72,26 +72,11 @@ class EngineParts:
     seed: int = 0
 
 
-class _Stopwatch:
-    """Seconds per named phase of the start."""
-
-    def __init__(self) -> None:
-        self.seconds: dict[str, float] = {}
-        self._begin = self._last = time.perf_counter()
-
-    def lap(self, phase: str) -> None:
-        now = time.perf_counter()
-        self.seconds[phase] = now - self._last
-        self._last = now
-
-    def total(self) -> dict[str, float]:
-        return {**self.seconds, "total": time.perf_counter() - self._begin}
-
-
 def start_parts(
     config: EngineConfig,
     *,
     show_progress: bool = False,
+    import_seconds: float = 0.0,
     rank_command: Sequence[str] = RANK_COMMAND,
     route: Route | None = None,
 ) -> EngineParts:
@@ -100,62 +85,70 @@ def start_parts(
     Args:
         rank_command: what a rank's process is started as, where there are several.
         route: how tensors go between them; None checks the cards.
+        import_seconds: what the process took before, for the table of the start.
 
     Raises:
         ConfigError: an option is wrong for this model or machine.
         LoadError: the model cannot be found or loaded.
     """
+    watch = StartTimes(import_seconds)
     device = choose_device(config.load.device)
     opened = open_model(config.load)
     dtype = choose_dtype(config.load.dtype, device, opened.config.torch_dtype)
     if config.parallel.world_size > 1:
         platform = Platform.of(device, dtype, enforce_eager=True)  # Nothing is recorded in this process.
-        return _start_ranks(platform, config, opened, rank_command, route, show_progress=show_progress)
+        return _start_ranks(platform, config, opened, watch, rank_command, route, show_progress=show_progress)
     platform = Platform.of(device, dtype, enforce_eager=config.enforce_eager)
-    return start_on(platform, config, opened, show_progress=show_progress)
+    return start_on(platform, config, opened, watch, show_progress=show_progress)
 
 
 def start_on(
-    platform: Platform, config: EngineConfig, opened: OpenedModel, *, show_progress: bool = False
+    platform: Platform,
+    config: EngineConfig,
+    opened: OpenedModel,
+    watch: StartTimes | None = None,
+    *,
+    show_progress: bool = False,
 ) -> EngineParts:
     """The same on a given platform, in this process.
 
     Raises:
         ConfigError, LoadError: as `start_parts`.
     """
-    watch = _Stopwatch()
+    watch = watch or StartTimes()
     worker = Worker(platform, config, opened)
-    watch.lap("checks")
+    watch.lap("plan")
     tokenizer = _load_tokenizer(config, opened)
     watch.lap("tokenizer")
-    worker.load(show_progress=show_progress)
-    watch.lap("weights")
+    watch.loaded(worker.load(show_progress=show_progress))
     plan = worker.plan()
     worker.allocate(plan)
     watch.lap("kv cache")
-    if worker.warm_up(plan):
-        watch.lap("warm-up")
+    worker.warm_up(plan)
+    watch.lap("warm-up")
+    if worker.record_graph():
+        watch.lap("graphs")
     worker.log_kernels()
     info = _info(config, opened, plan, platform.target, worker.weight_bytes)
-    return _parts(replace(info, start_seconds=watch.total()), config, opened, tokenizer, UniprocExecutor(worker))
+    return _parts(info, watch, config, opened, tokenizer, UniprocExecutor(worker))
 
 
 def _start_ranks(
     platform: Platform,
     config: EngineConfig,
     opened: OpenedModel,
+    watch: StartTimes,
     command: Sequence[str],
     route: Route | None,
     *,
     show_progress: bool,
 ) -> EngineParts:
     """The same in processes of their own; here are the tokenizer and the scheduler alone."""
-    watch = _Stopwatch()
     machine = platform.machine_of_ranks(config.parallel.world_size)
     check_split(config.parallel, opened)
     platform.check(opened.config, config)
     plan = plan_ranks(opened, config, machine)
-    watch.lap("checks")
+    watch.lap("plan")
     executor = SpawnExecutor(
         replace(config, load=replace(config.load, model=str(opened.location.path))),
         plan=plan,
@@ -169,19 +162,19 @@ def _start_ranks(
         tokenizer = _load_tokenizer(config, opened)
         watch.lap("tokenizer")
         loaded = executor.load()
-        watch.lap("weights")
+        watch.lap(WEIGHTS)
         cards = [rank.card for rank in loaded if rank.card is not None]
         if cards:
             plan = replan_ranks(plan, opened, config, machine, cards, [rank.weight_bytes for rank in loaded])
         executor.allocate(plan)
-        watch.lap("kv cache")
+        watch.lap("warm-up")
     except BaseException as error:
         executor.shutdown(grace=0.0)
         if isinstance(error, EngineDeadError):
             raise LoadError(f"the model was not loaded: {error}") from error
         raise
     info = _info(config, opened, plan, platform.target, sum(rank.weight_bytes for rank in loaded))
-    return _parts(replace(info, start_seconds=watch.total()), config, opened, tokenizer, executor)
+    return _parts(info, watch, config, opened, tokenizer, executor)
 
 
 def _route(config: EngineConfig, device: torch.device) -> Route:
@@ -194,11 +187,17 @@ def _route(config: EngineConfig, device: torch.device) -> Route:
 
 
 def _parts(
-    info: EngineInfo, config: EngineConfig, opened: OpenedModel, tokenizer: Tokenizer, executor: Executor
+    info: EngineInfo,
+    watch: StartTimes,
+    config: EngineConfig,
+    opened: OpenedModel,
+    tokenizer: Tokenizer,
+    executor: Executor,
 ) -> EngineParts:
+    logger.info("%s", watch.table())
     eos_token_ids = opened.eos_token_ids | tokenizer.eos_token_ids
     return EngineParts(
-        info=info,
+        info=replace(info, start_seconds=watch.seconds),
         tokenizer=tokenizer,
         scheduler=_make_scheduler(config, info, executor.max_in_flight),
         executor=executor,

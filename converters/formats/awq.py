@@ -23,6 +23,8 @@ from quant_kernels.packed_weight import PackedWeight
 
 #: The nibble of a word that holds column 8c + j.
 _NIBBLE_OF_COLUMN = (0, 4, 1, 5, 2, 6, 3, 7)
+#: Words that are rearranged at a time: what a core's cache holds.
+_WORDS_AT_ONCE = 2**17
 
 
 class AWQFormat(AWQHeaders):
@@ -58,5 +60,10 @@ class AWQFormat(AWQHeaders):
 
 def _codes(qweight: torch.Tensor) -> torch.Tensor:
     """int32 [K, N / 8], packed along N, to int32 [K / 8, N], packed along K."""
-    nibbles = transpose_nibbles(qweight)[:, _NIBBLE_OF_COLUMN]
-    return nibbles.transpose(1, 2).reshape(nibbles.shape[0], -1)
+    rows, columns = qweight.shape
+    codes = torch.empty(rows // 8, columns * 8, dtype=torch.int32)
+    step = max(1, _WORDS_AT_ONCE // (columns * 8))
+    for first in range(0, rows // 8, step):
+        nibbles = transpose_nibbles(qweight[first * 8 : (first + step) * 8])[:, _NIBBLE_OF_COLUMN]
+        codes[first : first + step] = nibbles.transpose(1, 2).reshape(len(nibbles), -1)
+    return codes

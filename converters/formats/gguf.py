@@ -21,6 +21,7 @@ import torch
 from converters.formats.base import require_finite
 from converters.formats.gguf_headers import BLOCK, PACKINGS
 from converters.gguf_file import GGUFTensor
+from converters.read_ahead import ByteRange, Reader
 from quant_kernels.packed_weight import DenseWeight, PackedWeight
 
 _TORCH: Mapping[str, torch.dtype] = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
@@ -30,7 +31,7 @@ _Bytes = npt.NDArray[np.uint8]
 
 
 def read_linear(
-    tensor: GGUFTensor, row_order: torch.Tensor | None, bias: torch.Tensor | None
+    tensor: GGUFTensor, row_order: torch.Tensor | None, bias: torch.Tensor | None, reader: Reader
 ) -> PackedWeight | DenseWeight:
     """One linear [out, in] of a supported type; its output i is stored row ``row_order[i]``.
 
@@ -39,14 +40,14 @@ def read_linear(
     """
     packing = PACKINGS.get(tensor.type.name)
     if packing is None:
-        weight = read_tensor(tensor)
+        weight = read_tensor(tensor, reader)
         return DenseWeight(weight if row_order is None else weight[row_order], bias)
     out_features, in_features = tensor.shape
     num_groups = in_features // BLOCK
     codes = torch.empty(in_features * packing.bits // 32, out_features, dtype=torch.int32)
     scales = torch.empty(num_groups, out_features, dtype=torch.float16)
     mins = torch.empty_like(scales) if packing.zero_point is None else None
-    for rows, blocks in _chunks(tensor):
+    for rows, blocks in _chunks(tensor, reader):
         codes[:, rows] = torch.from_numpy(_words(blocks[..., packing.head_bytes :], packing.bits)).t()
         scales[:, rows] = _halves(blocks, 0).t()
         if mins is not None:
@@ -71,7 +72,7 @@ def read_linear(
     )
 
 
-def read_tensor(tensor: GGUFTensor) -> torch.Tensor:
+def read_tensor(tensor: GGUFTensor, reader: Reader) -> torch.Tensor:
     """A tensor of a supported type in its own shape: in the file's float dtype, or float32 where blocks are expanded.
 
     Raises:
@@ -79,10 +80,10 @@ def read_tensor(tensor: GGUFTensor) -> torch.Tensor:
     """
     packing = PACKINGS.get(tensor.type.name)
     if packing is None:
-        data = tensor.file.read(tensor.offset, tensor.num_bytes)
-        return torch.from_numpy(data).view(_TORCH[tensor.type.name]).view(tensor.shape)
+        [whole] = ranges(tensor)
+        return torch.from_numpy(reader.read(whole)).view(_TORCH[tensor.type.name]).view(tensor.shape)
     values = torch.empty(tensor.num_rows, tensor.shape[-1] // BLOCK, BLOCK)
-    for rows, blocks in _chunks(tensor):
+    for rows, blocks in _chunks(tensor, reader):
         part = values[rows]
         scales = _halves(blocks, 0).float()
         require_finite(scales, str(tensor.file.path), tensor.name)
@@ -94,15 +95,26 @@ def read_tensor(tensor: GGUFTensor) -> torch.Tensor:
     return values.view(tensor.shape)
 
 
-def _chunks(tensor: GGUFTensor) -> Iterator[tuple[slice, _Bytes]]:
-    """Rows of the tensor, and their blocks as uint8 [rows, groups, bytes per block]."""
+def ranges(tensor: GGUFTensor) -> list[ByteRange]:
+    """What is read at a time: rows that are converted together, or the whole of what is not converted."""
+    if tensor.type.name not in PACKINGS:
+        return [ByteRange(tensor.file, tensor.offset, tensor.num_bytes)]
     row_bytes = tensor.num_bytes // tensor.num_rows
     step = max(1, _CHUNK_BYTES // row_bytes)
-    for start in range(0, tensor.num_rows, step):
-        rows = slice(start, min(start + step, tensor.num_rows))
-        count = rows.stop - rows.start
-        data = tensor.file.read(tensor.offset + start * row_bytes, count * row_bytes)
-        yield rows, data.reshape(count, -1, tensor.type.block_bytes)
+    return [
+        ByteRange(tensor.file, tensor.offset + row * row_bytes, min(step, tensor.num_rows - row) * row_bytes)
+        for row in range(0, tensor.num_rows, step)
+    ]
+
+
+def _chunks(tensor: GGUFTensor, reader: Reader) -> Iterator[tuple[slice, _Bytes]]:
+    """Rows of the tensor, and their blocks as uint8 [rows, groups, bytes per block]."""
+    row_bytes = tensor.num_bytes // tensor.num_rows
+    first = 0
+    for part in ranges(tensor):
+        count = part.num_bytes // row_bytes
+        yield slice(first, first + count), reader.read(part).reshape(count, -1, tensor.type.block_bytes)
+        first += count
 
 
 def _halves(blocks: _Bytes, start: int) -> torch.Tensor:

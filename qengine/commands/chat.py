@@ -17,6 +17,7 @@ from qengine.commands.settings import ChatSettings
 from qengine.engine import Engine
 from qengine.errors import ConfigError, RequestError
 from qengine.request import SamplingParams
+from qengine.runtime.start_times import process_age
 
 # Loaded for what its import does: it gives input() editing keys and history.
 try:
@@ -85,7 +86,7 @@ class Conversation:
 
 def run(settings: ChatSettings) -> int:
     """Talk until the user leaves. Returns the exit code. Raises QEngineError."""
-    engine = Engine.start(settings.engine, show_progress=sys.stderr.isatty())
+    engine = Engine.start(settings.engine, show_progress=sys.stderr.isatty(), import_seconds=process_age())
     try:
         if not engine.tokenizer.reads_text:
             raise ConfigError(

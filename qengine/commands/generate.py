@@ -15,11 +15,12 @@ from qengine.commands.running import print_as_it_comes, run_requests, sampling_p
 from qengine.commands.settings import GenerateSettings
 from qengine.engine import Engine, PendingRequest
 from qengine.request import RequestOutput
+from qengine.runtime.start_times import process_age
 
 
 def run(settings: GenerateSettings) -> int:
     """Returns the exit code. Raises QEngineError."""
-    engine = Engine.start(settings.engine, show_progress=sys.stderr.isatty())
+    engine = Engine.start(settings.engine, show_progress=sys.stderr.isatty(), import_seconds=process_age())
     try:
         pending = _make_requests(engine, settings)
         if len(pending) == 1 and not settings.as_json:

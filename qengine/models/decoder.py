@@ -51,8 +51,16 @@ class DecoderLayer:
         self, sums: torch.Tensor | None, residual: torch.Tensor, cache: LayerCache, inputs: StepInputs
     ) -> torch.Tensor:
         """Partial sums [S, rows, hidden] of the previous layer, not yet in the residual, to those of this one."""
-        normed = self.input_norm.add(sums, residual, self.attention.qkv.places)
-        attended = self.attention(normed, cache, inputs)
+        return self.feed(self.attend(sums, residual, cache, inputs), residual)
+
+    def attend(
+        self, sums: torch.Tensor | None, residual: torch.Tensor, cache: LayerCache, inputs: StepInputs
+    ) -> torch.Tensor:
+        """The first half: partial sums of the previous layer to those of attention."""
+        return self.attention(self.input_norm.add(sums, residual, self.attention.qkv.places), cache, inputs)
+
+    def feed(self, attended: torch.Tensor, residual: torch.Tensor) -> torch.Tensor:
+        """The second half: partial sums of attention to those of the MLP."""
         return self.mlp(self.post_norm.add(attended, residual, self.mlp.gate_up.places))
 
 

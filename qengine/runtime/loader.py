@@ -7,23 +7,26 @@ The only place, with `opening`, where qengine meets converters.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import time
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, NoReturn
 
 import torch
 from tqdm import tqdm
 
 from converters.dummy_source import DummySource
 from converters.open import open_checkpoint
+from converters.read_ahead import ReadAhead
 from converters.source import LinearKind, TensorSlot, WeightSource
 from qengine.config import LoadConfig
 from qengine.layers.linear import Weight
 from qengine.models.decoder import Decoder, Materials, build
-from qengine.models.shapes import LinearShape, TensorShape, slots
+from qengine.models.shapes import EMBEDDING, LinearShape, TensorShape, slots
 from qengine.parallel.group import TPGroup
 from qengine.runtime.locate import ModelLocation, locate_model
-from qengine.runtime.opening import OpenedHeaders, check_source, linear_slot, load_errors
+from qengine.runtime.opening import OpenedHeaders, check_source, linear_slot, load_errors, slot_of
 from quant_kernels.linear.dispatch import Target
 from quant_kernels.packed_weight import DenseWeight
 
@@ -60,6 +63,23 @@ def _open_source(location: ModelLocation, load: LoadConfig) -> WeightSource:
     return open_checkpoint(location.path, load.quantization)
 
 
+@dataclass(frozen=True, slots=True)
+class LoadTimes:
+    """What loading took. Reading and converting overlap, so that their seconds do not add up to those of the whole.
+
+    Attributes:
+        num_bytes: that were read.
+        seconds: of everything.
+        read_seconds: that the reading thread was busy.
+        convert_seconds: that the converting thread was busy: it did not wait for bytes.
+    """
+
+    num_bytes: int
+    seconds: float
+    read_seconds: float
+    convert_seconds: float
+
+
 def load_decoder(
     opened: OpenedModel,
     target: Target,
@@ -78,22 +98,77 @@ def load_decoder(
     Raises:
         LoadError: if the data itself is bad (scales that are not finite, a file cut short).
     """
-    total = sum(1 for _ in slots(opened.config, tied=opened.tied, layers=layers))
-    if opened.tied and (layers is None or layers == range(opened.config.num_layers)):
-        total += 1  # The table is read as an embedding and as a head.
-    bar = tqdm(total=total, desc="Loading weights", unit=" tensors", disable=not show_progress, leave=False)
+    return load_timed(opened, target, max_position, group=group, layers=layers, show_progress=show_progress)[0]
 
-    def read_tensor(shape: TensorShape) -> torch.Tensor:
-        bar.update()
-        return opened.source.read_tensor(TensorSlot(shape.name, shape.shape))
 
-    def read_linear(shape: LinearShape) -> Weight:
-        bar.update()
-        return opened.source.read_linear(linear_slot(shape))
+def load_timed(
+    opened: OpenedModel,
+    target: Target,
+    max_position: int,
+    *,
+    group: TPGroup | None = None,
+    layers: range | None = None,
+    show_progress: bool = False,
+) -> tuple[Decoder, LoadTimes]:
+    """The same, and what it took. A thread reads ahead while this one converts.
 
-    with bar, load_errors(opened.location):
+    Raises:
+        LoadError: as `load_decoder`.
+    """
+    started = time.perf_counter()
+    has_table = layers is None or layers.start == 0
+    wanted = [slot_of(shape) for shape in slots(opened.config, tied=opened.tied, layers=layers)]
+    ranges = [part for slot in wanted for part in opened.source.ranges(slot)]
+    total = sum(part.num_bytes for part in ranges)
+    with (
+        load_errors(opened.location),
+        _one_thread_less(),
+        _progress_bar(total, len(wanted), shown=show_progress) as bar,
+        ReadAhead(ranges) as reader,
+    ):
+        source = opened.source.read_through(reader)
+
+        def read_tensor(shape: TensorShape) -> torch.Tensor:
+            tensor = source.read_tensor(TensorSlot(shape.name, shape.shape))
+            bar.update(reader.times.num_bytes - bar.n if total else 1)
+            return tensor
+
+        def read_linear(shape: LinearShape) -> Weight:
+            if shape.name == EMBEDDING and has_table and linear_kind(opened, shape).is_dense:
+                # The head is the embedding, whose table is in memory: `build` takes that one.
+                return DenseWeight(torch.empty(shape.out_features, shape.in_features, device="meta"))
+            weight = source.read_linear(linear_slot(shape))
+            bar.update(reader.times.num_bytes - bar.n if total else 1)
+            return weight
+
         materials = Materials(read_tensor, read_linear, target)
-        return build(opened.config, materials, tied=opened.tied, max_position=max_position, group=group, layers=layers)
+        decoder = build(
+            opened.config, materials, tied=opened.tied, max_position=max_position, group=group, layers=layers
+        )
+    seconds = time.perf_counter() - started
+    times = reader.times
+    return decoder, LoadTimes(times.num_bytes, seconds, times.busy_seconds, seconds - times.waited_seconds)
+
+
+@contextmanager
+def _one_thread_less() -> Iterator[None]:
+    """Leave a core to the reading thread: work that is split over all cores waits for the one that is shared."""
+    num_threads = torch.get_num_threads()
+    torch.set_num_threads(max(1, num_threads - 1))
+    try:
+        yield
+    finally:
+        torch.set_num_threads(num_threads)
+
+
+def _progress_bar(num_bytes: int, num_weights: int, *, shown: bool) -> tqdm[NoReturn]:
+    """Bytes with their rate; weights where there are no bytes to read."""
+    unit = (
+        {"total": num_bytes, "unit": "B", "unit_scale": True}
+        if num_bytes
+        else {"total": num_weights, "unit": " weights"}
+    )
+    return tqdm(desc="Loading weights", disable=not shown, leave=False, **unit)
 
 
 def linear_kind(opened: OpenedModel, shape: LinearShape) -> LinearKind:

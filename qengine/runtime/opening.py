@@ -112,14 +112,15 @@ def check_source(location: ModelLocation, source: HeaderSource, load: LoadConfig
         if tied and not config.tie_word_embeddings:
             # Published files get this flag wrong both ways, so the tensors decide.
             logger.warning("%s has no lm_head although it is not tied: using the embedding's weights", location.path)
-        source.check([_slot(shape) for shape in slots(config, tied=tied)])
+        source.check([slot_of(shape) for shape in slots(config, tied=tied)])
     own = _read_generation_config(location.path, "auto")
     eos = config.eos_token_ids | read_token_ids(own.get("eos_token_id"))
     chosen = own if load.generation_config == "auto" else _read_generation_config(location.path, load.generation_config)
     return OpenedHeaders(location, source, config, tied, eos, _sampling_defaults(chosen))
 
 
-def _slot(shape: LinearShape | TensorShape) -> Slot:
+def slot_of(shape: LinearShape | TensorShape) -> Slot:
+    """A shape of the architecture as converters ask for it."""
     return TensorSlot(shape.name, shape.shape) if isinstance(shape, TensorShape) else linear_slot(shape)
 
 

@@ -90,10 +90,10 @@ class ModelRunner:
     ) -> None:
         self.model = model
         self.cache = cache
-        self._steps = steps
+        self.steps = steps
         self._sampler = sampler
         self._graphs = graphs
-        self._links = links or Links()
+        self.links = links or Links()
 
     def step(self, batch: Batch) -> StepResult:
         """Compute the batch's tokens, and sample where asked."""
@@ -111,22 +111,26 @@ class ModelRunner:
             pending = self._pending(batch.entries, self._sample(batch.entries, hidden), {})
             self._graphs.foresee(batch.entries)
             return pending
-        step = self._steps.prepare(batch)
-        hidden = self.model.forward(self._stage_input(step), self.cache.layers, step.inputs)
-        if not self._links.is_last:
-            self._links.pipe.send(hidden, self._links.pipe.rank + 1)
+        step = self.steps.prepare(batch)
+        hidden = self.model.forward(self.stage_input(step), self.cache.layers, step.inputs)
+        if not self.links.is_last:
+            self.hand_on(hidden)
             return self._pending((), None, {})
         entries = step.sample_entries
         samples = self._sample(entries, _rows(hidden, step.sample_rows)) if entries else None
         return self._pending(entries if samples else (), samples, self._prompt_logprobs(step, hidden))
 
-    def _stage_input(self, step: PreparedStep) -> torch.Tensor:
+    def stage_input(self, step: PreparedStep) -> torch.Tensor:
         """Token ids for the first stage, what the stage before computed for the others."""
-        if self._links.is_first:
+        if self.links.is_first:
             return step.token_ids
         rows, hidden_size = len(step.token_ids), self.model.config.hidden_size
         hidden = torch.empty(rows, hidden_size, dtype=self.model.dtype, device=self.cache.device)
-        return self._links.pipe.receive(hidden, self._links.pipe.rank - 1)
+        return self.links.pipe.receive(hidden, self.links.pipe.rank - 1)
+
+    def hand_on(self, hidden: torch.Tensor) -> None:
+        """Give the stage after this one what it starts from."""
+        self.links.pipe.send(hidden, self.links.pipe.rank + 1)
 
     def _pending(
         self,
@@ -139,7 +143,7 @@ class ModelRunner:
     def _sample(self, entries: Sequence[BatchEntry], hidden: torch.Tensor) -> PendingSamples | None:
         """Draw a token for every row; None on ranks that only have their part of the logits to give."""
         logits = self.model.logits(hidden)
-        if not self._links.samples:
+        if not self.links.samples:
             return None
         return self._sampler.begin(logits, [e.sample for e in entries if e.sample is not None])
 
@@ -151,7 +155,7 @@ class ModelRunner:
                 continue
             rows = hidden[row : row + len(entry.prompt_targets)]
             logits = (self.model.logits(piece) for piece in torch.split(rows, _LOGPROB_ROWS))
-            if not self._links.samples:
+            if not self.links.samples:
                 _exhaust(logits)
                 continue
             pending[entry.request_id] = PendingPromptLogprobs.of(

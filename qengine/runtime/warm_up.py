@@ -1,7 +1,7 @@
-"""The worst step that the plan allows, run once before any request.
+"""Steps that are run once before any request: the worst that the plan allows, and the smallest that is recorded.
 
-It leaves torch's allocator on a GPU with as much memory as any later step needs, so that it grows no more, and a plan
-that promised too much fails at the start instead of in the middle of an answer. Invariant: the cache is zero
+The worst leaves torch's allocator on a GPU with as much memory as any later step needs, so that it grows no more, and a
+plan that promised too much fails at the start instead of in the middle of an answer. Invariant: the cache is zero
 afterwards, as it was. Results are thrown away.
 """
 
@@ -21,6 +21,12 @@ def run_worst_step(runner: ModelRunner, plan: MemoryPlan) -> Batch:
     runner.step(batch)
     runner.cache.clear({block_id for entry in batch.entries for block_id in entry.block_ids})
     return batch
+
+
+def run_decode_step(runner: ModelRunner) -> None:
+    """One sequence, one token: records the graph of such steps where there are graphs."""
+    runner.step(Batch((_entry("0", 1, (0,), SamplingParams(temperature=0.0)),)))
+    runner.cache.clear({0})
 
 
 def _demanding(vocab_size: int) -> SamplingParams:

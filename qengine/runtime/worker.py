@@ -18,14 +18,15 @@ from dataclasses import replace
 from qengine.config import EngineConfig
 from qengine.errors import EngineDeadError
 from qengine.models.decoder import Decoder
+from qengine.runtime.checkpoint_check import examine, judge
 from qengine.runtime.inspection import summarize_loaded
 from qengine.runtime.kv_cache import KVCache
 from qengine.runtime.links import Links
-from qengine.runtime.loader import OpenedModel, load_decoder
+from qengine.runtime.loader import LoadTimes, OpenedModel, load_timed
 from qengine.runtime.planner import MemoryPlan, size_text
 from qengine.runtime.platform import Platform
 from qengine.runtime.runner import ModelRunner, PendingStep
-from qengine.runtime.warm_up import run_worst_step
+from qengine.runtime.warm_up import run_decode_step, run_worst_step
 from qengine.scheduling.batch import Batch, StepResult
 
 logger = logging.getLogger(__name__)
@@ -65,13 +66,13 @@ class Worker:
         if plan is not None:
             platform.cap_memory(config, rank)
 
-    def load(self, *, show_progress: bool = False) -> None:
-        """Read this rank's weights.
+    def load(self, *, show_progress: bool = False) -> LoadTimes:
+        """Read this rank's weights; returns what that took.
 
         Raises:
             LoadError: the data itself is bad.
         """
-        self._model = load_decoder(
+        self._model, times = load_timed(
             self._opened,
             self._platform.target,
             self._plan.max_model_len,
@@ -79,6 +80,7 @@ class Worker:
             layers=self._links.layers,
             show_progress=show_progress,
         )
+        return times
 
     def log_kernels(self) -> None:
         """One line per distinct linear shape as `qengine inspect` shows it: nothing slow is used in silence."""
@@ -111,12 +113,35 @@ class Worker:
         cache = KVCache(model.config, plan.num_blocks, plan.block_size, self._kv_format, device)
         self._runner = self._platform.make_runner(model, cache, plan, self._config.scheduler.max_num_seqs, self._links)
 
-    def warm_up(self, plan: MemoryPlan) -> bool:
-        """Run the largest step once, so that a GPU's allocator holds what steps take. False where it keeps nothing."""
-        if self._platform.device.type != "cuda":
+    def warm_up(self, plan: MemoryPlan) -> None:
+        """Let the model run for the first time: look whether it computes numbers, unless the user wants no check.
+
+        On a GPU the largest step follows, so that its allocator holds what steps take.
+
+        Raises:
+            LoadError: naming the layer that computes none.
+        """
+        if not self._config.load.skip_check:
+            self._check_weights(plan)
+        if self._platform.device.type == "cuda":
+            run_worst_step(self.runner, plan)
+
+    def record_graph(self) -> bool:
+        """Record the decode step of one sequence, which the first answer needs; larger ones are recorded when met.
+
+        False where steps are not recorded.
+        """
+        if self._platform.recorder is None:
             return False
-        run_worst_step(self.runner, plan)
+        run_decode_step(self.runner)
         return True
+
+    def _check_weights(self, plan: MemoryPlan) -> None:
+        longest, most = plan.max_model_len, plan.max_num_batched_tokens
+        found = examine(self.runner, max_len=longest, max_rows=min(most, self._config.scheduler.max_num_seqs * longest))
+        if self._config.load.load_format == "dummy":
+            found = replace(found, constant_token_id=None)
+        judge(found, self._opened.location.name, self.runner.model.dtype, self._opened.config.torch_dtype)
 
     @property
     def runner(self) -> ModelRunner:

@@ -19,6 +19,7 @@ from collections.abc import Callable
 
 from qengine.config import EngineConfig
 from qengine.engine import Engine
+from qengine.runtime.start_times import process_age
 from qengine.serving.app import make_app
 from qengine.serving.async_engine import AsyncEngine
 from qengine.serving.banner import Takes, ready_banner
@@ -44,7 +45,7 @@ StartEngine = Callable[[EngineConfig], Engine]
 
 
 def _start_engine(config: EngineConfig) -> Engine:
-    return Engine.start(config, show_progress=sys.stderr.isatty())
+    return Engine.start(config, show_progress=sys.stderr.isatty(), import_seconds=process_age())
 
 
 def run_server(config: EngineConfig, options: ServerOptions, *, start_engine: StartEngine = _start_engine) -> int:

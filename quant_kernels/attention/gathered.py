@@ -134,6 +134,8 @@ def _read(cache: LayerCache, segment: Segment, dtype: torch.dtype) -> tuple[torc
 
 def _by_head(gathered: torch.Tensor, segment: Segment) -> torch.Tensor:
     num_heads, head_dim = gathered.shape[2:]
+    # A plain cache is; what was decoded of short blocks of bytes need not be.
+    gathered = gathered.contiguous()
     if segment.unused is not None:
         # A masked key still counts if it is NaN, and nobody vouches for what a reused block holds.
         gathered.view(-1, num_heads, head_dim).index_fill_(0, segment.unused, 0)

@@ -17,6 +17,7 @@ import torch
 import torch.nn.functional as F
 
 from quant_kernels.footprint import CPU_COLUMNS, cpu_group, cpu_int4_bytes
+from quant_kernels.linear import int4_layout
 from quant_kernels.linear.order import InputOrder
 from quant_kernels.linear.whole import WholeLinear
 from quant_kernels.packed_weight import PackedWeight
@@ -95,11 +96,16 @@ class CpuInt4Linear(WholeLinear):
 def _pack(weight: PackedWeight, num_columns: int) -> torch.Tensor:
     """uint8 [num_columns, P * K / 2] in torch's layout, columns beyond N zero.
 
-    torch packs from one int32 per code, eight times the result, so a slice of columns is converted at a time. Its
-    layout is made of blocks of up to 64 columns, which such slices do not cut.
+    What `int4_layout` does not know is torch's to pack: the columns after the last whole block, or all of them. That
+    takes one int32 per code, eight times the result, so a slice of columns is converted at a time, which cuts none of
+    the layout's blocks of up to 64 columns.
     """
     packed = torch.empty(num_columns, weight.in_features * weight.bits // 8, dtype=torch.uint8)
-    for first in range(0, num_columns, _SLICE_COLUMNS):
+    block = int4_layout.block_columns()
+    written = 0 if block is None else weight.out_features // block * block
+    if block is not None and written:
+        int4_layout.write(weight.codes[:, :written], weight.bits, block, packed[:written])
+    for first in range(written, num_columns, _SLICE_COLUMNS):
         codes = _codes(weight.codes[:, first : first + _SLICE_COLUMNS], weight.bits)
         missing = min(_SLICE_COLUMNS, num_columns - first) - len(codes)
         codes = F.pad(codes, (0, 0, 0, missing)) if missing else codes

@@ -90,7 +90,7 @@ class ScriptedEngine:
 @pytest.fixture
 def start(monkeypatch: pytest.MonkeyPatch) -> Callable[[ScriptedEngine], ScriptedEngine]:
     def install(engine: ScriptedEngine) -> ScriptedEngine:
-        started = SimpleNamespace(start=lambda config, show_progress: engine)
+        started = SimpleNamespace(start=lambda config, **options: engine)
         monkeypatch.setattr(generate, "Engine", started)
         monkeypatch.setattr(chat, "Engine", started)
         return engine

@@ -14,7 +14,8 @@ from typing import Any
 import pytest
 import torch
 
-from converters.dummy_source import DummyScheme, DummySource
+from converters.dummy_headers import DummyScheme
+from converters.dummy_source import DummySource
 from converters.source import LinearKind, LinearSlot, Weight
 from qengine import startup
 from qengine.config import LoadConfig
@@ -66,8 +67,7 @@ class CountingSource(DummySource):
     """Counts what is read; keeps some linears dense, by a part of their name."""
 
     def __init__(self, source: DummySource, dense: tuple[str, ...] = ()) -> None:
-        scheme = None if source.quantization is None else DummyScheme(source.quantization)
-        super().__init__(source.path, source.config, scheme, 0)
+        super().__init__(source.path, source.config, source.scheme, 0)
         self.dense = dense
         self.reads: Counter[str] = Counter()
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import logging
 import shutil
+import threading
 from pathlib import Path
 from typing import Any
 
@@ -12,12 +13,17 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
+from converters.files import Bytes
+from converters.read_ahead import ByteRange, DirectReader
+from converters.source import LinearSlot, Slot, TensorSlot, Weight
 from qengine import LLM, SamplingParams
 from qengine.config import LoadConfig
 from qengine.errors import LoadError, RequestError
-from qengine.runtime.loader import load_decoder, open_model
+from qengine.models.shapes import slots
+from qengine.runtime.loader import load_decoder, load_timed, open_model
+from qengine.runtime.opening import slot_of
 from quant_kernels.linear.dispatch import Target
-from tests.engine.fixtures import path
+from tests.engine.fixtures import NAMES, path
 
 CPU = torch.device("cpu")
 
@@ -174,6 +180,82 @@ def test_real_weights_without_a_tokenizer_are_refused(folder: Path) -> None:
     (folder / "tokenizer.json").unlink()
     with pytest.raises(LoadError, match="has no tokenizer: expected"):
         LLM(str(folder), max_model_len=64)
+
+
+class NotedReader:
+    """Reads, and notes what."""
+
+    def __init__(self) -> None:
+        self.ranges: list[ByteRange] = []
+
+    def read(self, wanted: ByteRange) -> Bytes:
+        self.ranges.append(wanted)
+        return DirectReader().read(wanted)
+
+
+@pytest.mark.parametrize("name", [*NAMES, None])
+def test_what_is_planned_is_what_is_read(name: str | None) -> None:
+    opened = open_model(LoadConfig(model=None if name is None else path(name)))
+    for shape in slots(opened.config, tied=opened.tied):
+        slot, reader = slot_of(shape), NotedReader()
+        source = opened.source.read_through(reader)
+        planned = opened.source.ranges(slot)
+        if isinstance(slot, TensorSlot):
+            source.read_tensor(slot)
+        else:
+            source.read_linear(slot)
+        assert list(planned) == sorted(planned, key=lambda part: part.offset)
+        # A group index that says nothing is not looked at.
+        assert set(reader.ranges) <= set(planned)
+        assert sum(part.num_bytes for part in set(planned) - set(reader.ranges)) <= 4 * 1024
+
+
+@pytest.mark.parametrize("name", [*NAMES, None])
+def test_weights_are_asked_for_in_the_order_of_the_plan(name: str | None, monkeypatch: pytest.MonkeyPatch) -> None:
+    opened = open_model(LoadConfig(model=None if name is None else path(name)))
+    asked: list[Slot] = []
+
+    class NotedSource(type(opened.source)):  # type: ignore[misc]
+        def read_tensor(self, slot: TensorSlot) -> torch.Tensor:
+            asked.append(slot)
+            return super().read_tensor(slot)
+
+        def read_linear(self, slot: LinearSlot) -> Weight:
+            asked.append(slot)
+            return super().read_linear(slot)
+
+    monkeypatch.setattr(opened.source, "__class__", NotedSource)
+    load_decoder(opened, Target(CPU, torch.bfloat16), 64)
+    planned = [slot_of(shape) for shape in slots(opened.config, tied=opened.tied)]
+    assert asked[: len(planned)] == planned
+    # The head of a quantized embedding is read a second time, as a linear.
+    assert len(asked) - len(planned) == (1 if name is None else 0)
+
+
+def test_reading_and_converting_are_told_apart(folder: Path) -> None:
+    _, times = load_timed(open_folder(folder), Target(CPU, torch.bfloat16), 64)
+    tensors = load_file(folder / "model.safetensors").values()
+    assert 0 < times.num_bytes <= sum(tensor.numel() * tensor.element_size() for tensor in tensors)
+    assert times.read_seconds > 0
+    assert 0 < times.convert_seconds <= times.seconds
+
+
+def test_the_progress_bar_counts_bytes(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    load_decoder(open_folder(folder), Target(CPU, torch.bfloat16), 64, show_progress=True)
+    shown = capsys.readouterr()
+    assert shown.out == ""
+    assert "Loading weights" in shown.err
+    assert "B/s" in shown.err
+
+
+def test_an_error_while_loading_leaves_no_thread(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail(*arguments: object, **options: object) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("qengine.runtime.loader.build", fail)
+    with pytest.raises(KeyboardInterrupt):
+        load_decoder(open_folder(folder), Target(CPU, torch.bfloat16), 64)
+    assert "read-ahead" not in {thread.name for thread in threading.enumerate()}
 
 
 def test_a_damaged_file_is_told_when_its_data_is_read(folder: Path) -> None:

@@ -1,0 +1,242 @@
+"""ReadAhead: a thread that reads what will be asked for next, while the asker converts what it has.
+
+    planned ranges   | taken | taken | held, at most `max_bytes` | asked of the disk | later ...
+                                       ^ preads of 16 MiB          ^ hints, in file order
+
+Ranges are taken in the order of the plan, which is the model's. The disk gets hints for a window of them, sorted and
+joined in the order of the file: the page cache turns one order into the other, so that the disk works in long
+sequential reads whatever a layer is assembled from. It is also what ranks in other processes share: the first one's
+reads are copies in memory for the others, so each byte comes off the disk once.
+Files are read and never mapped: a fault on every page is three times slower, and a file that shrinks would end the
+process. Invariant: whatever ends the `with`, the thread has ended and no file is open after it.
+"""
+
+from __future__ import annotations
+
+import threading
+import time
+from collections.abc import Sequence
+from contextlib import ExitStack
+from dataclasses import dataclass
+from types import TracebackType
+from typing import Protocol
+
+from converters.buffers import Buffers
+from converters.files import Bytes, DataFile, OpenFile
+
+#: Bytes that are held for the asker. A range that is larger waits until nothing else is held.
+MAX_HELD_BYTES = 64 * 2**20
+#: Bytes that the system is told of beyond those that are held, and how many at a time.
+_HINTED_BYTES = 128 * 2**20
+_HINT_STEP_BYTES = 32 * 2**20
+
+
+@dataclass(frozen=True, slots=True)
+class ByteRange:
+    """A part of a file that is read at once."""
+
+    file: DataFile
+    offset: int
+    num_bytes: int
+
+    @property
+    def end(self) -> int:
+        return self.offset + self.num_bytes
+
+
+class Reader(Protocol):
+    """How bytes get here."""
+
+    def read(self, wanted: ByteRange) -> Bytes:
+        """uint8 [num_bytes]. Raises CheckpointError."""
+        ...
+
+
+class DirectReader:
+    """Reads when it is asked."""
+
+    def read(self, wanted: ByteRange) -> Bytes:
+        return wanted.file.read(wanted.offset, wanted.num_bytes)
+
+
+@dataclass(slots=True)
+class ReadTimes:
+    """What reading took.
+
+    Attributes:
+        num_bytes: read so far.
+        busy_seconds: that the thread spent in reads.
+        waited_seconds: that the asker spent waiting for them.
+    """
+
+    num_bytes: int = 0
+    busy_seconds: float = 0.0
+    waited_seconds: float = 0.0
+
+
+class _StoppedError(Exception):
+    """The reading is no longer wanted."""
+
+
+class ReadAhead:
+    """A Reader that has read before it is asked; use it in a `with`, from one thread.
+
+    Args:
+        ranges: in the order in which they will be asked for. Others, and the same ones again, are read when asked for.
+        max_bytes: how much is held that was not asked for yet, with the buffers that wait to be used again.
+    """
+
+    def __init__(self, ranges: Sequence[ByteRange], *, max_bytes: int = MAX_HELD_BYTES) -> None:
+        self.times = ReadTimes()
+        self._ranges = list(dict.fromkeys(ranges))
+        self._max_bytes = max_bytes
+        self._changed = threading.Condition()
+        self._planned = set(self._ranges)
+        self._buffers = Buffers()
+        self._held: dict[ByteRange, Bytes] = {}
+        self._held_bytes = 0
+        self._is_asked = False
+        self._is_stopped = False
+        self._error: BaseException | None = None
+        self._thread = threading.Thread(target=self._run, name="read-ahead", daemon=True)
+
+    def __enter__(self) -> ReadAhead:
+        self._thread.start()
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        with self._changed:
+            self._is_stopped = True
+            self._changed.notify_all()
+        self._thread.join()
+        self._held.clear()
+        self._buffers.clear()
+
+    def read(self, wanted: ByteRange) -> Bytes:
+        """The range's bytes, which are the caller's from here on.
+
+        Raises:
+            CheckpointError: if the file changed, or cannot be read.
+        """
+        if wanted not in self._planned:
+            return self._read_now(wanted)
+        started = time.perf_counter()
+        with self._changed:
+            self._planned.discard(wanted)
+            # Who asks out of order must not wait for room that only it can make.
+            self._is_asked = True
+            self._changed.notify_all()
+            while wanted not in self._held and self._error is None:
+                self._changed.wait()
+            self._is_asked = False
+            self.times.waited_seconds += time.perf_counter() - started
+            if wanted not in self._held:
+                assert self._error is not None, "the wait ends with the range or an error"
+                raise self._error
+            data = self._held.pop(wanted)
+            self._held_bytes -= wanted.num_bytes
+            self._changed.notify_all()
+        return data
+
+    def _read_now(self, wanted: ByteRange) -> Bytes:
+        started = time.perf_counter()
+        data = wanted.file.read(wanted.offset, wanted.num_bytes)
+        seconds = time.perf_counter() - started
+        with self._changed:
+            self.times.num_bytes += wanted.num_bytes
+            self.times.busy_seconds += seconds
+            self.times.waited_seconds += seconds
+        return data
+
+    # The thread
+
+    def _run(self) -> None:
+        try:
+            with ExitStack() as stack:
+                files: dict[DataFile, OpenFile] = {}
+                for file in dict.fromkeys(wanted.file for wanted in self._ranges):
+                    files[file] = stack.enter_context(file.open())
+                hints = _Hints(self._ranges, files)
+                for number, wanted in enumerate(self._ranges):
+                    hints.advance(number)
+                    self._wait_for_room(wanted)
+                    self._deliver(wanted, self._read(files[wanted.file], wanted))
+        except _StoppedError:
+            pass
+        except BaseException as error:  # noqa: BLE001 - whatever it is, the asker must hear of it.
+            with self._changed:
+                self._error = error
+                self._changed.notify_all()
+
+    def _wait_for_room(self, wanted: ByteRange) -> None:
+        with self._changed:
+            while not (self._is_stopped or self._is_asked or self._fits(wanted)):
+                self._changed.wait()
+            self._require_wanted()
+
+    def _fits(self, wanted: ByteRange) -> bool:
+        return not self._held or self._held_bytes + wanted.num_bytes <= self._max_bytes
+
+    def _require_wanted(self) -> None:
+        if self._is_stopped:
+            raise _StoppedError
+
+    def _read(self, file: OpenFile, wanted: ByteRange) -> Bytes:
+        started = time.perf_counter()
+
+        def after_part(num_bytes: int) -> None:
+            nonlocal started
+            now = time.perf_counter()
+            with self._changed:
+                self.times.num_bytes += num_bytes
+                self.times.busy_seconds += now - started
+                self._require_wanted()
+            started = now
+
+        self._buffers.trim(self._max_bytes - self._held_bytes)
+        data = self._buffers.take(wanted.num_bytes)
+        file.read_into(data, wanted.offset, after_part)
+        return data
+
+    def _deliver(self, wanted: ByteRange, data: Bytes) -> None:
+        with self._changed:
+            self._held[wanted] = data
+            self._held_bytes += wanted.num_bytes
+            self._changed.notify_all()
+
+
+class _Hints:
+    """Tells the system what is coming, a step at a time, each in the order of the file."""
+
+    def __init__(self, ranges: Sequence[ByteRange], files: dict[DataFile, OpenFile]) -> None:
+        self._ranges = ranges
+        self._files = files
+        self._num_hinted = 0
+        self._bytes_ahead = 0
+
+    def advance(self, number: int) -> None:
+        """Range `number` is about to be read."""
+        if number > 0:
+            self._bytes_ahead -= self._ranges[number - 1].num_bytes
+        if self._bytes_ahead > _HINTED_BYTES - _HINT_STEP_BYTES:
+            return
+        first = self._num_hinted
+        while self._num_hinted < len(self._ranges) and self._bytes_ahead < _HINTED_BYTES:
+            self._bytes_ahead += self._ranges[self._num_hinted].num_bytes
+            self._num_hinted += 1
+        for span in joined(self._ranges[first : self._num_hinted]):
+            self._files[span.file].will_need(span.offset, span.num_bytes)
+
+
+def joined(ranges: Sequence[ByteRange]) -> list[ByteRange]:
+    """The ranges in the order of their files, with neighbours as one."""
+    spans: list[ByteRange] = []
+    for wanted in sorted(ranges, key=lambda r: (str(r.file.path), r.offset)):
+        last = spans[-1] if spans else None
+        if last is not None and last.file == wanted.file and last.end == wanted.offset:
+            spans[-1] = ByteRange(last.file, last.offset, last.num_bytes + wanted.num_bytes)
+        else:
+            spans.append(wanted)
+    return spans
