@@ -11,12 +11,12 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 import torch
-from torch.distributed import FileStore, PrefixStore  # type: ignore[attr-defined]  # public, not marked as such
-from torch.distributed.distributed_c10d import Store
 
 from qengine.config import ParallelConfig
+from qengine.errors import TransportError
 from qengine.parallel.distributed import connect
 from qengine.parallel.group import TPGroup
+from qengine.parallel.rendezvous import Rendezvous
 from qengine.parallel.split import stage_layers
 from qengine.parallel.transport import SingleTransport, Transport
 from qengine.runtime.opening import OpenedHeaders, split_opened
@@ -88,19 +88,30 @@ def connect_links(
     """
     tp, pp = parallel.tensor_parallel_size, parallel.pipeline_parallel_size
     stage, place = divmod(rank, tp)
-    store = FileStore(rendezvous, tp * pp)
+    met = Rendezvous(rendezvous, tp * pp)
 
     def meet(name: str, own: int, size: int) -> Transport:
         if size == 1:
             return SingleTransport()
-        return choose_transport(device, PrefixStore(name, store), own, size, limit_s)
+        return choose_transport(device, met, name, own, size, limit_s)
 
     split = split_opened(opened, tp, shares) if tp > 1 else None
     group = TPGroup(meet(f"stage{stage}", place, tp), split)
     pipe = meet(f"pipe{place}", stage, pp)
+    for transport in (group.transport, pipe):
+        _greet(transport, device)
     return Links(group, pipe, stage_layers(opened.config.num_layers, pp)[stage])
 
 
-def choose_transport(device: torch.device, store: Store, rank: int, size: int, limit_s: float) -> Transport:
-    """What carries tensors between ranks on devices like this: NCCL between GPUs, gloo between CPUs."""
-    return connect("nccl" if device.type == "cuda" else "gloo", store, rank, size, limit_s)
+def _greet(transport: Transport, device: torch.device) -> None:
+    """The first call, which makes the connections; a rank that cannot be reached shows here and not in a step."""
+    total = transport.all_reduce(torch.ones(1, device=device))
+    if total.item() != transport.size:
+        raise TransportError(f"{transport.size} ranks that add up ones find {total.item():g}")
+
+
+def choose_transport(
+    device: torch.device, met: Rendezvous, name: str, rank: int, size: int, limit_s: float
+) -> Transport:
+    """What carries tensors in the group `name` on devices like this: NCCL between GPUs, gloo between CPUs."""
+    return connect("nccl" if device.type == "cuda" else "gloo", met.place(name), rank, size, limit_s)

@@ -26,6 +26,7 @@ from qengine.runtime.messages import (
     Clear,
     Done,
     Failed,
+    Joined,
     Loaded,
     Order,
     Report,
@@ -67,6 +68,7 @@ def _serve(channel: Channel) -> None:
     config = start.config.parallel
     set_up_logging(start.log_level)
     worker, card = _start(start)
+    _send(channel, Joined())
     worker.load(show_progress=start.show_progress)
     if start.rank == 0:
         worker.log_kernels()

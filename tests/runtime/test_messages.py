@@ -22,6 +22,7 @@ from qengine.runtime.messages import (
     Done,
     Entry,
     Failed,
+    Joined,
     Loaded,
     Result,
     Sampling,
@@ -55,6 +56,7 @@ ORDERS = [
 ]
 LOGPROBS = TokenLogprobs(4, -0.25, 1, ((4, -0.25), (5, -math.inf)))
 REPORTS = [
+    Joined(),
     Loaded(CARD, 10**12),
     Loaded(None, 0),
     Done(),
