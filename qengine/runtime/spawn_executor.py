@@ -112,25 +112,30 @@ class SpawnExecutor:
         self._failure: str | None = None
         self._listeners: list[OnFailure] = []
         self._folder = Path(tempfile.mkdtemp(prefix="qengine-"))
+        self._processes = RankProcesses(
+            command, parallel.world_size, environment.for_rank(num_threads), self._fail_on_death
+        )
         try:
-            self._processes = RankProcesses(
-                command, parallel.world_size, environment.for_rank(num_threads), self._fail_on_death
-            )
-        except BaseException:
-            shutil.rmtree(self._folder, ignore_errors=True)
+            self._processes.start()
+            self._introduce(config, plan, log_level, show_progress=show_progress)
+        except BaseException as error:
+            self.shutdown(grace=0.0)
+            if isinstance(error, EngineDeadError):
+                raise LoadError(str(error)) from error
             raise
+
+    def _introduce(self, config: EngineConfig, plan: MemoryPlan, log_level: str, *, show_progress: bool) -> None:
+        """Tell every rank who it is."""
         for rank in self._processes.ranks:
-            self._send_to(
-                rank,
-                Start(
-                    config=config,
-                    plan=plan,
-                    rank=rank.rank,
-                    rendezvous=str(self._folder / "rendezvous"),
-                    log_level=log_level,
-                    show_progress=show_progress and rank.rank == 0,
-                ),
+            start = Start(
+                config=config,
+                plan=plan,
+                rank=rank.rank,
+                rendezvous=str(self._folder / "rendezvous"),
+                log_level=log_level,
+                show_progress=show_progress and rank.rank == 0,
             )
+            self._send(rank, encode(start))
 
     # The start
 
@@ -240,12 +245,9 @@ class SpawnExecutor:
     def _order(self, order: Order) -> None:
         data = encode(order)
         for rank in self._processes.ranks:
-            self._send_bytes(rank, data)
+            self._send(rank, data)
 
-    def _send_to(self, rank: RankProcess, order: Order) -> None:
-        self._send_bytes(rank, encode(order))
-
-    def _send_bytes(self, rank: RankProcess, data: bytes) -> None:
+    def _send(self, rank: RankProcess, data: bytes) -> None:
         if self._failure is not None:
             raise self._dead()
         try:
