@@ -112,9 +112,7 @@ class SpawnExecutor:
         self._failure: str | None = None
         self._listeners: list[OnFailure] = []
         self._folder = Path(tempfile.mkdtemp(prefix="qengine-"))
-        self._processes = RankProcesses(
-            command, parallel.world_size, environment.for_rank(num_threads), self._fail_on_death
-        )
+        self._processes = RankProcesses(command, parallel.world_size, environment.for_rank(num_threads), self._fail)
         try:
             self._processes.start()
             self._introduce(config, plan, log_level, show_progress=show_progress)
@@ -220,10 +218,6 @@ class SpawnExecutor:
                     rank.channel.send(encode(Stop()), timeout=0.1)
         self._processes.close(grace)
         shutil.rmtree(self._folder, ignore_errors=True)
-
-    def _fail_on_death(self, obituary: str) -> None:
-        """In the watching thread: a rank died."""
-        self._fail(obituary)
 
     def _fail(self, reason: str) -> None:
         """The end of all ranks, from any thread; the first reason counts."""
