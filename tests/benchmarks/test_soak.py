@@ -52,6 +52,8 @@ async def _one_less(count: int) -> int:
 def test_growth_is_the_slope() -> None:
     assert growth_per_minute([(t, 1000 + 5 * t) for t in range(20)]) == pytest.approx(300)
     assert growth_per_minute([(0.0, 5)]) == 0.0
+    one_step = [(float(t), 10_000 if t < 30 else 50_000) for t in range(100)]
+    assert growth_per_minute(one_step) == 0.0
     noisy = [(float(t), 10_000 + (500 if t % 2 else -500)) for t in range(100)]
     assert abs(growth_per_minute(noisy)) < 100
 
