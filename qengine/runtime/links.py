@@ -11,14 +11,13 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 import torch
-from torch.distributed import FileStore, PrefixStore  # type: ignore[attr-defined]  # public, not marked as such
-from torch.distributed.distributed_c10d import Store
 
 from qengine.config import ParallelConfig
 from qengine.errors import TransportError
 from qengine.parallel.distributed import connect
 from qengine.parallel.group import TPGroup
 from qengine.parallel.host_staged import HostStagedTransport
+from qengine.parallel.rendezvous import Rendezvous
 from qengine.parallel.seats import Seat
 from qengine.parallel.split import stage_layers
 from qengine.parallel.transport import SingleTransport, Transport
@@ -93,7 +92,7 @@ def connect_links(
     """
     tp, pp = parallel.tensor_parallel_size, parallel.pipeline_parallel_size
     stage, place = divmod(rank, tp)
-    store = FileStore(rendezvous, tp * pp)
+    met = Rendezvous(rendezvous, tp * pp)
 
     def meet(name: str, own: int, size: int, seat: str | None) -> Transport:
         if size == 1:
@@ -101,7 +100,7 @@ def connect_links(
         if seat is not None:
             transport: Transport = HostStagedTransport(Seat.from_text(seat), limit_s)
         else:
-            transport = choose_transport(device, PrefixStore(name, store), own, size, limit_s)
+            transport = choose_transport(device, met, name, own, size, limit_s)
         check_connection(transport, device)
         return transport
 
@@ -122,6 +121,8 @@ def check_connection(transport: Transport, device: torch.device) -> None:
         raise TransportError(f"the first sum over {transport.size} ranks is {total:g}; tensors are lost between them")
 
 
-def choose_transport(device: torch.device, store: Store, rank: int, size: int, limit_s: float) -> Transport:
-    """What carries tensors between ranks on devices like this: NCCL between GPUs, gloo between CPUs."""
-    return connect("nccl" if device.type == "cuda" else "gloo", store, rank, size, limit_s)
+def choose_transport(
+    device: torch.device, met: Rendezvous, name: str, rank: int, size: int, limit_s: float
+) -> Transport:
+    """What carries tensors in the group `name` on devices like this: NCCL between GPUs, gloo between CPUs."""
+    return connect("nccl" if device.type == "cuda" else "gloo", met.place(name), rank, size, limit_s)

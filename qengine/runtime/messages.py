@@ -1,7 +1,7 @@
 """Messages: everything that an engine and the ranks of its model say to each other, as msgpack with a fixed schema.
 
     engine -> rank   Start, Connect, Load, Allocate, Step, Clear, Check, Stop
-    rank -> engine   Loaded, Done, Result, Failed
+    rank -> engine   Joined, Loaded, Done, Result, Failed
 
 Invariant: a message that was decoded has the fields and types declared here, and values that make sense by themselves;
 anything else is one `ProtocolError`. Nothing is ever unpickled or executed. Whether a message comes at the
@@ -130,6 +130,10 @@ class Stop(_Message, frozen=True):
 # From a rank
 
 
+class Joined(_Message, frozen=True):
+    """Answers `Connect`: the rank has met the others, and tensors pass between them."""
+
+
 class Loaded(_Message, frozen=True):
     """Answers `Load`: the weights are in place.
 
@@ -167,7 +171,7 @@ class Failed(_Message, frozen=True):
 
 
 Order = Start | Connect | Load | Allocate | Step | Clear | Check | Stop
-Report = Loaded | Done | Result | Failed
+Report = Joined | Loaded | Done | Result | Failed
 _T = TypeVar("_T")
 
 _ENCODER = msgspec.msgpack.Encoder()

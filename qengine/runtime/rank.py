@@ -30,6 +30,7 @@ from qengine.runtime.messages import (
     Connect,
     Done,
     Failed,
+    Joined,
     Load,
     Loaded,
     Order,
@@ -78,7 +79,7 @@ def _serve(channel: Channel) -> None:
     _send(channel, Done())
     _expect(channel, Connect)
     links = _connect(start, opened, device)
-    _send(channel, Done())
+    _send(channel, Joined())
     _expect(channel, Load)
     worker, card = _make_worker(start, opened, device, links)
     worker.load(show_progress=start.show_progress)

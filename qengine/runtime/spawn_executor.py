@@ -16,7 +16,8 @@ import sys
 import tempfile
 import threading
 import time
-from collections.abc import Sequence
+from collections import deque
+from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from pathlib import Path
 from typing import TypeVar
@@ -37,6 +38,7 @@ from qengine.runtime.messages import (
     Connect,
     Done,
     Failed,
+    Joined,
     Load,
     Loaded,
     Order,
@@ -55,6 +57,8 @@ from qengine.scheduling.batch import Batch, StepResult
 logger = logging.getLogger(__name__)
 
 RANK_COMMAND = (sys.executable, "-m", "qengine.runtime.rank")
+#: What ranks may take to start and to open the model.
+JOIN_SECONDS = 120.0
 #: A rank that lost its neighbour often says so before the neighbour is known to be dead.
 _OBITUARY_SECONDS = 0.3
 
@@ -77,7 +81,7 @@ class _RemoteStep:
 
 
 class SpawnExecutor:
-    """Starts the ranks, which load as soon as they can: `load` and `allocate` must follow.
+    """Starts the ranks, which load as soon as they can: `join`, `load` and `allocate` must follow.
 
     Args:
         config: what they are started with; its model must be a path.
@@ -109,54 +113,75 @@ class SpawnExecutor:
         self._step_timeout = parallel.step_timeout
         self._connect_limit_s = connect_limit_s
         self._is_warm = False
+        self._unread: list[deque[Report]] = [deque() for _ in range(parallel.world_size)]
         self._writer = StepWriter(2 * config.scheduler.max_num_seqs)
         self._lock = threading.Lock()
         self._failure: str | None = None
         self._listeners: list[OnFailure] = []
         self._folder = Path(tempfile.mkdtemp(prefix="qengine-"))
         variables = {**environment.for_rank(num_threads), **route.environment}
+        self._processes = RankProcesses(command, parallel.world_size, variables, self._fail)
         try:
             with contextlib.ExitStack() as stack:
                 places = (
                     _take_seats(parallel, stack) if route is Route.HOST_STAGED else [_NO_SEATS] * parallel.world_size
                 )
-                inherited = [[fd for seat in seats if seat is not None for fd in seat.fds] for seats in places]
-                self._processes = RankProcesses(command, parallel.world_size, variables, self._fail_on_death, inherited)
-        except BaseException:
-            shutil.rmtree(self._folder, ignore_errors=True)
+                self._processes.start(
+                    [[fd for seat in seats if seat is not None for fd in seat.fds] for seats in places]
+                )
+            self._introduce(config, plan, log_level, places, show_progress=show_progress)
+        except BaseException as error:
+            self.shutdown(grace=0.0)
+            if isinstance(error, EngineDeadError):
+                raise LoadError(str(error)) from error
             raise
+
+    def _introduce(
+        self,
+        config: EngineConfig,
+        plan: MemoryPlan,
+        log_level: str,
+        places: Sequence[_TwoSeats],
+        *,
+        show_progress: bool,
+    ) -> None:
+        """Tell every rank who it is."""
         for rank in self._processes.ranks:
-            self._send_to(
-                rank,
-                Start(
-                    config=config,
-                    plan=plan,
-                    rank=rank.rank,
-                    rendezvous=str(self._folder / "rendezvous"),
-                    log_level=log_level,
-                    show_progress=show_progress and rank.rank == 0,
-                    seats=_texts(places[rank.rank]),
-                ),
+            start = Start(
+                config=config,
+                plan=plan,
+                rank=rank.rank,
+                rendezvous=str(self._folder / "rendezvous"),
+                log_level=log_level,
+                show_progress=show_progress and rank.rank == 0,
+                seats=_texts(places[rank.rank]),
             )
+            self._send(rank, encode(start))
 
     # The start
+
+    def join(self, timeout: float = JOIN_SECONDS) -> None:
+        """Wait until every rank has opened the model and met the others.
+
+        Raises:
+            ConfigError, LoadError: what a rank refused. EngineDeadError: a rank died, or did not start in time.
+            TransportError: they do not find each other; says what to try.
+        """
+        self._gather(Done, timeout, means=": it does not start, or cannot open the model")
+        processes = [rank.process for rank in self._processes.ranks]
+        with Watchdog("the first sum over all ranks", self._connect_limit_s, processes, nccl_advice):
+            self._order(Connect())
+            self._gather(Joined, timeout=None)
+        shutil.rmtree(self._folder, ignore_errors=True)  # It has served.
 
     def load(self) -> list[Loaded]:
         """Wait until every rank has its weights; by rank.
 
         Raises:
-            ConfigError, LoadError: what a rank refused. EngineDeadError: a rank died. TransportError: they do not find
-                each other; says what to try.
+            ConfigError, LoadError: what a rank refused. EngineDeadError: a rank died.
         """
-        self._gather(Done, timeout=None)
-        processes = [rank.process for rank in self._processes.ranks]
-        with Watchdog("the first sum over all ranks", self._connect_limit_s, processes, nccl_advice):
-            self._order(Connect())
-            self._gather(Done, timeout=None)
         self._order(Load())
-        loaded = self._gather(Loaded, timeout=None)
-        shutil.rmtree(self._folder, ignore_errors=True)  # They have found each other.
-        return loaded
+        return self._gather(Loaded, timeout=None)
 
     def allocate(self, plan: MemoryPlan) -> None:
         """Have every rank make its KV cache.
@@ -186,7 +211,9 @@ class SpawnExecutor:
         """
         timeout = self._step_timeout if self._is_warm else max(self._step_timeout, WARM_UP_SECONDS)
         try:
-            [report] = self._gather(Result, timeout, ranks=[self._processes.ranks[self._answering]])
+            [report] = self._gather(
+                Result, timeout, ranks=[self._processes.ranks[self._answering]], means=" (--step-timeout)"
+            )
             result = read_result(batch, report)
         except ProtocolError as error:
             self._fail(str(error))
@@ -223,10 +250,6 @@ class SpawnExecutor:
         self._processes.close(grace)
         shutil.rmtree(self._folder, ignore_errors=True)
 
-    def _fail_on_death(self, obituary: str) -> None:
-        """In the watching thread: a rank died."""
-        self._fail(obituary)
-
     def _fail(self, reason: str) -> None:
         """The end of all ranks, from any thread; the first reason counts."""
         with self._lock:
@@ -247,12 +270,9 @@ class SpawnExecutor:
     def _order(self, order: Order) -> None:
         data = encode(order)
         for rank in self._processes.ranks:
-            self._send_bytes(rank, data)
+            self._send(rank, data)
 
-    def _send_to(self, rank: RankProcess, order: Order) -> None:
-        self._send_bytes(rank, encode(order))
-
-    def _send_bytes(self, rank: RankProcess, data: bytes) -> None:
+    def _send(self, rank: RankProcess, data: bytes) -> None:
         if self._failure is not None:
             raise self._dead()
         try:
@@ -271,32 +291,43 @@ class SpawnExecutor:
             ConfigError, LoadError: a rank says so. EngineDeadError: a rank failed, died or says nothing for `timeout`.
         """
         deadline = None if timeout is None else time.monotonic() + timeout
-        expected = {rank.rank for rank in (ranks if ranks is not None else self._processes.ranks)}
         reports: dict[int, _R] = {}
-        while len(reports) < len(expected):
-            found = self._poll(deadline)
-            if found is None:
-                silent = ", ".join(str(rank) for rank in sorted(expected - reports.keys()))
-                self._fail(f"rank {silent} did not answer within {timeout:g} s (--step-timeout)")
+        waiting = {rank.rank for rank in (ranks if ranks is not None else self._processes.ranks)}
+        while waiting:
+            for rank in [rank for rank in waiting if self._unread[rank]]:
+                reports[rank] = self._expect(kind, rank, self._unread[rank].popleft())
+                waiting.remove(rank)
+            if waiting and not self._poll(deadline):
+                silent = ", ".join(map(str, sorted(waiting)))
+                self._fail(f"rank {silent} did not answer within {timeout:g} s{means}")
                 raise self._dead()
-            rank, report = found
-            if not isinstance(report, kind) or rank not in expected or rank in reports:
-                self._fail(f"rank {rank} said {type(report).__name__} when {kind.__name__} was expected")
-                raise self._dead()
-            reports[rank] = report
         return [reports[rank] for rank in sorted(reports)]
 
-    def _poll(self, deadline: float | None) -> tuple[int, Report] | None:
-        """The next report of any rank; None when time is over."""
+    def _expect(self, kind: type[_R], rank: int, report: Report) -> _R:
+        if not isinstance(report, kind):
+            self._fail(f"rank {rank} said {type(report).__name__} when {kind.__name__} was expected")
+            raise self._dead()
+        return report
+
+    def _poll(self, deadline: float | None) -> bool:
+        """Read what ranks say, at least one report, whoever is waited for: one may be ahead of the others.
+
+        Returns:
+            False when time is over.
+        """
         while True:
             if self._failure is not None:
                 raise self._dead()
+            found = False
             for rank in self._processes.ranks:
                 report = self._try_receive(rank)
                 if report is not None:
-                    return rank.rank, report
+                    self._unread[rank.rank].append(report)
+                    found = True
+            if found:
+                return True
             if not self._wait(deadline):
-                return None
+                return False
 
     def _wait(self, deadline: float | None) -> bool:
         """Until there is something to read or time is over."""

@@ -23,6 +23,7 @@ from qengine.runtime.messages import (
     Done,
     Entry,
     Failed,
+    Joined,
     Load,
     Loaded,
     Result,
@@ -60,6 +61,7 @@ ORDERS = [
 ]
 LOGPROBS = TokenLogprobs(4, -0.25, 1, ((4, -0.25), (5, -math.inf)))
 REPORTS = [
+    Joined(),
     Loaded(CARD, 10**12),
     Loaded(None, 0),
     Done(),
