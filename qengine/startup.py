@@ -168,6 +168,8 @@ def _start_ranks(
     try:
         tokenizer = _load_tokenizer(config, opened)
         watch.lap("tokenizer")
+        executor.join()
+        watch.lap("ranks")
         loaded = executor.load()
         watch.lap("weights")
         cards = [rank.card for rank in loaded if rank.card is not None]

@@ -7,6 +7,7 @@ contradict each other. Times are bounds that follow from bytes and bandwidth; no
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
@@ -20,6 +21,8 @@ from quant_kernels.linear.dispatch import Target
 from quant_kernels.linear.plan import LinearPlan, launch
 from quant_kernels.packing import fold_input_order
 from quant_kernels.tuning.select import EXPAND, Choice, Selector
+
+logger = logging.getLogger(__name__)
 
 GATE_UP = "gate_up"
 #: What the parts of a linear are called where they run one by one.
@@ -175,6 +178,12 @@ def summarize_loaded(linears: Iterable[Linear]) -> list[LinearSummary]:
     loaded = list(linears)
     selector = loaded[0].target.selector if loaded else None
     return summarize(((linear.plan, 1) for linear in loaded), selector, 1)
+
+
+def log_linears(linears: Iterable[Linear]) -> None:
+    """Log one line per distinct linear shape as `qengine inspect` shows it: nothing slow is used in silence."""
+    for summary in summarize_loaded(linears):
+        logger.info("%s", summary.text)
 
 
 def summarize(

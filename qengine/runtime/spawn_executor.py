@@ -16,7 +16,8 @@ import sys
 import tempfile
 import threading
 import time
-from collections.abc import Sequence
+from collections import deque
+from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from pathlib import Path
 from typing import TypeVar
@@ -34,11 +35,11 @@ from qengine.runtime.messages import (
     Allocate,
     Check,
     Clear,
-    Connect,
     Done,
     Failed,
-    Load,
+    Joined,
     Loaded,
+    Opened,
     Order,
     Report,
     Result,
@@ -55,12 +56,22 @@ from qengine.scheduling.batch import Batch, StepResult
 logger = logging.getLogger(__name__)
 
 RANK_COMMAND = (sys.executable, "-m", "qengine.runtime.rank")
-#: A rank that lost its neighbour often says so before the neighbour is known to be dead.
-_OBITUARY_SECONDS = 0.3
-
+#: What ranks may take to start, to open the model, and to meet.
+JOIN_SECONDS = 120.0
 #: A rank's seat among those of its stage, and its seat between the stages.
 _TwoSeats = tuple[Seat | None, Seat | None]
 _NO_SEATS: _TwoSeats = (None, None)
+#: A rank that lost its neighbour often says so before the neighbour is known to be dead.
+_OBITUARY_SECONDS = 0.3
+
+#: What a silence means, by the report that did not come.
+_REASONS: Mapping[type[object], str] = {
+    Opened: ": the ranks cannot reach each other, or do not start",
+    Joined: "",
+    Loaded: "",
+    Done: "",
+    Result: " (--step-timeout)",
+}
 
 _R = TypeVar("_R", bound=Report)
 
@@ -77,7 +88,7 @@ class _RemoteStep:
 
 
 class SpawnExecutor:
-    """Starts the ranks, which load as soon as they can: `load` and `allocate` must follow.
+    """Starts the ranks, which load as soon as they can: `join`, `load` and `allocate` must follow.
 
     Args:
         config: what they are started with; its model must be a path.
@@ -109,6 +120,7 @@ class SpawnExecutor:
         self._step_timeout = parallel.step_timeout
         self._connect_limit_s = connect_limit_s
         self._is_warm = False
+        self._unread: list[deque[Report]] = [deque() for _ in range(parallel.world_size)]
         self._writer = StepWriter(2 * config.scheduler.max_num_seqs)
         self._lock = threading.Lock()
         self._failure: str | None = None
@@ -141,22 +153,26 @@ class SpawnExecutor:
 
     # The start
 
+    def join(self, timeout: float = JOIN_SECONDS) -> None:
+        """Wait until every rank has met the others.
+
+        Raises:
+            ConfigError, LoadError: what a rank refused. EngineDeadError: a rank died, or was not up in time.
+            TransportError: they were up and did not find each other; says what to try.
+        """
+        self._gather(Opened, timeout)
+        processes = [rank.process for rank in self._processes.ranks]
+        with Watchdog("the first sum over all ranks", self._connect_limit_s, processes, nccl_advice):
+            self._gather(Joined, timeout=None)
+        shutil.rmtree(self._folder, ignore_errors=True)  # It has served.
+
     def load(self) -> list[Loaded]:
         """Wait until every rank has its weights; by rank.
 
         Raises:
-            ConfigError, LoadError: what a rank refused. EngineDeadError: a rank died. TransportError: they do not find
-                each other; says what to try.
+            ConfigError, LoadError: what a rank refused. EngineDeadError: a rank died.
         """
-        self._gather(Done, timeout=None)
-        processes = [rank.process for rank in self._processes.ranks]
-        with Watchdog("the first sum over all ranks", self._connect_limit_s, processes, nccl_advice):
-            self._order(Connect())
-            self._gather(Done, timeout=None)
-        self._order(Load())
-        loaded = self._gather(Loaded, timeout=None)
-        shutil.rmtree(self._folder, ignore_errors=True)  # They have found each other.
-        return loaded
+        return self._gather(Loaded, timeout=None)
 
     def allocate(self, plan: MemoryPlan) -> None:
         """Have every rank make its KV cache.
@@ -271,32 +287,43 @@ class SpawnExecutor:
             ConfigError, LoadError: a rank says so. EngineDeadError: a rank failed, died or says nothing for `timeout`.
         """
         deadline = None if timeout is None else time.monotonic() + timeout
-        expected = {rank.rank for rank in (ranks if ranks is not None else self._processes.ranks)}
         reports: dict[int, _R] = {}
-        while len(reports) < len(expected):
-            found = self._poll(deadline)
-            if found is None:
-                silent = ", ".join(str(rank) for rank in sorted(expected - reports.keys()))
-                self._fail(f"rank {silent} did not answer within {timeout:g} s (--step-timeout)")
+        waiting = {rank.rank for rank in (ranks if ranks is not None else self._processes.ranks)}
+        while waiting:
+            for rank in [rank for rank in waiting if self._unread[rank]]:
+                reports[rank] = self._expect(kind, rank, self._unread[rank].popleft())
+                waiting.remove(rank)
+            if waiting and not self._poll(deadline):
+                silent = ", ".join(map(str, sorted(waiting)))
+                self._fail(f"rank {silent} did not answer within {timeout:g} s{_REASONS[kind]}")
                 raise self._dead()
-            rank, report = found
-            if not isinstance(report, kind) or rank not in expected or rank in reports:
-                self._fail(f"rank {rank} said {type(report).__name__} when {kind.__name__} was expected")
-                raise self._dead()
-            reports[rank] = report
         return [reports[rank] for rank in sorted(reports)]
 
-    def _poll(self, deadline: float | None) -> tuple[int, Report] | None:
-        """The next report of any rank; None when time is over."""
+    def _expect(self, kind: type[_R], rank: int, report: Report) -> _R:
+        if not isinstance(report, kind):
+            self._fail(f"rank {rank} said {type(report).__name__} when {kind.__name__} was expected")
+            raise self._dead()
+        return report
+
+    def _poll(self, deadline: float | None) -> bool:
+        """Read what ranks say, at least one report, whoever is waited for: one may be ahead of the others.
+
+        Returns:
+            False when time is over.
+        """
         while True:
             if self._failure is not None:
                 raise self._dead()
+            found = False
             for rank in self._processes.ranks:
                 report = self._try_receive(rank)
                 if report is not None:
-                    return rank.rank, report
+                    self._unread[rank.rank].append(report)
+                    found = True
+            if found:
+                return True
             if not self._wait(deadline):
-                return None
+                return False
 
     def _wait(self, deadline: float | None) -> bool:
         """Until there is something to read or time is over."""

@@ -18,7 +18,7 @@ from dataclasses import replace
 from qengine.config import EngineConfig
 from qengine.errors import EngineDeadError
 from qengine.models.decoder import Decoder
-from qengine.runtime.inspection import summarize_loaded
+from qengine.runtime.inspection import log_linears
 from qengine.runtime.kv_cache import KVCache
 from qengine.runtime.links import Links
 from qengine.runtime.loader import OpenedModel, load_decoder
@@ -81,9 +81,8 @@ class Worker:
         )
 
     def log_kernels(self) -> None:
-        """One line per distinct linear shape as `qengine inspect` shows it: nothing slow is used in silence."""
-        for summary in summarize_loaded(self._loaded().linears()):
-            logger.info("%s", summary.text)
+        """Say what this rank's linears run on."""
+        log_linears(self._loaded().linears())
 
     @property
     def weight_bytes(self) -> int:

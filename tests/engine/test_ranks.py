@@ -234,6 +234,13 @@ def test_a_start_that_cannot_work_is_refused_by_name() -> None:
         assert time.monotonic() - begin < 10.0
 
 
+def test_a_rank_that_does_not_come_is_a_load_error(monkeypatch: pytest.MonkeyPatch) -> None:
+    real = SpawnExecutor.join
+    monkeypatch.setattr(SpawnExecutor, "join", lambda self: real(self, 8.0))
+    with pytest.raises(LoadError, match=r"rank (0, )?1 did not answer within 8 s: the ranks cannot reach each other"):
+        start_failing(1, "stop", tensor_parallel_size=2)
+
+
 def test_a_rank_that_ends_while_it_loads_is_a_load_error(tmp_path: Path) -> None:
     command = (sys.executable, "-c", "import sys; sys.exit('no such thing')")
     config = EngineConfig.from_options({"model": FIXTURE, **OPTIONS, "tensor_parallel_size": 2})

@@ -16,11 +16,10 @@ import torch
 
 from converters.dummy_source import DummyScheme, DummySource
 from converters.source import LinearKind, LinearSlot, Weight
-from qengine import startup
 from qengine.config import LoadConfig
 from qengine.models.decoder import Materials, build
 from qengine.runtime import loader
-from qengine.runtime.inspection import Inspection, inspect_model, summarize_loaded
+from qengine.runtime.inspection import Inspection, inspect_model, log_linears, summarize_loaded
 from qengine.runtime.loader import OpenedModel, load_decoder, open_model
 from quant_kernels.linear import dispatch
 from quant_kernels.linear.dispatch import Target
@@ -101,8 +100,8 @@ def test_it_says_what_loading_does(model: str | None, dtype: torch.dtype, caplog
     linears = list(load_decoder(opened, Target(CPU, dtype), 64).linears())
     assert list(found.linears) == summarize_loaded(linears)
     assert found.num_bytes == sum(part.bytes_per_pass for linear in linears for part in linear.parts)
-    with caplog.at_level(logging.INFO, logger="qengine.startup"):
-        startup._log_kernels(linears)
+    with caplog.at_level(logging.INFO, logger="qengine.runtime.inspection"):
+        log_linears(linears)
     assert [record.getMessage() for record in caplog.records] == [linear.text for linear in found.linears]
 
 
