@@ -33,7 +33,9 @@ class LLM:
         tokenizer: a folder with another tokenizer.
         quantization: "awq" or "gptq"; None reads it from the file, disagreeing with the file is an error.
         dtype: "auto", "bfloat16", "float16" or "float32" (float32 is the exact, slow path).
-        tensor_parallel_size: devices that share each layer.
+        tensor_parallel_size: devices that share each layer, each driven by a process of its own.
+        pipeline_parallel_size: groups of devices that share the layers.
+        step_timeout: seconds after which a step of several devices counts as hung.
         max_model_len: prompt and output in tokens; None is the model's own, "auto" the largest that fits.
         gpu_memory_utilization: fraction of a GPU's memory to use.
         kv_cache_dtype: "auto" is the compute dtype.
@@ -60,6 +62,8 @@ class LLM:
         quantization: str | None = None,
         dtype: str = "auto",
         tensor_parallel_size: int = 1,
+        pipeline_parallel_size: int = 1,
+        step_timeout: float = 60.0,
         max_model_len: int | str | None = None,
         gpu_memory_utilization: float = 0.92,
         kv_cache_dtype: str = "auto",
@@ -82,6 +86,8 @@ class LLM:
             "quantization": quantization,
             "dtype": dtype,
             "tensor_parallel_size": tensor_parallel_size,
+            "pipeline_parallel_size": pipeline_parallel_size,
+            "step_timeout": step_timeout,
             "max_model_len": max_model_len,
             "gpu_memory_utilization": gpu_memory_utilization,
             "kv_cache_dtype": kv_cache_dtype,

@@ -138,13 +138,6 @@ def select_outputs(weight: PackedWeight | DenseWeight, order: torch.Tensor) -> P
     )
 
 
-def without_input_order(weight: PackedWeight | DenseWeight) -> tuple[PackedWeight | DenseWeight, torch.Tensor | None]:
-    """The linear as it is stored, and the order in which it then wants its inputs, int64 [K]; None for their own."""
-    if isinstance(weight, DenseWeight) or weight.perm is None:
-        return weight, None
-    return replace(weight, perm=None), weight.perm.long()
-
-
 def fold_input_order(
     weight: PackedWeight | DenseWeight, producers: Sequence[PackedWeight | DenseWeight]
 ) -> tuple[PackedWeight | DenseWeight, list[PackedWeight | DenseWeight]]:
@@ -156,5 +149,12 @@ def fold_input_order(
     Returns:
         The linear without `perm`, and the producers; all of them as they were if there is no `perm`.
     """
-    folded, order = without_input_order(weight)
-    return folded, [p if order is None else select_outputs(p, order) for p in producers]
+    folded, order = take_input_order(weight)
+    return folded, [producer if order is None else select_outputs(producer, order) for producer in producers]
+
+
+def take_input_order(weight: PackedWeight | DenseWeight) -> tuple[PackedWeight | DenseWeight, torch.Tensor | None]:
+    """A linear without its activation order, and the order (int64 [K]) that its producers' outputs must be put in."""
+    if isinstance(weight, DenseWeight) or weight.perm is None:
+        return weight, None
+    return replace(weight, perm=None), weight.perm.long()

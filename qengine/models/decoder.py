@@ -15,11 +15,11 @@ import torch
 from qengine.config import ModelConfig
 from qengine.layers.attention import Attention
 from qengine.layers.embedding import Embedding
-from qengine.layers.linear import Linear, Weight
+from qengine.layers.linear import Linear
 from qengine.layers.mlp import GatedMLP
 from qengine.layers.norm import RMSNorm
 from qengine.layers.rope import RotaryEmbedding
-from qengine.models.parts import ReadLinear, read_layer
+from qengine.models.parts import PartReader, ReadLinear
 from qengine.models.shapes import (
     EMBEDDING,
     FINAL_NORM,
@@ -179,6 +179,7 @@ class _Builder:
         self._shape = group.shape(config)
         self._stage = layers
         self._local = self._shape.local(config, layers)
+        self._parts = PartReader(config, self._shape, materials.read_linear)
 
     def build(self, max_position: int, *, tied: bool) -> Decoder:
         config, target = self._config, self._target
@@ -215,10 +216,13 @@ class _Builder:
         return Linear(HEAD, [weight], self._target)
 
     def _layer(self, layer: int) -> DecoderLayer:
+        """One layer's worth: a merged linear is on its device, and its parts are gone, before the next is read."""
         config, local, ops = self._config, self._local, self._target.ops
         input_norm, post_norm, *head_norms = layer_norms(config, layer)
         qkv, o, gate_up, down = merged_linears(config, layer)
-        parts = read_layer(config, layer, self._shape, self._materials.read_linear)
+        qkv_linear = Linear(qkv.name, self._parts.qkv(qkv), self._target)
+        o_linear = Linear(o.name, self._parts.o(o), self._target)
+        gate_up_linear, down_linear = self._folded_mlp(gate_up, down)
         heads = Heads(
             local.num_heads,
             local.num_kv_heads,
@@ -227,13 +231,16 @@ class _Builder:
             norms=torch.stack([self._tensor(shape) for shape in head_norms]) if head_norms else None,
             norm_eps=config.rms_norm_eps,
         )
-        attention = Attention(self._linear(qkv, parts.qkv), self._linear(o, [parts.o]), heads, ops, self._group)
-        down_linear = self._linear(down, [parts.down], order_is_folded=parts.order_is_folded)
-        mlp = GatedMLP(self._linear(gate_up, parts.gate_up), down_linear, ops, self._group)
+        attention = Attention(qkv_linear, o_linear, heads, ops, self._group)
+        mlp = GatedMLP(gate_up_linear, down_linear, ops, self._group)
         return DecoderLayer(self._norm(input_norm), attention, self._norm(post_norm), mlp)
 
-    def _linear(self, shape: MergedShape, parts: Sequence[Weight], *, order_is_folded: bool = False) -> Linear:
-        return Linear(shape.name, parts, self._target, order_is_folded=order_is_folded)
+    def _folded_mlp(self, gate_up: MergedShape, down: MergedShape) -> tuple[Linear, Linear]:
+        """gate_up and down, whose activation order moves into the outputs of gate and up: so down is read first."""
+        weights, order = self._parts.down(down)
+        down_linear = Linear(down.name, weights, self._target, order_is_folded=order is not None)
+        del weights
+        return Linear(gate_up.name, self._parts.gate_up(gate_up, order), self._target), down_linear
 
     def _norm(self, shape: TensorShape) -> RMSNorm:
         return RMSNorm(self._tensor(shape), self._config.rms_norm_eps, self._target.ops)

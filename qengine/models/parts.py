@@ -1,65 +1,70 @@
 """One rank's part of the linears of a layer: each is read whole, cut, and let go of before the next one is read.
 
-The order of work is convert, fold, cut; then the parts are fused and prepared. Invariant: the parts of all ranks add up
-to the layer, exactly; a rank that has everything gets the weights as they were read. Only the first rank keeps the
-biases of o and down, whose results are added up.
+The order of work is convert, fold, cut, fuse; then the result is prepared for the device, before the next is asked for.
+Invariant: the parts of all ranks add up to the layer, exactly; a rank that has everything gets the weights as they were
+read. Only the first rank keeps the biases of o and down, whose results are added up.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
 
 from qengine.config import ModelConfig
-from qengine.layers.linear import Weight
-from qengine.models.shapes import LinearShape, attention_linears, mlp_linears
+from qengine.layers.linear import Weight, fuse
+from qengine.models.shapes import LinearShape, MergedShape
 from qengine.parallel.split import RankShape
-from quant_kernels.packing import select_outputs, without_input_order
+from quant_kernels.packing import select_outputs, take_input_order
 from quant_kernels.sharding import slice_inputs, slice_outputs
 
 ReadLinear = Callable[[LinearShape], Weight]
 
 
 @dataclass(frozen=True, slots=True)
-class LayerParts:
-    """`order_is_folded`: down's activation order has moved into the outputs of gate and up."""
+class PartReader:
+    """What the rank of `shape` needs of merged linears, fused where they can be.
 
-    qkv: list[Weight]
-    o: Weight
-    gate_up: list[Weight]
-    down: Weight
-    order_is_folded: bool
-
-
-def read_layer(config: ModelConfig, layer: int, shape: RankShape, read: ReadLinear) -> LayerParts:
-    """What the rank of `shape` needs of a layer.
-
-    Args:
+    Attributes:
         config: of the whole model.
         read: a linear of the checkpoint.
     """
-    q, k, v, o = attention_linears(config, layer)
-    gate, up, down = mlp_linears(config, layer)
-    queries, keys = (_columns(heads, config.head_dim) for heads in (shape.query_heads, shape.kv_heads))
-    qkv = [slice_outputs(read(part), outputs) for part, outputs in ((q, queries), (k, keys), (v, keys))]
-    o_part = slice_inputs(read(o), queries, with_bias=shape.rank == 0)
-    # Down comes first: gate and up are cut in the order in which its rows are stored.
-    down_part, order = _down_part(read(down), shape)
-    gate_up = [_inner_outputs(read(part), shape.intermediate, order) for part in (gate, up)]
-    return LayerParts(qkv, o_part, gate_up, down_part, order is not None)
 
+    config: ModelConfig
+    shape: RankShape
+    read: ReadLinear
 
-def _columns(heads: range, head_dim: int) -> range:
-    return range(heads.start * head_dim, heads.stop * head_dim)
+    def qkv(self, merged: MergedShape) -> Sequence[Weight]:
+        """The columns of this rank's heads."""
+        queries, keys = self._columns(self.shape.query_heads), self._columns(self.shape.kv_heads)
+        cuts = zip(merged.parts, (queries, keys, keys), strict=True)
+        return fuse([slice_outputs(self.read(part), outputs) for part, outputs in cuts])[0]
 
+    def o(self, merged: MergedShape) -> Sequence[Weight]:
+        """The rows of this rank's query heads."""
+        [part] = merged.parts
+        return [slice_inputs(self.read(part), self._columns(self.shape.query_heads), with_bias=self.shape.rank == 0)]
 
-def _down_part(down: Weight, shape: RankShape) -> tuple[Weight, torch.Tensor | None]:
-    stored, order = without_input_order(down)
-    return slice_inputs(stored, shape.intermediate, with_bias=shape.rank == 0), order
+    def down(self, merged: MergedShape) -> tuple[Sequence[Weight], torch.Tensor | None]:
+        """The rows of this rank's intermediate columns, as they are stored, and those columns in that order.
 
+        Returns:
+            The weight, and which outputs of gate and up its rows take, int64; None for a range of them.
+        """
+        [part] = merged.parts
+        inner = self.shape.intermediate
+        stored, order = take_input_order(self.read(part))
+        order = None if order is None else order[inner.start : inner.stop]
+        return [slice_inputs(stored, inner, with_bias=self.shape.rank == 0)], order
 
-def _inner_outputs(weight: Weight, inner: range, order: torch.Tensor | None) -> Weight:
-    """The outputs that become inputs of this rank's down: a range of them as they are, or as down stores its rows."""
-    return slice_outputs(weight, inner) if order is None else select_outputs(weight, order[inner.start : inner.stop])
+    def gate_up(self, merged: MergedShape, order: torch.Tensor | None) -> Sequence[Weight]:
+        """The outputs that `down` takes, in its order."""
+        return fuse([self._inner(self.read(part), order) for part in merged.parts])[0]
+
+    def _inner(self, weight: Weight, order: torch.Tensor | None) -> Weight:
+        return slice_outputs(weight, self.shape.intermediate) if order is None else select_outputs(weight, order)
+
+    def _columns(self, heads: range) -> range:
+        head_dim = self.config.head_dim
+        return range(heads.start * head_dim, heads.stop * head_dim)

@@ -115,21 +115,26 @@ def head_linear(config: ModelConfig, *, tied: bool) -> LinearShape:
 
 
 def slots(config: ModelConfig, *, tied: bool, layers: range | None = None) -> Iterator[LinearShape | TensorShape]:
-    """Everything the model needs, each name once.
+    """Everything the model needs, each name once, in the order in which `decoder.build` asks for it.
 
     Args:
         layers: of one pipeline stage; None for the whole model.
     """
     layers = range(config.num_layers) if layers is None else layers
     is_last = layers.stop == config.num_layers
-    if layers.start == 0 or (tied and is_last):
-        yield TensorShape(EMBEDDING + ".weight", (config.vocab_size, config.hidden_size))
+    embedding = TensorShape(EMBEDDING + ".weight", (config.vocab_size, config.hidden_size))
+    if layers.start == 0:
+        yield embedding
     for layer in layers:
-        yield from layer_norms(config, layer)
-        yield from attention_linears(config, layer)
-        yield from mlp_linears(config, layer)
+        qkv, o, gate_up, down = merged_linears(config, layer)
+        for merged in (qkv, o, down, gate_up):
+            yield from merged.parts
+        input_norm, post_norm, *head_norms = layer_norms(config, layer)
+        yield from (*head_norms, input_norm, post_norm)
     if not is_last:
         return
     yield TensorShape(FINAL_NORM, (config.hidden_size,))
     if not tied:
         yield head_linear(config, tied=False)
+    elif layers.start > 0:
+        yield embedding

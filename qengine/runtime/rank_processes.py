@@ -46,16 +46,13 @@ class RankProcess:
 
 
 class RankProcesses:
-    """Starts `count` processes.
+    """`count` processes; `start` starts them.
 
     Args:
         command: the program and its first arguments; the socket's number and this process's id come after them.
         environment: theirs.
         inherited: descriptors that each of them gets, by rank; none where it is empty.
         on_death: called in the watching thread for each process that ends before `close`, with how it ended.
-
-    Raises:
-        LoadError: they cannot be started.
     """
 
     def __init__(
@@ -76,6 +73,13 @@ class RankProcesses:
         self._thread = threading.Thread(
             target=self._run, args=(command, inherited or [()] * count, environment), name="qengine-ranks", daemon=True
         )
+
+    def start(self) -> None:
+        """Start them and the thread that watches them.
+
+        Raises:
+            LoadError: they cannot be started.
+        """
         self._thread.start()
         self._started.wait()
         for error in self._start_errors:

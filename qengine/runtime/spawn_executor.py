@@ -125,31 +125,44 @@ class SpawnExecutor:
         self._lock = threading.Lock()
         self._failure: str | None = None
         self._listeners: list[OnFailure] = []
-        self._folder = Path(tempfile.mkdtemp(prefix="qengine-"))
-        variables = {**environment.for_rank(num_threads), **route.environment}
-        try:
-            with contextlib.ExitStack() as stack:
-                places = (
-                    _take_seats(parallel, stack) if route is Route.HOST_STAGED else [_NO_SEATS] * parallel.world_size
-                )
-                inherited = [[fd for seat in seats if seat is not None for fd in seat.fds] for seats in places]
-                self._processes = RankProcesses(command, parallel.world_size, variables, self._fail_on_death, inherited)
-        except BaseException:
-            shutil.rmtree(self._folder, ignore_errors=True)
-            raise
+        with contextlib.ExitStack() as seated:
+            places = _take_seats(parallel, seated) if route is Route.HOST_STAGED else [_NO_SEATS] * parallel.world_size
+            inherited = [[fd for seat in seats if seat is not None for fd in seat.fds] for seats in places]
+            variables = {**environment.for_rank(num_threads), **route.environment}
+            self._folder = Path(tempfile.mkdtemp(prefix="qengine-"))
+            self._processes = RankProcesses(command, parallel.world_size, variables, self._fail, inherited)
+            try:
+                self._processes.start()
+                # The ranks have theirs; ours must be closed for them to notice each other's end.
+                seated.close()
+                self._introduce(config, plan, log_level, places, show_progress=show_progress)
+            except BaseException as error:
+                self.shutdown(grace=0.0)
+                if isinstance(error, EngineDeadError):
+                    raise LoadError(str(error)) from error
+                raise
+
+    def _introduce(
+        self,
+        config: EngineConfig,
+        plan: MemoryPlan,
+        log_level: str,
+        places: Sequence[_TwoSeats],
+        *,
+        show_progress: bool,
+    ) -> None:
+        """Tell every rank who it is."""
         for rank in self._processes.ranks:
-            self._send_to(
-                rank,
-                Start(
-                    config=config,
-                    plan=plan,
-                    rank=rank.rank,
-                    rendezvous=str(self._folder / "rendezvous"),
-                    log_level=log_level,
-                    show_progress=show_progress and rank.rank == 0,
-                    seats=_texts(places[rank.rank]),
-                ),
+            start = Start(
+                config=config,
+                plan=plan,
+                rank=rank.rank,
+                rendezvous=str(self._folder / "rendezvous"),
+                log_level=log_level,
+                show_progress=show_progress and rank.rank == 0,
+                seats=_texts(places[rank.rank]),
             )
+            self._send(rank, encode(start))
 
     # The start
 
@@ -239,10 +252,6 @@ class SpawnExecutor:
         self._processes.close(grace)
         shutil.rmtree(self._folder, ignore_errors=True)
 
-    def _fail_on_death(self, obituary: str) -> None:
-        """In the watching thread: a rank died."""
-        self._fail(obituary)
-
     def _fail(self, reason: str) -> None:
         """The end of all ranks, from any thread; the first reason counts."""
         with self._lock:
@@ -263,12 +272,9 @@ class SpawnExecutor:
     def _order(self, order: Order) -> None:
         data = encode(order)
         for rank in self._processes.ranks:
-            self._send_bytes(rank, data)
+            self._send(rank, data)
 
-    def _send_to(self, rank: RankProcess, order: Order) -> None:
-        self._send_bytes(rank, encode(order))
-
-    def _send_bytes(self, rank: RankProcess, data: bytes) -> None:
+    def _send(self, rank: RankProcess, data: bytes) -> None:
         if self._failure is not None:
             raise self._dead()
         try:

@@ -19,7 +19,7 @@ import torch
 from qengine.config import LoadConfig, ModelConfig, RopeConfig
 from qengine.layers.linear import Weight
 from qengine.models.decoder import Decoder, Materials, build
-from qengine.models.shapes import LinearShape, TensorShape
+from qengine.models.shapes import EMBEDDING, LinearShape, TensorShape, slots
 from qengine.parallel.group import TPGroup
 from qengine.parallel.split import TPSplit, split_model, stage_layers
 from qengine.runtime.loader import load_decoder, open_model
@@ -256,6 +256,30 @@ def test_a_step_takes_two_sums_a_layer() -> None:
     ranks.step({"a": [1, 2, 3]})
     for group, _, _ in ranks.parts:
         assert group.transport.num_calls == 2 * source.config.num_layers + 2  # type: ignore[attr-defined]
+
+
+@pytest.mark.parametrize("tied", [False, True])
+@pytest.mark.parametrize("stage", [range(3), range(1), range(1, 3), range(1, 2)], ids=str)
+def test_a_rank_reads_its_stage_in_the_order_of_its_slots(stage: range, tied: bool) -> None:
+    """So a reader can read ahead. A tied table may be asked for twice: as an embedding, and as a head."""
+    source = TinySource(tiny(512, qk_norm=True, tie_word_embeddings=tied), 32, act_order=True)
+    asked: list[str] = []
+
+    def read_tensor(shape: TensorShape) -> torch.Tensor:
+        asked.append(shape.name)
+        return source.read_tensor(shape)
+
+    def read_linear(shape: LinearShape) -> Weight:
+        asked.append(shape.name)
+        return source.read_linear(shape)
+
+    materials = Materials(read_tensor, read_linear, CPU_TARGET)
+    transport = ThreadTransport(ThreadHub(2, Baton()), 1)
+    build(source.config, materials, tied=tied, max_position=8, group=TPGroup(transport, source.split(2)), layers=stage)
+    wanted = [shape.name for shape in slots(source.config, tied=tied, layers=stage)]
+    if tied and stage == range(3):
+        wanted.append(EMBEDDING)
+    assert [name.removesuffix(".weight") for name in asked] == [name.removesuffix(".weight") for name in wanted]
 
 
 def test_only_one_linear_is_whole_at_a_time() -> None:

@@ -21,6 +21,7 @@ from qengine.models.decoder import Materials, build
 from qengine.runtime import loader
 from qengine.runtime.inspection import Inspection, inspect_model, log_linears, summarize_loaded
 from qengine.runtime.loader import OpenedModel, load_decoder, open_model
+from qengine.runtime.opening import linear_slot
 from quant_kernels.linear import dispatch
 from quant_kernels.linear.dispatch import Target
 from quant_kernels.tuning.card import KNOWN_CARDS, Card
@@ -115,7 +116,7 @@ def test_it_says_what_a_card_would_hold(name: str) -> None:
     source = opened.source
     materials = Materials(
         lambda shape: source.read_tensor(loader.TensorSlot(shape.name, shape.shape)),
-        lambda shape: source.read_linear(loader.linear_slot(shape)),
+        lambda shape: source.read_linear(linear_slot(shape)),
         here,
     )
     linears = list(build(opened.config, materials, tied=opened.tied, max_position=64).linears())

@@ -23,6 +23,11 @@ ROOT = Path(__file__).parent.parent.parent
 FIXTURE = str(ROOT / "tests" / "fixtures" / "llama-awq-g64")
 START_SECONDS = 90.0
 STREAM_SECONDS = 60.0
+#: Sent with every request, whether or not the server asks for it.
+KEY = "a-secret-key"
+HEADERS = {"Authorization": f"Bearer {KEY}"}
+#: In /proc/net/tcp: a socket's state, and 127.0.0.1.
+_LISTENS, LOOPBACK = "0A", "0100007F"
 
 
 def spoil(file: Path, tensor: str, index: int = 0) -> None:
@@ -57,6 +62,19 @@ def is_alive(pid: int) -> bool:
     return state not in ("Z", "X")
 
 
+def listening_addresses(pid: int) -> set[str]:
+    """The addresses on which a process takes connections, as the kernel writes them."""
+    files = Path(f"/proc/{pid}/fd")
+    sockets = {os.readlink(file) for file in files.iterdir()}
+    found = set()
+    for table in ("tcp", "tcp6"):
+        for row in Path(f"/proc/{pid}/net/{table}").read_text().splitlines()[1:]:
+            _, local, _, state, *rest = row.split()
+            if state == _LISTENS and f"socket:[{rest[5]}]" in sockets:
+                found.add(local.partition(":")[0])
+    return found
+
+
 def wait_until(condition: Callable[[], bool], seconds: float) -> float:
     """Seconds until `condition` came true; fails after `seconds`."""
     begin = time.monotonic()
@@ -84,7 +102,7 @@ class RankServer:
 
     def complete(self, **body: Any) -> httpx.Response:
         content = {"model": FIXTURE, "prompt": "The class", "temperature": 0, "max_tokens": 8, **body}
-        return httpx.post(self.url + "/v1/completions", json=content, timeout=STREAM_SECONDS)
+        return httpx.post(self.url + "/v1/completions", json=content, headers=HEADERS, timeout=STREAM_SECONDS)
 
     def assert_gone(self, seconds: float) -> int:
         """Wait for the end of the server; nothing of it is left. Returns the exit code."""

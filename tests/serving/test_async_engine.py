@@ -209,6 +209,26 @@ def test_death_is_told_once() -> None:
     assert deaths == ["qengine-engine"]
 
 
+@pytest.mark.parametrize("is_idle", [True, False])
+def test_devices_that_fail_without_a_step_are_the_end_too(is_idle: bool) -> None:
+    """A rank died: told by another thread, while nothing runs or between two steps."""
+
+    async def scenario(engine: AsyncEngine, scripted: ScriptedEngine) -> None:
+        scripted.hold()
+        tasks = [] if is_idle else [asyncio.ensure_future(collect(engine, "hi", "a", max_tokens=100))]
+        await until(lambda: is_idle or scripted.has_unfinished)
+        await asyncio.to_thread(scripted.fail, "rank 1 was killed")
+        scripted.allow(1)
+        for task in tasks:
+            with pytest.raises(EngineDeadError):
+                await task
+        await until(lambda: engine.is_dead)
+        with pytest.raises(EngineDeadError):
+            await collect(engine, "hi", "later")
+
+    play(scenario)
+
+
 def test_shutdown_fails_what_is_in_flight() -> None:
     async def scenario(engine: AsyncEngine, scripted: ScriptedEngine) -> None:
         scripted.hold()

@@ -24,7 +24,20 @@ from qengine.engine import Engine
 from qengine.models.decoder import Decoder
 from qengine.serving.server import EXIT_ENGINE_DEAD, EXIT_INTERRUPTED
 from qengine.startup import start_parts
-from tests.serving.rank_server import FIXTURE, ROOT, RankServer, children, is_alive, rank_server, spoil, wait_until
+from tests.serving.rank_server import (
+    FIXTURE,
+    HEADERS,
+    KEY,
+    LOOPBACK,
+    ROOT,
+    RankServer,
+    children,
+    is_alive,
+    listening_addresses,
+    rank_server,
+    spoil,
+    wait_until,
+)
 from tests.serving.test_server import health, post, run_with, stream_of
 
 NUM_STREAMS = 8
@@ -48,7 +61,7 @@ class Streams:
     def follow(self, index: int) -> None:
         body = {"model": FIXTURE, "prompt": f"def f{index}", "max_tokens": 480, "stream": True, "ignore_eos": True}
         event = ""
-        with httpx.stream("POST", self.url + "/v1/completions", json=body, timeout=60.0) as response:
+        with httpx.stream("POST", self.url + "/v1/completions", json=body, headers=HEADERS, timeout=60.0) as response:
             for line in response.iter_lines():
                 if line.startswith("data: "):
                     with self._lock:
@@ -83,9 +96,14 @@ def assert_dead(server: RankServer, streams: Streams, when: float, seconds: floa
     assert server.assert_gone(10.0) == EXIT_ENGINE_DEAD
 
 
-def test_a_rank_that_is_killed_ends_every_stream_and_the_server() -> None:
+def test_a_rank_that_is_killed_ends_every_stream_and_the_server(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Before that: ranks listen on this machine alone, and do not know the key."""
+    monkeypatch.setenv("QENGINE_API_KEY", KEY)
     with rank_server("-tp", "2") as server:
         assert server.complete().status_code == 200
+        for rank in server.ranks:
+            assert listening_addresses(rank) <= {LOOPBACK}
+            assert b"QENGINE_API_KEY" not in Path(f"/proc/{rank}/environ").read_bytes()
         streams, when = with_streams(server, lambda: os.kill(server.ranks[1], signal.SIGKILL))
         assert_dead(server, streams, when, 5.0)
     assert any("was killed by SIGKILL" in line for line in server.errors)

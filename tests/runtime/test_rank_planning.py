@@ -1,0 +1,96 @@
+"""One plan for ranks on several made-up cards: every stage with its own layers and limits, the smallest decides."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import Any
+
+import pytest
+
+from qengine.config import EngineConfig
+from qengine.errors import ConfigError, DoesNotFitError
+from qengine.runtime.model_bytes import ModelFacts
+from qengine.runtime.opening import open_model_headers
+from qengine.runtime.planner import Card, Machine, MemoryPlan
+from qengine.runtime.planning import plan_to_start
+from qengine.runtime.rank_planning import plan_ranks, replan_ranks
+from tests.engine.fixtures import path
+
+GIB = 2**30
+
+
+def machine(*sizes: float) -> Machine:
+    """A card of so many GiB for each rank."""
+    return Machine("gpu", tuple(Card("a card", int(size * GIB)) for size in sizes), "float16", has_graphs=False)
+
+
+def config_of(**options: Any) -> EngineConfig:
+    return EngineConfig.from_options({"model": path("llama-awq-g64"), **options})
+
+
+def plan(sizes: tuple[float, ...], **options: Any) -> MemoryPlan:
+    config = config_of(**options)
+    return plan_ranks(open_model_headers(config.load), config, machine(*sizes))
+
+
+def test_one_stage_is_planned_as_ever() -> None:
+    config = config_of(tensor_parallel_size=2)
+    opened = open_model_headers(config.load)
+    expected = plan_to_start(ModelFacts.of(opened), config, machine(1, 1))
+    assert plan_ranks(opened, config, machine(1, 1)) == expected
+
+
+def test_a_stage_has_its_own_layers_and_the_one_with_more_decides() -> None:
+    whole, stages = plan((1,)), plan((1, 1), pipeline_parallel_size=2)
+    per_layer = whole.cards[0].kv_bytes_per_token // 3
+    assert [card.kv_bytes_per_token for card in stages.cards] == [2 * per_layer, per_layer]
+    assert {card.num_blocks for card in stages.cards} == {stages.num_blocks}
+    assert whole.num_blocks < stages.num_blocks < 2 * whole.num_blocks
+    assert stages.cards[0].free_bytes < stages.cards[1].free_bytes
+    assert all(card.free_bytes >= 0 for card in stages.cards)
+    assert stages.kv_bytes_per_token == whole.kv_bytes_per_token
+
+
+def test_limits_go_to_the_cards_of_their_ranks() -> None:
+    sizes = {"tensor_parallel_size": 2, "pipeline_parallel_size": 2}
+    even = plan((2, 2, 2, 2), **sizes)
+    tight = plan((2, 2, 2, 2), **sizes, gpu_memory_limit="2,2,1,1")
+    assert len(tight.cards) == 4
+    assert tight.num_blocks < even.num_blocks
+    with pytest.raises(ConfigError, match=r"gpu_memory_limit has 3 sizes for 4 card"):
+        plan((2, 2, 2, 2), **sizes, gpu_memory_limit="2,2,1")
+
+
+def test_a_stage_that_does_not_fit_is_refused() -> None:
+    with pytest.raises(DoesNotFitError):
+        plan((1, 0.5), pipeline_parallel_size=2)
+
+
+def test_what_ranks_have_seen_makes_the_plan_smaller_and_never_larger() -> None:
+    config = config_of(tensor_parallel_size=2)
+    opened = open_model_headers(config.load)
+    before = plan_ranks(opened, config, machine(2, 2))
+    weights = [card.weight_bytes for card in before.cards]
+
+    def again(free: tuple[float, float], weight_bytes: list[int]) -> MemoryPlan:
+        cards = [
+            replace(card, free_bytes=int(size * GIB)) for card, size in zip(machine(2, 2).cards, free, strict=True)
+        ]
+        return replan_ranks(before, opened, config, machine(2, 2), cards, weight_bytes)
+
+    assert again((2, 2), weights).num_blocks == before.num_blocks
+    assert again((2, 1.6), weights).num_blocks < before.num_blocks
+    heavier = again((2, 2), [weights[0], weights[1] + GIB // 4])
+    assert heavier.num_blocks < before.num_blocks
+    assert heavier.max_model_len <= before.max_model_len
+    with pytest.raises(DoesNotFitError):
+        again((2, 0.8), weights)
+
+
+def test_ranks_on_a_cpu_share_its_memory() -> None:
+    config = config_of(tensor_parallel_size=2, pipeline_parallel_size=2)
+    opened = open_model_headers(config.load)
+    cpu = Machine("cpu", (Card("cpu", 4 * GIB),), "float32", has_graphs=False)
+    found = plan_ranks(opened, config, cpu)
+    assert found == plan_to_start(ModelFacts.of(opened), config, cpu)
+    assert len(found.cards) == 1
