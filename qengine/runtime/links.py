@@ -76,16 +76,17 @@ def connect_links(
     device: torch.device,
     rendezvous: str,
     limit_s: float,
-    seats: tuple[str | None, str | None] = (None, None),
     shares: Sequence[float] | None = None,
+    seats: tuple[str | None, str | None] = (None, None),
 ) -> Links:
-    """Meet the other ranks of this machine, and make sure of it; every rank calls it with arguments that agree.
+    """Meet the other ranks of this machine; every rank calls it with the same arguments but `rank`, `device` and
+    `seats`.
 
     Args:
         rendezvous: path of a file that does not exist yet; no port is opened to meet.
-        seats: for tensors through host memory, of the stage's ranks and between the stages.
         limit_s: seconds that the others may take to come, and a call to complete.
         shares: as the plan says; how unlike ranks share every layer.
+        seats: for tensors through host memory, of the stage's ranks and between the stages.
 
     Raises:
         ConfigError: the model cannot be split like that. TransportError: the others do not come.
@@ -98,27 +99,22 @@ def connect_links(
         if size == 1:
             return SingleTransport()
         if seat is not None:
-            transport: Transport = HostStagedTransport(Seat.from_text(seat), limit_s)
-        else:
-            transport = choose_transport(device, met, name, own, size, limit_s)
-        check_connection(transport, device)
-        return transport
+            return HostStagedTransport(Seat.from_text(seat), limit_s)
+        return choose_transport(device, met, name, own, size, limit_s)
 
     split = split_opened(opened, tp, shares) if tp > 1 else None
     group = TPGroup(meet(f"stage{stage}", place, tp, seats[0]), split)
     pipe = meet(f"pipe{place}", stage, pp, seats[1])
+    for transport in (group.transport, pipe):
+        _greet(transport, device)
     return Links(group, pipe, stage_layers(opened.config.num_layers, pp)[stage])
 
 
-def check_connection(transport: Transport, device: torch.device) -> None:
-    """One sum, waited for: what connects late, as NCCL does, connects now.
-
-    Raises:
-        TransportError: it is wrong, or does not come.
-    """
-    total = float(transport.all_reduce(torch.ones(1, device=device)))
-    if total != transport.size:
-        raise TransportError(f"the first sum over {transport.size} ranks is {total:g}; tensors are lost between them")
+def _greet(transport: Transport, device: torch.device) -> None:
+    """The first call, which makes the connections; a rank that cannot be reached shows here and not in a step."""
+    total = transport.all_reduce(torch.ones(1, device=device))
+    if total.item() != transport.size:
+        raise TransportError(f"{transport.size} ranks that add up ones find {total.item():g}")
 
 
 def choose_transport(

@@ -1,7 +1,7 @@
 """Messages: everything that an engine and the ranks of its model say to each other, as msgpack with a fixed schema.
 
-    engine -> rank   Start, Connect, Load, Allocate, Step, Clear, Check, Stop
-    rank -> engine   Joined, Loaded, Done, Result, Failed
+    engine -> rank   Start, Allocate, Step, Clear, Check, Stop
+    rank -> engine   Opened, Joined, Loaded, Done, Result, Failed
 
 Invariant: a message that was decoded has the fields and types declared here, and values that make sense by themselves;
 anything else is one `ProtocolError`. Nothing is ever unpickled or executed. Whether a message comes at the
@@ -39,7 +39,7 @@ class _Message(_Record, frozen=True, array_like=True, forbid_unknown_fields=True
 
 
 class Start(_Message, frozen=True):
-    """The first message: who the rank is, and all it needs to open the model.
+    """The first message: who the rank is, and all it needs to load its part of the model.
 
     Attributes:
         config: what the engine was started with; the model is a path.
@@ -58,16 +58,8 @@ class Start(_Message, frozen=True):
     seats: tuple[str | None, str | None] = (None, None)
 
 
-class Connect(_Message, frozen=True):
-    """The second: meet the other ranks."""
-
-
-class Load(_Message, frozen=True):
-    """The third: read your part of the weights."""
-
-
 class Allocate(_Message, frozen=True):
-    """The fourth: make the KV cache."""
+    """The second: make the KV cache."""
 
     plan: MemoryPlan
 
@@ -130,12 +122,16 @@ class Stop(_Message, frozen=True):
 # From a rank
 
 
+class Opened(_Message, frozen=True):
+    """Answers `Start`, first: the rank is up, has opened the model, and goes to meet the others."""
+
+
 class Joined(_Message, frozen=True):
-    """Answers `Connect`: the rank has met the others, and tensors pass between them."""
+    """Answers `Start`, second: the rank has met the others, and tensors pass between them."""
 
 
 class Loaded(_Message, frozen=True):
-    """Answers `Load`: the weights are in place.
+    """Answers `Start`, third: the weights are in place.
 
     Attributes:
         card: as it was before them; None where all ranks share the computer's memory.
@@ -146,7 +142,7 @@ class Loaded(_Message, frozen=True):
 
 
 class Done(_Message, frozen=True):
-    """Answers `Start`, `Connect`, `Allocate` and `Check`."""
+    """Answers `Allocate` and `Check`."""
 
 
 class Result(_Message, frozen=True):
@@ -170,8 +166,8 @@ class Failed(_Message, frozen=True):
     text: str
 
 
-Order = Start | Connect | Load | Allocate | Step | Clear | Check | Stop
-Report = Joined | Loaded | Done | Result | Failed
+Order = Start | Allocate | Step | Clear | Check | Stop
+Report = Opened | Joined | Loaded | Done | Result | Failed
 _T = TypeVar("_T")
 
 _ENCODER = msgspec.msgpack.Encoder()

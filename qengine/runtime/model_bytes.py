@@ -8,7 +8,7 @@ and torch is not imported.
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, replace
 
 from qengine.config import ModelConfig
@@ -146,7 +146,7 @@ def _on_rank(role: str, index: int, part: WeightFacts, rank: RankShape, head_dim
     return replace(part, out_features=outputs)
 
 
-def rounding_bytes(sizes: Iterator[tuple[int, int]]) -> int:
+def rounding_bytes(sizes: Iterable[tuple[int, int]]) -> int:
     """What torch's allocator on a GPU takes beyond the tensors: it hands out whole segments."""
     return sum((_segment_share(num_bytes) - num_bytes) * count for num_bytes, count in sizes)
 

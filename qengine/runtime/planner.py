@@ -22,7 +22,6 @@ from qengine.runtime.model_bytes import (
     graph_bytes,
     rounding_bytes,
     step_bytes,
-    weight_bytes,
     weight_parts,
 )
 from quant_kernels.footprint import Kernels, kv_bytes_per_token, kv_number_bytes
@@ -285,12 +284,28 @@ def make_plan(
     config.cache.check_num_limits(len(machine.cards))
     wanted = wanted_length(model.config, config.scheduler.max_model_len)
     planner = _Planner(model, config, machine, measured_weights)
-    best = max((planner.plan(wanted, shares) for shares in planner.shares()), key=lambda plan: plan.num_blocks)
+    loads = planner.loads()
+    best, load = max(((planner.plan(wanted, load), load) for load in loads), key=lambda found: found[0].num_blocks)
     if best.longest_len >= wanted:
         return best
     is_explicit = isinstance(config.scheduler.max_model_len, int)
-    longest = planner.plan(planner.longest(wanted, best.shares), best.shares)
+    longest = planner.plan(planner.longest(wanted, load), load)
     return replace(longest, wanted_len=wanted, fits=longest.max_model_len > 0 and not is_explicit)
+
+
+@dataclass(frozen=True, slots=True)
+class _Load:
+    """What the cards carry whatever the context is.
+
+    Attributes:
+        ranks: what each of them owns.
+        weights, rounding: bytes of its weights, and what torch's allocator adds to them.
+    """
+
+    shares: tuple[float, ...] | None
+    ranks: tuple[RankShape, ...]
+    weights: tuple[int, ...]
+    rounding: tuple[int, ...]
 
 
 @dataclass(frozen=True, slots=True)
@@ -302,18 +317,32 @@ class _Planner:
     machine: Machine
     measured_weights: Sequence[int] | None
 
-    def longest(self, wanted: int, shares: tuple[float, ...] | None) -> int:
+    def loads(self) -> list[_Load]:
+        """The model, shared out in every way that is worth a look; most shares come to the same ranks."""
+        splits: dict[tuple[RankShape, ...], tuple[float, ...] | None] = {}
+        for shares in self._shares():
+            splits.setdefault(self.model.split(len(self.machine.cards), shares).ranks, shares)
+        return [self._load(shares, ranks) for ranks, shares in splits.items()]
+
+    def _load(self, shares: tuple[float, ...] | None, ranks: tuple[RankShape, ...]) -> _Load:
+        machine = self.machine
+        parts = [list(weight_parts(self.model, rank, machine.kernels, machine.dtype)) for rank in ranks]
+        weights = self.measured_weights or [sum(size * count for size, count in sizes) for sizes in parts]
+        rounding = [rounding_bytes(sizes) if machine.is_gpu else 0 for sizes in parts]
+        return _Load(shares, ranks, tuple(weights), tuple(rounding))
+
+    def longest(self, wanted: int, load: _Load) -> int:
         """The longest context below `wanted` that fits: a longer one needs larger tables and leaves fewer blocks."""
         fitting, failing = 0, wanted
         while failing - fitting > 1:
             middle = (fitting + failing) // 2
-            if self.plan(middle, shares).longest_len >= middle:
+            if self.plan(middle, load).longest_len >= middle:
                 fitting = middle
             else:
                 failing = middle
         return fitting
 
-    def shares(self) -> list[tuple[float, ...] | None]:
+    def _shares(self) -> list[tuple[float, ...] | None]:
         """How the model may be shared out: evenly, or where cards are unlike, more and more by their sizes."""
         if not self.machine.is_gpu or len(self.machine.cards) == 1:
             return [None]
@@ -326,10 +355,9 @@ class _Planner:
         blends = (tuple(even + step * (size - even) for size in allowed) for step in steps)
         return [None, *(blend for blend in blends if min(blend) > 0)]
 
-    def plan(self, length: int, shares: tuple[float, ...] | None) -> MemoryPlan:
+    def plan(self, length: int, load: _Load) -> MemoryPlan:
         """The cards as they are with a context of `length` tokens, which may turn out not to fit."""
-        ranks = self.model.split(len(self.machine.cards), shares).ranks
-        cards = [self._fixed(rank, length) for rank in ranks]
+        cards = [self._fixed(load, rank, length) for rank in range(len(load.ranks))]
         num_blocks = max(0, min(self._most_blocks(card, length) for card in cards))
         return MemoryPlan(
             max_model_len=length,
@@ -340,28 +368,24 @@ class _Planner:
             block_size=self.config.cache.block_size,
             num_blocks=num_blocks,
             cards=tuple(replace(card, num_blocks=num_blocks) for card in cards),
-            shares=shares,
+            shares=load.shares,
         )
 
-    def _fixed(self, rank: RankShape, length: int) -> CardPlan:
+    def _fixed(self, load: _Load, rank: int, length: int) -> CardPlan:
         """A card with all but its cache."""
         machine, limits, block_size = self.machine, self.config.scheduler, self.config.cache.block_size
-        card, local = machine.cards[rank.rank], rank.local(self.model.config)
-        weights = weight_bytes(self.model, rank, machine.kernels, machine.dtype)
-        if self.measured_weights is not None:
-            weights = self.measured_weights[rank.rank]
+        card, local = machine.cards[rank], load.ranks[rank].local(self.model.config)
         rows = batched_tokens(self.config, machine)
         graphs = reserve = 0
         if machine.is_gpu:
-            rounding = rounding_bytes(weight_parts(self.model, rank, machine.kernels, machine.dtype))
-            reserve = card.total_bytes - allowed_bytes(card, self.config, rank.rank) + CONTEXT_BYTES + rounding
+            reserve = card.total_bytes - allowed_bytes(card, self.config, rank) + CONTEXT_BYTES + load.rounding[rank]
         if machine.is_gpu and machine.has_graphs:
             graphs = graph_bytes(local, limits.max_num_seqs, length, block_size)
         number, scale = kv_number_bytes(self.config.cache.kv_cache_dtype, machine.dtype)
         return CardPlan(
             name=card.name,
             total_bytes=card.total_bytes,
-            weight_bytes=weights,
+            weight_bytes=load.weights[rank],
             step_buffer_bytes=step_bytes(
                 local,
                 rows,

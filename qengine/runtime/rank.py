@@ -13,7 +13,6 @@ import socket
 import sys
 import traceback
 from collections.abc import Sequence
-from typing import TypeVar
 
 import torch
 
@@ -27,12 +26,11 @@ from qengine.runtime.messages import (
     Allocate,
     Check,
     Clear,
-    Connect,
     Done,
     Failed,
     Joined,
-    Load,
     Loaded,
+    Opened,
     Order,
     Report,
     Start,
@@ -48,8 +46,6 @@ from qengine.runtime.step_messages import StepReader, write_result
 from qengine.runtime.worker import Worker
 
 logger = logging.getLogger(__name__)
-
-_O = TypeVar("_O", bound=Order)
 
 
 def main(argv: Sequence[str]) -> int:
@@ -76,11 +72,9 @@ def _serve(channel: Channel) -> None:
     set_up_logging(start.log_level)
     device = rank_device(choose_device(start.config.load.device), start.rank)
     opened = open_model(start.config.load)
-    _send(channel, Done())
-    _expect(channel, Connect)
+    _send(channel, Opened())
     links = _connect(start, opened, device)
     _send(channel, Joined())
-    _expect(channel, Load)
     worker, card = _make_worker(start, opened, device, links)
     worker.load(show_progress=start.show_progress)
     if start.rank == 0:
@@ -96,25 +90,16 @@ def _serve(channel: Channel) -> None:
 
 
 def _expect_start(channel: Channel) -> Start:
-    return _expect(channel, Start)
-
-
-def _expect(channel: Channel, kind: type[_O]) -> _O:
-    """The next order, which must be of this kind, or to stop."""
     order = decode_order(channel.receive())
-    if isinstance(order, Stop):
-        raise ChannelClosedError("told to stop before the model was loaded")
-    if not isinstance(order, kind):
-        raise ProtocolError(f"the engine said {type(order).__name__}, expected {kind.__name__}")
+    if not isinstance(order, Start):
+        raise ProtocolError(f"the first message is {type(order).__name__}, expected Start")
     return order
 
 
 def _connect(start: Start, opened: OpenedModel, device: torch.device) -> Links:
-    parallel = start.config.parallel
+    parallel, shares = start.config.parallel, start.plan.shares
     limit_s = WARM_UP_SECONDS + parallel.step_timeout
-    return connect_links(
-        parallel, start.rank, opened, device, start.rendezvous, limit_s, start.seats, start.plan.shares
-    )
+    return connect_links(parallel, start.rank, opened, device, start.rendezvous, limit_s, shares, start.seats)
 
 
 def _make_worker(start: Start, opened: OpenedModel, device: torch.device, links: Links) -> tuple[Worker, Card | None]:

@@ -51,34 +51,35 @@ class RankProcesses:
     Args:
         command: the program and its first arguments; the socket's number and this process's id come after them.
         environment: theirs.
+        inherited: descriptors that each of them gets, by rank; none where it is empty.
         on_death: called in the watching thread for each process that ends before `close`, with how it ended.
     """
 
     def __init__(
-        self, command: Sequence[str], count: int, environment: Mapping[str, str], on_death: Callable[[str], None]
+        self,
+        command: Sequence[str],
+        count: int,
+        environment: Mapping[str, str],
+        on_death: Callable[[str], None],
+        inherited: Sequence[Sequence[int]] = (),
     ) -> None:
+        assert len(inherited) in (0, count), "descriptors for each rank, or for none"
         self.ranks: list[RankProcess] = []
         self._on_death = on_death
         self._is_closing = False
         self._start_errors: list[OSError] = []
         self._started = threading.Event()
         self._waker, self._wakened = socket.socketpair()
-        self._inherited: list[Sequence[int]] = [()] * count
         self._thread = threading.Thread(
-            target=self._run, args=(command, environment), name="qengine-ranks", daemon=True
+            target=self._run, args=(command, inherited or [()] * count, environment), name="qengine-ranks", daemon=True
         )
 
-    def start(self, inherited: Sequence[Sequence[int]] = ()) -> None:
+    def start(self) -> None:
         """Start them and the thread that watches them.
-
-        Args:
-            inherited: descriptors that each of them gets, by rank; none where it is empty.
 
         Raises:
             LoadError: they cannot be started.
         """
-        assert len(inherited) in (0, len(self._inherited)), "descriptors for each rank, or for none"
-        self._inherited = list(inherited) or self._inherited
         self._thread.start()
         self._started.wait()
         for error in self._start_errors:
@@ -117,9 +118,9 @@ class RankProcesses:
 
     # In the watching thread
 
-    def _run(self, command: Sequence[str], environment: Mapping[str, str]) -> None:
+    def _run(self, command: Sequence[str], inherited: Sequence[Sequence[int]], environment: Mapping[str, str]) -> None:
         try:
-            for rank, descriptors in enumerate(self._inherited):
+            for rank, descriptors in enumerate(inherited):
                 self.ranks.append(_start(command, rank, environment, descriptors))
         except OSError as error:
             self._start_errors.append(error)

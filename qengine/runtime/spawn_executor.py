@@ -35,12 +35,11 @@ from qengine.runtime.messages import (
     Allocate,
     Check,
     Clear,
-    Connect,
     Done,
     Failed,
     Joined,
-    Load,
     Loaded,
+    Opened,
     Order,
     Report,
     Result,
@@ -57,14 +56,22 @@ from qengine.scheduling.batch import Batch, StepResult
 logger = logging.getLogger(__name__)
 
 RANK_COMMAND = (sys.executable, "-m", "qengine.runtime.rank")
-#: What ranks may take to start and to open the model.
+#: What ranks may take to start, to open the model, and to meet.
 JOIN_SECONDS = 120.0
-#: A rank that lost its neighbour often says so before the neighbour is known to be dead.
-_OBITUARY_SECONDS = 0.3
-
 #: A rank's seat among those of its stage, and its seat between the stages.
 _TwoSeats = tuple[Seat | None, Seat | None]
 _NO_SEATS: _TwoSeats = (None, None)
+#: A rank that lost its neighbour often says so before the neighbour is known to be dead.
+_OBITUARY_SECONDS = 0.3
+
+#: What a silence means, by the report that did not come.
+_REASONS: Mapping[type[object], str] = {
+    Opened: ": the ranks cannot reach each other, or do not start",
+    Joined: "",
+    Loaded: "",
+    Done: "",
+    Result: " (--step-timeout)",
+}
 
 _R = TypeVar("_R", bound=Report)
 
@@ -118,23 +125,22 @@ class SpawnExecutor:
         self._lock = threading.Lock()
         self._failure: str | None = None
         self._listeners: list[OnFailure] = []
-        self._folder = Path(tempfile.mkdtemp(prefix="qengine-"))
-        variables = {**environment.for_rank(num_threads), **route.environment}
-        self._processes = RankProcesses(command, parallel.world_size, variables, self._fail)
-        try:
-            with contextlib.ExitStack() as stack:
-                places = (
-                    _take_seats(parallel, stack) if route is Route.HOST_STAGED else [_NO_SEATS] * parallel.world_size
-                )
-                self._processes.start(
-                    [[fd for seat in seats if seat is not None for fd in seat.fds] for seats in places]
-                )
-            self._introduce(config, plan, log_level, places, show_progress=show_progress)
-        except BaseException as error:
-            self.shutdown(grace=0.0)
-            if isinstance(error, EngineDeadError):
-                raise LoadError(str(error)) from error
-            raise
+        with contextlib.ExitStack() as seated:
+            places = _take_seats(parallel, seated) if route is Route.HOST_STAGED else [_NO_SEATS] * parallel.world_size
+            inherited = [[fd for seat in seats if seat is not None for fd in seat.fds] for seats in places]
+            variables = {**environment.for_rank(num_threads), **route.environment}
+            self._folder = Path(tempfile.mkdtemp(prefix="qengine-"))
+            self._processes = RankProcesses(command, parallel.world_size, variables, self._fail, inherited)
+            try:
+                self._processes.start()
+                # The ranks have theirs; ours must be closed for them to notice each other's end.
+                seated.close()
+                self._introduce(config, plan, log_level, places, show_progress=show_progress)
+            except BaseException as error:
+                self.shutdown(grace=0.0)
+                if isinstance(error, EngineDeadError):
+                    raise LoadError(str(error)) from error
+                raise
 
     def _introduce(
         self,
@@ -161,16 +167,15 @@ class SpawnExecutor:
     # The start
 
     def join(self, timeout: float = JOIN_SECONDS) -> None:
-        """Wait until every rank has opened the model and met the others.
+        """Wait until every rank has met the others.
 
         Raises:
-            ConfigError, LoadError: what a rank refused. EngineDeadError: a rank died, or did not start in time.
-            TransportError: they do not find each other; says what to try.
+            ConfigError, LoadError: what a rank refused. EngineDeadError: a rank died, or was not up in time.
+            TransportError: they were up and did not find each other; says what to try.
         """
-        self._gather(Done, timeout, means=": it does not start, or cannot open the model")
+        self._gather(Opened, timeout)
         processes = [rank.process for rank in self._processes.ranks]
         with Watchdog("the first sum over all ranks", self._connect_limit_s, processes, nccl_advice):
-            self._order(Connect())
             self._gather(Joined, timeout=None)
         shutil.rmtree(self._folder, ignore_errors=True)  # It has served.
 
@@ -180,7 +185,6 @@ class SpawnExecutor:
         Raises:
             ConfigError, LoadError: what a rank refused. EngineDeadError: a rank died.
         """
-        self._order(Load())
         return self._gather(Loaded, timeout=None)
 
     def allocate(self, plan: MemoryPlan) -> None:
@@ -211,9 +215,7 @@ class SpawnExecutor:
         """
         timeout = self._step_timeout if self._is_warm else max(self._step_timeout, WARM_UP_SECONDS)
         try:
-            [report] = self._gather(
-                Result, timeout, ranks=[self._processes.ranks[self._answering]], means=" (--step-timeout)"
-            )
+            [report] = self._gather(Result, timeout, ranks=[self._processes.ranks[self._answering]])
             result = read_result(batch, report)
         except ProtocolError as error:
             self._fail(str(error))
@@ -299,7 +301,7 @@ class SpawnExecutor:
                 waiting.remove(rank)
             if waiting and not self._poll(deadline):
                 silent = ", ".join(map(str, sorted(waiting)))
-                self._fail(f"rank {silent} did not answer within {timeout:g} s{means}")
+                self._fail(f"rank {silent} did not answer within {timeout:g} s{_REASONS[kind]}")
                 raise self._dead()
         return [reports[rank] for rank in sorted(reports)]
 

@@ -237,7 +237,7 @@ def test_a_start_that_cannot_work_is_refused_by_name() -> None:
 def test_a_rank_that_does_not_come_is_a_load_error(monkeypatch: pytest.MonkeyPatch) -> None:
     real = SpawnExecutor.join
     monkeypatch.setattr(SpawnExecutor, "join", lambda self: real(self, 8.0))
-    with pytest.raises(LoadError, match=r"rank (0, )?1 did not answer within 8 s: it does not start"):
+    with pytest.raises(LoadError, match=r"rank (0, )?1 did not answer within 8 s: the ranks cannot reach each other"):
         start_failing(1, "stop", tensor_parallel_size=2)
 
 

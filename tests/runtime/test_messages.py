@@ -19,13 +19,12 @@ from qengine.runtime.messages import (
     Allocate,
     Check,
     Clear,
-    Connect,
     Done,
     Entry,
     Failed,
     Joined,
-    Load,
     Loaded,
+    Opened,
     Result,
     Sampling,
     Start,
@@ -51,8 +50,6 @@ PARAMS = SamplingParams(temperature=0.5, stop=["a"], logit_bias={7: -1.5}, stop_
 ENTRY = Entry(3, True, 16, (5, 6), 1, (9, 10), True, Sampling(PARAMS, 2**63 - 1, (1, 2), (0,)), (8,), 2, (6,))
 ORDERS = [
     Start(EngineConfig.from_options(OPTIONS), PLAN, 1, "/tmp/x/rendezvous", "info", False, ("{}", None)),
-    Connect(),
-    Load(),
     Allocate(PLAN),
     Step((ENTRY, Entry(0, False, 4, (1,), 2, (), False))),
     Clear((1, 2)),
@@ -61,6 +58,7 @@ ORDERS = [
 ]
 LOGPROBS = TokenLogprobs(4, -0.25, 1, ((4, -0.25), (5, -math.inf)))
 REPORTS = [
+    Opened(),
     Joined(),
     Loaded(CARD, 10**12),
     Loaded(None, 0),
