@@ -17,6 +17,7 @@ from qengine import LLM, SamplingParams
 from qengine.config import EngineConfig
 from qengine.engine import Engine
 from qengine.errors import ConfigError, EngineDeadError, LoadError
+from qengine.runtime.messages import Clear
 from qengine.runtime.spawn_executor import SpawnExecutor
 from qengine.startup import start_parts
 from tests.engine.fixtures import path
@@ -56,7 +57,7 @@ def alone() -> list[list[int]]:
         return [tokens(run(llm, [prompt], [one]))[0] for prompt, one in zip(prompts(), params(), strict=True)]
 
 
-@pytest.mark.parametrize(("tp", "pp", "num_prompts"), [(2, 1, 32), (1, 2, 32), (2, 2, 12), (3, 1, 12)])
+@pytest.mark.parametrize(("tp", "pp", "num_prompts"), [(2, 1, 32), (1, 2, 32), (2, 2, 10), (3, 1, 8)])
 def test_any_split_gives_the_tokens_of_one_rank(tp: int, pp: int, num_prompts: int, alone: list[list[int]]) -> None:
     """Batched, in chunks, with prefix hits and preemption, through a cache that holds little more than one request."""
     asked, wanted, expected = prompts()[:num_prompts], params()[:num_prompts], alone[:num_prompts]
@@ -107,21 +108,33 @@ def assert_close(found: Any, expected: Any) -> None:
             assert ours[token_id].logprob == pytest.approx(theirs[token_id].logprob, abs=1e-4)
 
 
-def test_nan_fails_one_request_and_leaves_nothing_on_any_rank(tmp_path: Path) -> None:
-    """One token's embedding is broken. Whoever gets the blocks of those that had it reads nothing of it."""
+def test_nan_fails_one_request_and_its_blocks_are_cleaned_on_every_rank(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """One token's embedding is broken. Only the rank that samples sees it; all of them have it in their caches."""
+    real, cleared = SpawnExecutor._order, []
+
+    def order(self: SpawnExecutor, message: Any) -> None:
+        if isinstance(message, Clear):
+            cleared.append(len(message.block_ids))
+        real(self, message)
+
+    monkeypatch.setattr(SpawnExecutor, "_order", order)
     for file in Path(FIXTURE).iterdir():
         shutil.copy(file, tmp_path)
     spoil(tmp_path / "model.safetensors", "model.embed_tokens.weight", 1234 * 256)
     sizes = {"tensor_parallel_size": 2, "pipeline_parallel_size": 2, "kv_cache_memory_bytes": f"{9 * BLOCK_BYTES}B"}
     with LLM(str(tmp_path), **OPTIONS, **sizes, enable_prefix_caching=False) as llm:
-        sound, broken = [7, 8, 9] * 10, [1234] * 40
-        expected = tokens(run(llm, [sound], greedy()))
-        for _ in range(3):
-            mixed = run(llm, [sound, broken], greedy())
-            assert tokens(mixed[:1]) == expected
-            assert "not finite" in (mixed[1].error or "")
-            assert mixed[1].outputs[0].finish_reason == "error"
-        assert tokens(run(llm, [sound] * 3, greedy())) == expected * 3
+        # Of unlike lengths, so that a step reads slots of their blocks that they have not filled.
+        sound = [[7, 8, 9] * 10, [7, 8], [9] * 17]
+        expected = [tokens(run(llm, [prompt], greedy()))[0] for prompt in sound]
+        for _ in range(2):
+            [mixed, failed] = run(llm, [sound[0], [1234] * 70], greedy())
+            assert mixed.outputs[0].token_ids == expected[0]
+            assert failed.outputs[0].finish_reason == "error"
+            assert "not finite" in (failed.error or "")
+            assert tokens(run(llm, sound, greedy())) == expected
+        assert cleared == [5, 5]  # 70 tokens take 5 blocks.
 
 
 def test_requests_leave_a_pipeline_at_any_moment() -> None:

@@ -1,0 +1,62 @@
+"""What one rank does when it is told, in this process: its cache is cleaned, its state is checked, its model let go."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import pytest
+import torch
+
+from qengine.config import EngineConfig
+from qengine.errors import EngineDeadError
+from qengine.runtime.channel import ProtocolError
+from qengine.runtime.loader import open_model
+from qengine.runtime.messages import Allocate, Check, Clear, Done, Start
+from qengine.runtime.platform import Platform
+from qengine.runtime.rank import _follow
+from qengine.runtime.step_messages import StepReader
+from qengine.runtime.worker import Worker
+from quant_kernels.linear.dispatch import Target
+from tests.engine.fixtures import path
+
+CONFIG = EngineConfig.from_options({"model": path("llama-awq-g64"), "max_model_len": 64, "device": "cpu"})
+
+
+@pytest.fixture
+def worker() -> Iterator[Worker]:
+    made = Worker(Platform(Target(torch.device("cpu"), torch.float32)), CONFIG, open_model(CONFIG.load))
+    made.load()
+    yield made
+    made.shutdown()
+
+
+def test_orders_before_the_cache_is_there_are_refused_and_after_it_answered(worker: Worker) -> None:
+    reader = StepReader()
+    with pytest.raises(EngineDeadError):
+        _follow(Check(), worker, reader, answers=True)
+    assert _follow(Allocate(worker.plan()), worker, reader, answers=True) == Done()
+    assert _follow(Check(), worker, reader, answers=True) == Done()
+    start = Start(CONFIG, worker.plan(), 0, "/nowhere", "info", False)
+    with pytest.raises(ProtocolError, match="unexpected message Start"):
+        _follow(start, worker, reader, answers=True)
+
+
+def test_broken_blocks_are_cleaned_in_every_layer_and_sound_ones_kept(worker: Worker) -> None:
+    worker.allocate(worker.plan())
+    layers = worker.runner.cache.layers
+    for layer in layers:
+        layer.keys[1:4] = 1.0
+        layer.values[1:4] = 1.0
+    layers[1].values[2].view(-1)[5] = torch.nan
+    assert _follow(Clear((1, 2)), worker, StepReader(), answers=False) is None
+    for layer in layers:
+        assert bool((layer.keys[2] == 0).all() and (layer.values[2] == 0).all())
+        assert bool((layer.keys[[1, 3]] == 1).all() and (layer.values[[1, 3]] == 1).all())
+
+
+def test_a_worker_that_was_shut_down_says_so(worker: Worker) -> None:
+    worker.allocate(worker.plan())
+    worker.shutdown()
+    worker.shutdown()
+    with pytest.raises(EngineDeadError, match="released"):
+        worker.check()
