@@ -10,7 +10,7 @@ import time
 import uuid
 from collections.abc import AsyncGenerator, Callable, Mapping, Sequence
 from contextlib import aclosing
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from starlette.requests import Request
@@ -18,6 +18,7 @@ from starlette.requests import Request
 from qengine.engine import PendingRequest
 from qengine.errors import RequestError
 from qengine.request import CompletionOutput, PositionLogprobs, RequestOutput, SamplingParams
+from qengine.serving.admission import RequestTimeoutError
 from qengine.serving.async_engine import AsyncEngine
 from qengine.serving.errors import ApiError, invalid
 from qengine.serving.limits import LIMITS
@@ -71,6 +72,7 @@ class Job:
     cache_salt: str
     id: str
     created: int = field(default_factory=lambda: int(time.time()))
+    arrival_time: float = field(default_factory=time.monotonic)
 
 
 def new_id(prefix: str) -> str:
@@ -103,6 +105,7 @@ def _prepare(engine: AsyncEngine, job: Job) -> list[PendingRequest]:
                 job.params,
                 cache_salt=job.cache_salt,
                 add_special_tokens=job.add_special_tokens,
+                arrival_time=job.arrival_time,
             )
         except RequestError as error:
             param = job.prompt_param if error.param == "prompt" else error.param
@@ -139,12 +142,25 @@ async def answer(engine: AsyncEngine, job: Job) -> AsyncGenerator[tuple[int, Req
 
 
 async def final_outputs(engine: AsyncEngine, job: Job) -> list[RequestOutput]:
-    """The whole answers, in the order of the prompts. Raises as `answer`."""
+    """The whole answers, in the order of the prompts. Raises as `answer`.
+
+    What --request-timeout stops is returned as far as it came, with "abort" as its finish reason.
+    """
     latest: dict[int, RequestOutput] = {}
-    async with aclosing(answer(engine, job)) as outputs:
-        async for index, output in outputs:
-            latest[index] = output
+    try:
+        async with aclosing(answer(engine, job)) as outputs:
+            async for index, output in outputs:
+                latest[index] = output
+    except RequestTimeoutError:
+        if len(latest) < job.num_prompts:
+            raise
+        latest = {index: _cut_short(output) for index, output in latest.items()}
     return [latest[index] for index in sorted(latest)]
+
+
+def _cut_short(output: RequestOutput) -> RequestOutput:
+    choices = [choice if choice.finished else replace(choice, finish_reason="abort") for choice in output.outputs]
+    return replace(output, outputs=choices, finished=True)
 
 
 def usage(outputs: Sequence[RequestOutput]) -> dict[str, Any]:
