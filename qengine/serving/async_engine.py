@@ -27,6 +27,7 @@ from qengine.request import RequestOutput, SamplingParams
 from qengine.serving.admission import Admission, QueueTimeoutError, RequestTimeoutError
 from qengine.serving.limits import LIMITS
 from qengine.serving.metrics.recorder import Recorder
+from qengine.serving.tracing import Tracer
 from qengine.tokenizer import Tokenizer
 
 logger = logging.getLogger(__name__)
@@ -107,6 +108,8 @@ class AsyncEngine:
         on_death: called once, in the engine thread, when a step raised.
         recorder: turns what the engine does into metrics.
         timeouts: of every request.
+        tracer: told of every call, if there is one.
+        model_name: what clients call the model; by default the engine's own name.
 
     Attributes:
         admission: counts what is in flight; whoever calls `run` holds a reservation.
@@ -120,7 +123,11 @@ class AsyncEngine:
         on_death: Callable[[], None] | None = None,
         recorder: Recorder | None = None,
         timeouts: Timeouts = Timeouts(),
+        tracer: Tracer | None = None,
+        model_name: str = "",
     ) -> None:
+        self.tracer = tracer
+        self.model_name = model_name or engine.info.model
         self._engine = engine
         engine.observer = recorder
         self._recorder = recorder

@@ -53,6 +53,11 @@ def cache_salt(http: Request, request: GenerationRequest) -> str:
     return "/".join(parts) if any(parts) else ""
 
 
+def trace_parent(http: Request) -> str | None:
+    """The trace that the caller wants this call to be part of; what is no such header is ignored by who reads it."""
+    return http.headers.get("traceparent")
+
+
 @dataclass(frozen=True, slots=True)
 class Job:
     """One call: its prompts and how to continue them.
@@ -61,6 +66,7 @@ class Job:
         prompts: makes the prompts; may be slow (templates), so it runs off the event loop.
         prompt_param: the field that holds the prompts, for errors.
         token_limit: tokens that the client asked for explicitly; more than the context holds is an error.
+        traceparent: the caller's trace, if it sent one.
     """
 
     prompts: Callable[[], Sequence[Prompt]]
@@ -71,6 +77,7 @@ class Job:
     add_special_tokens: bool
     cache_salt: str
     id: str
+    traceparent: str | None = None
     created: int = field(default_factory=lambda: int(time.time()))
     arrival_time: float = field(default_factory=time.monotonic)
 
@@ -134,11 +141,30 @@ async def answer(engine: AsyncEngine, job: Job) -> AsyncGenerator[tuple[int, Req
     with engine.admission.reserve(job.num_prompts * job.params.n):
         pending = await engine.offload(lambda: _prepare(engine, job))
         indices = {request.request_id: index for index, request in enumerate(pending)}
-        async with aclosing(engine.run(pending)) as outputs:
-            async for output in outputs:
-                if output.error is not None:
-                    raise ApiError(500, f"the request failed: {output.error}", code="generation_failed")
-                yield indices[output.request_id], output
+        latest: dict[str, RequestOutput] = {}
+        try:
+            async with aclosing(engine.run(pending)) as outputs:
+                async for output in outputs:
+                    latest[output.request_id] = output
+                    if output.error is not None:
+                        raise ApiError(500, f"the request failed: {output.error}", code="generation_failed")
+                    yield indices[output.request_id], output
+        finally:
+            _trace(engine, job, list(latest.values()))
+
+
+def _trace(engine: AsyncEngine, job: Job, outputs: list[RequestOutput]) -> None:
+    if engine.tracer is not None:
+        is_whole = len(outputs) == job.num_prompts and all(o.finished and o.error is None for o in outputs)
+        engine.tracer.record(
+            job.id,
+            engine.model_name,
+            job.params,
+            job.arrival_time,
+            outputs,
+            traceparent=job.traceparent,
+            failed=not is_whole,
+        )
 
 
 async def final_outputs(engine: AsyncEngine, job: Job) -> list[RequestOutput]:

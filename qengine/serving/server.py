@@ -16,6 +16,7 @@ import socket
 import sys
 import time
 from collections.abc import Callable
+from functools import partial
 
 from qengine.config import CacheConfig, EngineConfig
 from qengine.engine import Engine
@@ -28,6 +29,7 @@ from qengine.serving.options import ServerOptions
 from qengine.serving.service import Phase, Service
 from qengine.serving.signals import InterruptedLoadError, StopSignals
 from qengine.serving.sockets import base_url, close_listener, open_listener
+from qengine.serving.tracing import Tracer
 
 __all__ = ["EXIT_ENGINE_DEAD", "EXIT_INTERRUPTED", "ServerOptions", "run_server", "start_serving"]
 
@@ -59,6 +61,7 @@ def run_server(config: EngineConfig, options: ServerOptions, *, start_engine: St
     Raises:
         ConfigError: an option is wrong or the address is taken. LoadError: the model cannot be loaded.
     """
+    tracer = None if options.otlp_endpoint is None else Tracer(options.otlp_endpoint)
     listener = open_listener(options)
     try:
         service = Service(max_logprobs=options.max_logprobs, metrics_prefix=options.metrics_prefix)
@@ -66,7 +69,9 @@ def run_server(config: EngineConfig, options: ServerOptions, *, start_engine: St
         with StopSignals() as signals:
             try:
                 http.start()
-                return _load_and_serve(config, options, service, listener, signals, start_engine)
+                start = partial(start_engine, config)
+                serve = partial(start_serving, service=service, options=options, cache=config.cache, tracer=tracer)
+                return _load_and_serve(options, service, listener, signals, start, serve)
             except InterruptedLoadError:
                 return _exit_code(signals)
             finally:
@@ -74,6 +79,8 @@ def run_server(config: EngineConfig, options: ServerOptions, *, start_engine: St
                 http.stop()
     finally:
         close_listener(listener, options)
+        if tracer is not None:
+            tracer.shutdown()
 
 
 def start_serving(
@@ -82,12 +89,14 @@ def start_serving(
     options: ServerOptions,
     cache: CacheConfig,
     on_death: Callable[[], None] | None = None,
+    tracer: Tracer | None = None,
 ) -> AsyncEngine:
     """Give `engine` a thread and its metrics, and have `service` answer requests with it from now on.
 
     Args:
         cache: as the engine was started with.
         on_death: called once, in the engine's thread, when a step raised.
+        tracer: told of every call that generates.
     """
     names = options.served_model_names or (engine.info.model,)
     metrics = service.monitoring.add_engine(engine.info, names[0], cache, service.is_healthy)
@@ -97,23 +106,25 @@ def start_serving(
         on_death=on_death,
         recorder=Recorder(metrics, engine.info.num_blocks),
         timeouts=Timeouts(options.queue_timeout, options.request_timeout),
+        tracer=tracer,
+        model_name=names[0],
     )
     service.become_ready(async_engine, names)
     return async_engine
 
 
 def _load_and_serve(
-    config: EngineConfig,
     options: ServerOptions,
     service: Service,
     listener: socket.socket,
     signals: StopSignals,
-    start_engine: StartEngine,
+    start: Callable[[], Engine],
+    serve: Callable[..., AsyncEngine],
 ) -> int:
     signals.set_interrupting(True)
-    engine = start_engine(config)
+    engine = start()
     signals.set_interrupting(False)
-    async_engine = start_serving(engine, service, options, config.cache, signals.wake)
+    async_engine = serve(engine, on_death=signals.wake)
     try:
         url = base_url(listener, options)
         has_chat = engine.tokenizer.chat_template is not None

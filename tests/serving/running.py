@@ -60,7 +60,7 @@ def wait_until(condition: Callable[[], bool]) -> None:
 
 
 @contextmanager
-def serving(engine: Any, **options: Any) -> Iterator[Running]:
+def serving(engine: Any, *, tracer: Any = None, **options: Any) -> Iterator[Running]:
     """Serve `engine` (None: still loading). It is shut down at the end."""
     server_options = ServerOptions(port=0, **options)
     listener = open_listener(server_options)
@@ -71,7 +71,7 @@ def serving(engine: Any, **options: Any) -> Iterator[Running]:
     http.start()
     try:
         if engine is not None:
-            async_engine = start_serving(engine, service, server_options, CacheConfig())
+            async_engine = start_serving(engine, service, server_options, CacheConfig(), tracer=tracer)
         yield Running(url, port, service, async_engine, engine)
     finally:
         if isinstance(engine, ScriptedEngine):

@@ -5,27 +5,21 @@ from __future__ import annotations
 import logging
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
 
 import pytest
 
-from qengine.config import EngineConfig
-from qengine.engine import Engine
 from qengine.scheduling.records import SchedulerStats
 from qengine.serving.metrics.catalog import EngineMetrics, count_bounds
 from qengine.serving.metrics.recorder import LOG_SECONDS, ThroughputLog
 from qengine.serving.metrics.table import table
 from qengine.step_stats import EngineLoad, StepStats
-from tests.engine.fixtures import path
 from tests.serving.metric_names import described, render
 from tests.serving.quiet import assert_quiet, scrape
 from tests.serving.running import Running, serving, wait_until
 from tests.serving.scripted_engine import NAN_PROMPT, ScriptedEngine
+from tests.serving.tiny import PROMPT, TEXT, body, small_server, start_engine
 
-TEXT = "/v1/completions"
-PROMPT = "The quick brown fox jumps over the lazy dog"
 DOCUMENT = Path(__file__).parents[2] / "docs" / "metrics.md"
 NAMES_FILE = Path(__file__).with_name("metric_names.txt")
 
@@ -59,29 +53,6 @@ VLLM_TIER_2 = (
     *("prompt_tokens_cached_by_source_total", "engine_healthy", "admission_rejections_total"),
     "corrupted_requests_total",
 )
-
-
-def start_engine(**more: Any) -> Engine:
-    options = {
-        "model": path("llama-awq-g64"),
-        "dtype": "float32",
-        "max_num_seqs": 8,
-        "max_num_batched_tokens": 64,
-        "kv_cache_memory_bytes": 32 * 2**20,
-        **more,
-    }
-    return Engine.start(EngineConfig.from_options(options))
-
-
-@contextmanager
-def small_server(*, prefix: str = "qengine:", **engine_options: Any) -> Iterator[Running]:
-    """A fresh engine, so that counts begin at zero."""
-    with serving(start_engine(**engine_options), served_model_names=("tiny",), metrics_prefix=prefix) as running:
-        yield running
-
-
-def body(**more: Any) -> dict[str, Any]:
-    return {"model": "tiny", "prompt": PROMPT, "temperature": 0, "max_tokens": 10, "ignore_eos": True, **more}
 
 
 class Counted:
