@@ -85,6 +85,10 @@ def _model(service: Service, name: str) -> dict[str, Any]:
     }
 
 
+#: Everything that can be asked for.
+ROUTERS = (router, chat.router, completions.router)
+
+
 async def _client_gone(request: Request, error: Exception) -> Response:
     return Response(status_code=CLIENT_GONE_STATUS)
 
@@ -97,7 +101,7 @@ def make_app(service: Service, options: ServerOptions) -> ASGIApp:
     """
     app = FastAPI(docs_url=None, redoc_url=None, openapi_url=None, redirect_slashes=False)
     app.state.service = service
-    for routes in (router, chat.router, completions.router):
+    for routes in ROUTERS:
         app.include_router(routes)
     install_error_handlers(app, lambda error: _count_rejection(service, error))
     app.add_exception_handler(ClientGoneError, _client_gone)
