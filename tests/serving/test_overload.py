@@ -71,7 +71,7 @@ def test_who_runs_in_time_is_not_hit_by_the_queues_timeout() -> None:
 
 def test_what_takes_too_long_is_cut_short() -> None:
     engine = ScriptedEngine()
-    with serving(engine, request_timeout=1.0) as server, assert_quiet(server), ThreadPoolExecutor(2) as pool:
+    with serving(engine, request_timeout=3.0) as server, assert_quiet(server), ThreadPoolExecutor(2) as pool:
         engine.hold()
         whole = pool.submit(server.post, TEXT, LONG)
         streamed = pool.submit(server.post, TEXT, {**LONG, "stream": True})

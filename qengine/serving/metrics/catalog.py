@@ -11,7 +11,6 @@ from collections.abc import Callable
 
 from qengine.config import CacheConfig
 from qengine.engine import EngineInfo
-from qengine.request import FinishReason
 from qengine.serving.metrics.instruments import Counter, Gauge, Histogram, InstrumentSet, Reading, Summary
 
 #: Dashboards select some of these bounds literally (le="1.0" of the first, le="0.1" of the second).
@@ -275,8 +274,3 @@ def _info(prefix: str, name: str, help: str, facts: dict[str, str]) -> Instrumen
     instruments = InstrumentSet(prefix, facts)
     instruments.add(Gauge(name, help)).set(1)
     return instruments
-
-
-def finish_label(reason: FinishReason | None) -> str:
-    """The label for a sequence's end."""
-    return reason or "abort"

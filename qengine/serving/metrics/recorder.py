@@ -13,7 +13,7 @@ from itertools import pairwise
 
 from qengine.request import Request
 from qengine.scheduling.records import SchedulerStats
-from qengine.serving.metrics.catalog import STEP_PHASES, EngineMetrics, finish_label
+from qengine.serving.metrics.catalog import STEP_PHASES, EngineMetrics
 from qengine.step_stats import EngineLoad, StepStats
 
 logger = logging.getLogger(__name__)
@@ -74,7 +74,7 @@ class Recorder:
 
     def _count_end(self, sequence: Request) -> None:
         metrics, num_output = self.metrics, len(sequence.output_token_ids)
-        metrics.success.inc(1, finish_label(sequence.finish_reason))
+        metrics.success.inc(1, str(sequence.finish_reason))
         if sequence.finish_reason == "error":
             metrics.corrupted.inc()
         metrics.request_prompt_tokens.observe(sequence.num_prompt_tokens)
