@@ -162,10 +162,11 @@ def test_while_it_waits_and_runs_the_gauges_say_so() -> None:
     engine = ScriptedEngine(max_num_seqs=1)
     with serving(engine) as server, ThreadPoolExecutor(2) as pool:
         engine.hold()
-        held = [pool.submit(server.post, TEXT, {"model": "scripted", "prompt": "hi"}) for _ in range(2)]
-        wait_until(lambda: len(engine.requests) == 2)
-        engine.allow(1)
-        wait_until(lambda: Counted(server)["num_requests_waiting"] == 1)
+        held = [
+            pool.submit(server.post, TEXT, {"model": "scripted", "prompt": "hi", "max_tokens": 240}) for _ in range(2)
+        ]
+        # Held in a step, the engine does not hear of the second one: it comes in between two steps.
+        wait_until(lambda: bool(engine.allow(1)) or Counted(server)["num_requests_waiting"] == 1)
         counted = Counted(server)
         assert counted["num_requests_running"] == 1
         assert counted['num_requests_waiting_by_reason{reason="capacity"}'] == 1
