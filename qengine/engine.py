@@ -327,13 +327,18 @@ class Engine:
         if self._death is not None:
             raise EngineDeadError(self._death)
 
+    def _stamp_admitted(self) -> None:
+        """Note when requests left the queue: the last time, if they were preempted before their first token."""
+        now = time.monotonic()
+        for request in self.scheduler.admitted:
+            if not request.first_token_time:
+                request.scheduled_time = now
+
     def _run_step(self) -> tuple[StepStats, list[Request]]:
         began = time.monotonic()
         batch = self.scheduler.schedule()
+        self._stamp_admitted()
         scheduled = time.monotonic()
-        for request in self.scheduler.admitted:
-            if not request.first_token_time:
-                request.scheduled_time = scheduled
         try:
             result = self._executor.step(batch)
         except KeyboardInterrupt:
