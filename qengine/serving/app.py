@@ -2,8 +2,8 @@
 
     request -> keys or loopback guard -> header count -> routes -> errors in OpenAI's shape
 
-Invariant: there is no route that the outer layers do not see, and no answer that is not JSON or an event stream of it.
-It starts and stops nothing; server does.
+Invariant: there is no route that the outer layers do not see, and no answer that is not JSON, an event stream of it, or
+a file of the web page. It starts and stops nothing; server does.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from starlette.responses import Response
 from starlette.types import ASGIApp
 
 from qengine import __version__
-from qengine.serving import chat, completions
+from qengine.serving import chat, completions, page
 from qengine.serving.auth import ApiKeyGate, HeaderCountGate, LoopbackGate
 from qengine.serving.body import ClientGoneError
 from qengine.serving.errors import install_error_handlers, json_response
@@ -82,12 +82,12 @@ def make_app(service: Service, *, api_keys: Sequence[str] = (), guarded_host: st
 
     Args:
         service: what the routes work on.
-        api_keys: if any, every request but /health needs one of them.
+        api_keys: if any, every request but /health and the web page's files needs one of them.
         guarded_host: a loopback address that is served without keys; web pages of other sites are kept out.
     """
     app = FastAPI(docs_url=None, redoc_url=None, openapi_url=None, redirect_slashes=False)
     app.state.service = service
-    for routes in (router, chat.router, completions.router):
+    for routes in (router, chat.router, completions.router, page.router):
         app.include_router(routes)
     install_error_handlers(app)
     app.add_exception_handler(ClientGoneError, _client_gone)
