@@ -6,6 +6,7 @@ Invariant: a variable that is set but empty counts as unset. It changes nothing 
 from __future__ import annotations
 
 import os
+from pathlib import Path
 
 
 def api_key() -> str | None:
@@ -26,3 +27,12 @@ def no_color() -> bool:
 def hub_offline() -> bool:
     """HF_HUB_OFFLINE, as everywhere: never ask the hub."""
     return os.environ.get("HF_HUB_OFFLINE", "").lower() in ("1", "true", "yes", "on")
+
+
+def cache_dir() -> Path:
+    """QENGINE_CACHE_DIR, or else the user's cache folder: what can be made again, and the chat's history."""
+    own = os.environ.get("QENGINE_CACHE_DIR")
+    if own:
+        return Path(own).expanduser()
+    shared = os.environ.get("XDG_CACHE_HOME")
+    return (Path(shared) if shared else Path("~/.cache").expanduser()) / "qengine"

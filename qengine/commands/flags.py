@@ -230,6 +230,8 @@ PROMPT_FLAGS = Group(
 CHAT_FLAGS = Group(
     "Conversation",
     (
+        Flag("--url", "talk to a server instead; MODEL is then its name there, or left out", "URL"),
+        Flag("--api-key", "the key that the server asks for; QENGINE_API_KEY keeps it out of sight", "KEY", any_text),
         Flag("--system", "system message that the conversation starts with", "TEXT"),
         Flag("--max-tokens", "most tokens in one answer", "N", count, default="what the context holds"),
     ),
@@ -300,11 +302,12 @@ COMMANDS: dict[str, CommandHelp] = {
         ),
     ),
     "chat": CommandHelp(
-        "Talk to a model in the terminal. /exit or Ctrl-D ends, Ctrl-C stops an answer, /new starts over.",
+        "Talk to a model in the terminal. /help lists its commands, Ctrl-C stops an answer, Ctrl-D ends.",
         (CHAT_FLAGS, SAMPLING_FLAGS, *ENGINE_GROUPS, GENERAL_FLAGS),
         (
             ("qengine chat", "the bundled model"),
             ('qengine chat MODEL --system "Answer in one sentence."', "with a system message"),
+            ("qengine chat --url http://127.0.0.1:8000", "with a model that is being served"),
         ),
     ),
     "inspect": CommandHelp(

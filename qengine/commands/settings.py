@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from qengine import environment
+from qengine.client.address import Address, parse_address
 from qengine.commands.flags import (
     ADDRESS_FLAGS,
     CARD_NAMES,
@@ -57,12 +58,22 @@ class GenerateSettings:
 
 
 @dataclass(frozen=True, slots=True)
+class Remote:
+    """A server, and the model to ask there; None for its first."""
+
+    address: Address
+    api_key: str | None = None
+    model: str | None = None
+
+
+@dataclass(frozen=True, slots=True)
 class ChatSettings:
-    """`sampling` as in GenerateSettings."""
+    """`sampling` as in GenerateSettings; with `remote` the server answers, and `engine` is not used."""
 
     engine: EngineConfig
     sampling: Mapping[str, Any]
     system: str | None = None
+    remote: Remote | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -114,11 +125,31 @@ def generate_settings(given: Invocation) -> GenerateSettings:
 def chat_settings(given: Invocation) -> ChatSettings:
     """Raises ConfigError or RequestError."""
     system = given.options.get("system")
+    remote = _remote(given.options)
     return ChatSettings(
-        _engine_config(given.options),
+        EngineConfig() if remote is not None else _engine_config(given.options),
         _sampling({"max_tokens": None}, given.options),
         None if system is None else _check_text(system, "--system"),
+        remote,
     )
+
+
+def _remote(options: Mapping[str, Any]) -> Remote | None:
+    """The server that --url names, if it is given; then flags of a local engine would do nothing."""
+    url, key = options.get("url"), options.get("api_key")
+    if url is None:
+        if key is not None:
+            raise ConfigError("--api-key is for a server; give its --url too")
+        return None
+    local = [flag.name for group in ENGINE_GROUPS for flag in group.flags if flag.dest in options]
+    local = [name for name in local if name != "--seed"]
+    if local:
+        raise ConfigError(f"{local[0]} is for a model in this process, but --url asks a server; give one or the other")
+    if key is None:
+        key = environment.api_key()
+    elif not key.isascii() or not key.isprintable():
+        raise ConfigError("--api-key has characters other than printable ASCII")
+    return Remote(parse_address(url), key, options.get("model"))
 
 
 def inspect_settings(given: Invocation) -> InspectSettings:
