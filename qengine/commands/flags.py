@@ -44,6 +44,13 @@ def number(value: str, flag: str) -> float:
         raise ConfigError(f"{flag} is '{value}', expected a number such as 0.9") from None
 
 
+def bound(value: str, flag: str) -> str:
+    """NAME:MILLISECONDS, which no model is called; the names are checked where they are used."""
+    if ":" not in value:
+        raise ConfigError(f"{flag} is '{value}', expected NAME:MILLISECONDS such as ttft:1000")
+    return value
+
+
 def length(value: str, flag: str) -> int | str:
     return AUTO if value == AUTO else parse_count(value, flag)
 
@@ -237,6 +244,48 @@ CHAT_FLAGS = Group(
     ),
 )
 
+_INPUT_LEN = Flag("--random-input-len", "tokens of each prompt", "N", count, default="128")
+_OUTPUT_LEN = Flag("--random-output-len", "tokens of each answer", "N", count, default="64")
+LOAD_FLAGS = Group(
+    "Load",
+    (
+        Flag("--url", "load this server; left out, one is started with the flags below", "URL"),
+        Flag("--api-key", "the key that the server asks for; QENGINE_API_KEY keeps it out of sight", "KEY", any_text),
+        Flag(
+            "--request-rate",
+            "requests per second, at random times; several are measured in turn, inf sends all at once",
+            "RATE",
+            number,
+            default="inf",
+            kind="list",
+        ),
+        Flag("--num-prompts", "requests per rate", "N", count, default="100"),
+        _INPUT_LEN,
+        _OUTPUT_LEN,
+        Flag("--vocab-size", "random prompts use token ids below this", "N", count, default="1000"),
+        Flag("--dataset-path", 'prompts from a file instead, with a JSON object {"prompt": ...} per line', "FILE"),
+        Flag(
+            "--goodput",
+            "bounds in ms for ttft, tpot or e2el, such as ttft:1000 tpot:100; requests within all of them count",
+            "BOUND",
+            bound,
+            kind="list",
+        ),
+        Flag("--json", "write the figures there", "FILE"),
+        Flag("--plot", "draw them there: .png, .svg or .pdf (needs matplotlib)", "FILE"),
+    ),
+)
+OFFLINE_FLAGS = Group(
+    "Load",
+    (
+        Flag("--batch", "sequences to decode at once; several are measured in turn", "N", count, "1 16", kind="list"),
+        _INPUT_LEN,
+        _OUTPUT_LEN,
+        Flag("--runs", "readings of each figure; the median counts", "N", count, default="3"),
+        Flag("--json", "write the figures there", "FILE"),
+    ),
+)
+
 #: Cards whose figures are known without one there (a test compares with quant_kernels, which is too heavy to ask here).
 CARD_NAMES = ("3090", "4090", "5090", "a100", "h100")
 
@@ -318,6 +367,23 @@ COMMANDS: dict[str, CommandHelp] = {
             ("qengine inspect MODEL --gpu h100 --rows 32", "a step of 32 sequences"),
             ("qengine inspect MODEL --load-format dummy -q gptq", "from a config.json alone"),
             ("qengine inspect --bandwidth 40 --json", "the bundled model on this CPU, for a program"),
+        ),
+    ),
+    "bench serve": CommandHelp(
+        "Load a server with requests at random times: latencies, throughput, goodput.",
+        (LOAD_FLAGS, *ENGINE_GROUPS, GENERAL_FLAGS),
+        (
+            ("qengine bench serve --num-prompts 20", "the bundled model, all requests at once"),
+            ("qengine bench serve --url http://127.0.0.1:8000 --request-rate 1 2 4 8", "a server, at four rates"),
+            ("qengine bench serve MODEL --goodput ttft:1000 tpot:100 --plot load.png", "with bounds and a chart"),
+        ),
+    ),
+    "bench offline": CommandHelp(
+        "Time prompts and decoding without a server.",
+        (OFFLINE_FLAGS, *ENGINE_GROUPS, GENERAL_FLAGS),
+        (
+            ("qengine bench offline", "the bundled model"),
+            ("qengine bench offline MODEL --batch 1 8 32 --random-input-len 1024", "three widths, long prompts"),
         ),
     ),
 }

@@ -89,7 +89,7 @@ class InspectSettings:
 
 def serve_settings(given: Invocation) -> ServeSettings:
     """Raises ConfigError."""
-    engine = _engine_config(given.options)
+    engine = engine_config(given.options)
     options = _pick(given.options, (ADDRESS_FLAGS, SERVER_FLAGS))
     if "uds" in options and not given.on_command_line.isdisjoint({"host", "port"}):
         raise ConfigError("--uds takes the place of --host and --port; give one or the other")
@@ -109,7 +109,7 @@ def serve_settings(given: Invocation) -> ServeSettings:
 
 def generate_settings(given: Invocation) -> GenerateSettings:
     """Reads standard input for `--prompt -`. Raises ConfigError or RequestError."""
-    engine = _engine_config(given.options)
+    engine = engine_config(given.options)
     sampling = _sampling({"max_tokens": 256}, given.options)
     prompts = given.options.get("prompt", ())
     if not prompts:
@@ -125,16 +125,16 @@ def generate_settings(given: Invocation) -> GenerateSettings:
 def chat_settings(given: Invocation) -> ChatSettings:
     """Raises ConfigError or RequestError."""
     system = given.options.get("system")
-    remote = _remote(given.options)
+    remote = remote_server(given.options)
     return ChatSettings(
-        EngineConfig() if remote is not None else _engine_config(given.options),
+        EngineConfig() if remote is not None else engine_config(given.options),
         _sampling({"max_tokens": None}, given.options),
         None if system is None else _check_text(system, "--system"),
         remote,
     )
 
 
-def _remote(options: Mapping[str, Any]) -> Remote | None:
+def remote_server(options: Mapping[str, Any]) -> Remote | None:
     """The server that --url names, if it is given; then flags of a local engine would do nothing."""
     url, key = options.get("url"), options.get("api_key")
     if url is None:
@@ -155,7 +155,7 @@ def _remote(options: Mapping[str, Any]) -> Remote | None:
 def inspect_settings(given: Invocation) -> InspectSettings:
     """Raises ConfigError."""
     options = given.options
-    load = _engine_config(options).load
+    load = engine_config(options).load
     gpu = options.get("gpu")
     if gpu is not None:
         gpu = _check_card(gpu)
@@ -183,7 +183,8 @@ def _pick(options: Mapping[str, Any], groups: Iterable[Group]) -> dict[str, Any]
     return {name: value for name, value in options.items() if name in names}
 
 
-def _engine_config(options: Mapping[str, Any]) -> EngineConfig:
+def engine_config(options: Mapping[str, Any]) -> EngineConfig:
+    """The engine that a command's options describe. Raises ConfigError."""
     picked = _pick(options, ENGINE_GROUPS)
     if picked.pop("trust_remote_code", False):
         logger.warning("--trust-remote-code has no effect: qengine never runs code from a checkpoint")
