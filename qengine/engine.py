@@ -28,7 +28,9 @@ from qengine.request import (
     SamplingParams,
     TokenLogprobs,
 )
+from qengine.scheduling.records import SchedulerStats
 from qengine.startup import EngineInfo, EngineParts, start_parts
+from qengine.step_stats import EngineLoad, StepObserver, StepStats, times_of
 from qengine.tokenizer import IncrementalDetokenizer
 
 __all__ = ["Engine", "EngineInfo", "PendingRequest"]
@@ -58,12 +60,17 @@ class PendingRequest:
 
 
 class Engine:
-    """A loaded model with its scheduler, KV cache and tokenizer. Make one with `Engine.start`."""
+    """A loaded model with its scheduler, KV cache and tokenizer. Make one with `Engine.start`.
+
+    Attributes:
+        observer: hears of every step, end and abort; the engine's owner may set one.
+    """
 
     def __init__(self, parts: EngineParts) -> None:
         self.info = parts.info
         self.tokenizer = parts.tokenizer
         self.scheduler = parts.scheduler
+        self.observer: StepObserver | None = None
         self._executor = parts.executor
         self._eos_token_ids = parts.eos_token_ids
         self._seed = parts.seed
@@ -98,6 +105,23 @@ class Engine:
     def num_free_blocks(self) -> int:
         return self.scheduler.pool.num_free
 
+    @property
+    def totals(self) -> SchedulerStats:
+        """Running totals since the start."""
+        return self.scheduler.stats
+
+    def load(self) -> EngineLoad:
+        """How busy the engine is now, in O(1)."""
+        scheduler, pool = self.scheduler, self.scheduler.pool
+        return EngineLoad(
+            scheduler.num_running, scheduler.num_waiting, scheduler.num_deferred, pool.num_free, pool.num_free_cached
+        )
+
+    def has_started(self, request_id: str) -> bool:
+        """Whether a request has left the queue, if only with one of its choices, or is not here at all."""
+        group = self._groups.get(request_id)
+        return group is None or any(choice.request.scheduled_time for choice in group.choices)
+
     def check_integrity(self) -> None:
         """Assert that scheduler, pool and this engine agree; for tests."""
         self.scheduler.check_integrity()
@@ -114,6 +138,7 @@ class Engine:
         *,
         cache_salt: str = "",
         add_special_tokens: bool = True,
+        arrival_time: float | None = None,
     ) -> PendingRequest:
         """Tokenize and check a prompt. Thread-safe; touches no engine state.
 
@@ -121,10 +146,12 @@ class Engine:
             prompt: text, or token ids.
             cache_salt: requests with different salts never share cached blocks.
             add_special_tokens: let the tokenizer add its BOS (not for text that a chat template made).
+            arrival_time: when the request came, of `time.monotonic`; None for now.
 
         Raises:
             RequestError: naming the field, what was found and what was expected.
         """
+        arrival_time = time.monotonic() if arrival_time is None else arrival_time
         text = prompt if isinstance(prompt, str) else None
         if isinstance(prompt, str):
             token_ids = self.tokenizer.encode(prompt, add_special_tokens=add_special_tokens)
@@ -146,7 +173,7 @@ class Engine:
                 seed=(base_seed + index) % 2**63,
                 cache_salt=cache_salt,
                 follows=choices[0].request if choices else None,
-                arrival_time=time.monotonic(),
+                arrival_time=arrival_time,
             )
             choices.append(self._make_choice(request))
         prompt_logprobs: list[PositionLogprobs | None] | None = [None] if params.prompt_logprobs is not None else None
@@ -241,7 +268,9 @@ class Engine:
                 self.scheduler.abort(request.request_id)
             raise
         self._groups[pending.request_id] = pending
+        now = time.monotonic()
         for choice in pending.choices:
+            choice.request.queued_time = now
             self._owners[choice.request.request_id] = (pending, choice)
 
     def abort(self, request_id: str) -> None:
@@ -249,9 +278,12 @@ class Engine:
         group = self._groups.pop(request_id, None)
         if group is None:
             return
+        unfinished = [choice.request for choice in group.choices if not choice.request.finished]
         for choice in group.choices:
             self._owners.pop(choice.request.request_id, None)
             self.scheduler.abort(choice.request.request_id)
+        if self.observer is not None:
+            self.observer.on_abort(unfinished)
 
     def step(self) -> list[RequestOutput]:
         """Run one step and return the requests that progressed, each with all it has so far.
@@ -263,7 +295,7 @@ class Engine:
         if not self.has_unfinished:
             return []
         try:
-            progressed = self._run_step()
+            stats, progressed = self._run_step()
         except KeyboardInterrupt:
             raise
         except BaseException:
@@ -274,9 +306,15 @@ class Engine:
             owner = self._owners.get(request.request_id)
             if owner is not None:
                 group, choice = owner
+                num_before = choice.num_fed
                 self._advance(choice)
+                stats.count(request, choice.num_fed - num_before)
                 touched[group.request_id] = group
-        return [self._output(group) for group in touched.values()]
+        outputs = [self._output(group) for group in touched.values()]
+        stats.ended = time.monotonic()
+        if self.observer is not None:
+            self.observer.on_step(stats)
+        return outputs
 
     def shutdown(self) -> None:
         """Release the model. Idempotent; requests in flight are dropped."""
@@ -289,15 +327,21 @@ class Engine:
         if self._death is not None:
             raise EngineDeadError(self._death)
 
-    def _run_step(self) -> list[Request]:
+    def _run_step(self) -> tuple[StepStats, list[Request]]:
+        began = time.monotonic()
         batch = self.scheduler.schedule()
+        scheduled = time.monotonic()
+        for request in self.scheduler.admitted:
+            if not request.first_token_time:
+                request.scheduled_time = scheduled
         try:
             result = self._executor.step(batch)
         except KeyboardInterrupt:
             # Nothing of the step counts: its tokens are computed again, if anyone still wants them.
             self.scheduler.discard(batch)
             raise
-        return self.scheduler.update(batch, result)
+        stats = StepStats(began, scheduled, executed=time.monotonic())
+        return stats, self.scheduler.update(batch, result)
 
     def _advance(self, choice: _Choice) -> None:
         """Turn a sequence's new tokens into text, and stop it at a stop string."""
@@ -341,6 +385,8 @@ class Engine:
             self._groups.pop(group.request_id, None)
             for choice in group.choices:
                 self._owners.pop(choice.request.request_id, None)
+            if self.observer is not None:
+                self.observer.on_group_end([choice.request for choice in group.choices])
         first = group.choices[0].request
         if group.prompt_logprobs is not None:
             # Grows while the prompt is computed, and is then the same in every step.
@@ -355,6 +401,7 @@ class Engine:
             num_cached_tokens=first.num_cached_tokens,
             finished=finished,
             error=next((c.request.error for c in group.choices if c.request.error is not None), None),
+            times=times_of([c.request for c in group.choices]) if finished else None,
         )
 
 

@@ -206,6 +206,8 @@ class Request:
 
     `cache_salt` goes into the first block's hash: requests with different salts never share blocks.
     `follows` is a sibling (another choice of the same prompt) whose prompt blocks this request waits to share.
+    Times are seconds of `time.monotonic`, 0 until it happens; the engine sets them. `scheduled_time` is the last time
+    that it was given blocks before its first token.
     """
 
     request_id: str
@@ -217,6 +219,10 @@ class Request:
     cache_salt: str = ""
     follows: Request | None = None
     arrival_time: float = 0.0
+    queued_time: float = 0.0
+    scheduled_time: float = 0.0
+    first_token_time: float = 0.0
+    last_token_time: float = 0.0
 
     output_token_ids: list[int] = field(default_factory=list)
     output_logprobs: list[TokenLogprobs] = field(default_factory=list)
@@ -275,8 +281,20 @@ class CompletionOutput:
 
 
 @dataclass(frozen=True, slots=True)
+class RequestTimes:
+    """When it happened to a request, in seconds of `time.monotonic`: of several choices the first to come or to begin,
+    and the last to end. 0 where it never did."""
+
+    arrival: float
+    queued: float
+    scheduled: float
+    first_token: float
+    last_token: float
+
+
+@dataclass(frozen=True, slots=True)
 class RequestOutput:
-    """An answer, whole or so far. `error` is set when the request failed inside the engine."""
+    """An answer, whole or so far. `error` is set when the request failed inside the engine, `times` at its end."""
 
     request_id: str
     prompt: str | None
@@ -286,3 +304,4 @@ class RequestOutput:
     num_cached_tokens: int = 0
     finished: bool = False
     error: str | None = None
+    times: RequestTimes | None = None

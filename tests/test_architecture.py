@@ -27,7 +27,7 @@ FLOORS: tuple[tuple[str, ...], ...] = (
     ("layers",),
     ("models",),
     ("runtime",),
-    ("tokenizer", "startup", "engine", "llm"),
+    ("tokenizer", "startup", "step_stats", "engine", "llm"),
     ("serving", "client", "bench", "commands", "cli", "__main__"),
 )
 #: The same inside scheduling/, whose modules build on each other in one direction.
@@ -42,7 +42,7 @@ LIGHT = (
     "qengine.commands.settings",
     "qengine.runtime.planner",
 )
-WEB = {"fastapi", "starlette", "uvicorn", "pydantic", "httpx", "prometheus_client", "aiohttp", "flask"}
+WEB = {"fastapi", "starlette", "uvicorn", "pydantic", "httpx", "prometheus_client", "opentelemetry", "aiohttp", "flask"}
 #: The same inside quant_kernels/: what describes a weight, what chooses, what computes, what watches.
 KERNEL_FLOORS: tuple[tuple[str, ...], ...] = (
     ("packed_weight", "scheme", "late", "launching"),
@@ -421,6 +421,8 @@ RULES: dict[Rule, tuple[tuple[str, str], ...]] = {
         ("qengine.engine", "import fastapi"),
         ("qengine.llm", "from pydantic import BaseModel"),
         ("qengine.commands.chat", "import uvicorn"),
+        ("qengine.engine", "from prometheus_client import Counter"),
+        ("qengine.engine", "from opentelemetry import trace"),
     ),
     the_command_line_is_light: (
         ("qengine.cli", "import torch"),

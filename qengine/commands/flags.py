@@ -204,7 +204,26 @@ SERVER_FLAGS = Group(
         Flag(
             "--drain-timeout", "seconds that running requests get to finish at SIGTERM", "SECONDS", number, default="30"
         ),
-        Flag("--metrics-prefix", refused="this version exports no metrics"),
+        Flag("--queue-timeout", "a request that waits longer gets status 503", "SECONDS", number),
+        Flag("--request-timeout", "a request that takes longer from queue to end is stopped", "SECONDS", number),
+        Flag("--max-concurrency-per-key", "requests under way with one key; more get status 429", "N", count),
+        Flag(
+            "--allowed-origins",
+            "web sites whose pages may use the server, such as https://example.org; * is any",
+            "URL",
+            any_text,
+            kind="list",
+        ),
+        Flag("--speculative-config", refused="this version has no speculative decoding"),
+    ),
+)
+
+MONITORING_FLAGS = Group(
+    "Monitoring",
+    (
+        Flag("--metrics-prefix", "of names at /metrics; vllm: suits vLLM's dashboards", "PREFIX", default="qengine:"),
+        _switch("--metrics-no-auth", "serve /metrics without a key"),
+        Flag("--otlp-endpoint", "send traces there, such as http://localhost:4318/v1/traces", "URL"),
     ),
 )
 
@@ -332,7 +351,7 @@ class CommandHelp:
 COMMANDS: dict[str, CommandHelp] = {
     "serve": CommandHelp(
         "Serve a model over HTTP, with OpenAI's API.",
-        (ADDRESS_FLAGS, SERVER_FLAGS, *ENGINE_GROUPS, GENERAL_FLAGS),
+        (ADDRESS_FLAGS, SERVER_FLAGS, MONITORING_FLAGS, *ENGINE_GROUPS, GENERAL_FLAGS),
         (
             ("qengine serve", "the bundled model, on http://127.0.0.1:8000"),
             ("qengine serve ./Qwen2.5-7B-Instruct-AWQ --max-model-len 16K", "a local 4-bit checkpoint"),

@@ -6,6 +6,7 @@ never appear in a message.
 
 from __future__ import annotations
 
+import json
 import logging
 import math
 import stat
@@ -21,6 +22,7 @@ from qengine.commands.flags import (
     ADDRESS_FLAGS,
     CARD_NAMES,
     ENGINE_GROUPS,
+    MONITORING_FLAGS,
     SAMPLING_FLAGS,
     SERVER_FLAGS,
     Group,
@@ -90,7 +92,7 @@ class InspectSettings:
 def serve_settings(given: Invocation) -> ServeSettings:
     """Raises ConfigError."""
     engine = engine_config(given.options)
-    options = _pick(given.options, (ADDRESS_FLAGS, SERVER_FLAGS))
+    options = _pick(given.options, (ADDRESS_FLAGS, SERVER_FLAGS, MONITORING_FLAGS))
     if "uds" in options and not given.on_command_line.isdisjoint({"host", "port"}):
         raise ConfigError("--uds takes the place of --host and --port; give one or the other")
     _check_tls(options)
@@ -101,6 +103,8 @@ def serve_settings(given: Invocation) -> ServeSettings:
         )
     keys = _api_keys(options.pop("api_key", ()), options.pop("api_key_file", None))
     names = options.pop("served_model_name", ())
+    if "allowed_origins" in options:
+        options["allowed_origins"] = tuple(o for text in options["allowed_origins"] for o in _origins(text))
     for name in ("ssl_keyfile", "ssl_certfile"):
         if name in options:
             options[name] = str(Path(options[name]).expanduser())
@@ -224,7 +228,20 @@ def _read_standard_input() -> str:
     return text
 
 
-# Keys and certificates
+# Keys, certificates, origins
+
+
+def _origins(text: str) -> tuple[str, ...]:
+    """One origin, or several as a JSON list, which is how vLLM takes them."""
+    if not text.startswith("["):
+        return (text,)
+    try:
+        origins = json.loads(text)
+    except json.JSONDecodeError:
+        origins = None
+    if not isinstance(origins, list) or not all(isinstance(origin, str) for origin in origins):
+        raise ConfigError(f"--allowed-origins is '{text}', expected origins or a JSON list of them")
+    return tuple(origins)
 
 
 def _check_tls(options: Mapping[str, Any]) -> None:

@@ -87,6 +87,11 @@ class BlockPool:
         return len(self._block_of)
 
     @property
+    def num_free_cached(self) -> int:
+        """Free blocks that a prefix match can find."""
+        return len(self._cached)
+
+    @property
     def usage(self) -> float:
         """Share of blocks that are referenced, 0 to 1."""
         return 1.0 - self.num_free / self.num_blocks

@@ -42,6 +42,8 @@ class Scheduler:
         self.limits = limits
         self.pool = pool
         self.stats = SchedulerStats()
+        #: Requests that the last `schedule` gave blocks to, those that come back after a preemption among them.
+        self.admitted: list[Request] = []
         self._policy = policy or AdmissionPolicy(pool.num_blocks, pool.block_size)
         self._prefix_cache = PrefixCache(pool, enabled=enable_prefix_caching)
         self._live: dict[str, Track] = {}
@@ -96,6 +98,10 @@ class Scheduler:
     @property
     def num_waiting(self) -> int:
         return len(self._waiting)
+
+    @property
+    def num_deferred(self) -> int:
+        return self._waiting.num_deferred
 
     def snapshot(self) -> SchedulerSnapshot:
         """State for metrics, in O(1)."""
@@ -162,6 +168,7 @@ class Scheduler:
             The batch; empty only if nothing is unfinished.
         """
         assert self._in_flight is None, "schedule() before update() or discard() of the step before"
+        self.admitted = []
         budget = self.limits.max_num_batched_tokens
         if max_num_tokens is not None:
             budget = max(1, min(budget, max_num_tokens))
@@ -292,6 +299,7 @@ class Scheduler:
     def _admit(self, track: Track, cached: list[int], leader: Track | None) -> None:
         request = track.request
         self._running.admit(track, cached)
+        self.admitted.append(request)
         if leader is not None and leader.running:
             leader.num_shared = max(leader.num_shared, len(cached))
         if not request.num_preemptions:

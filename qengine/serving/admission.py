@@ -16,6 +16,14 @@ class QueueFullError(QEngineError):
     """As many sequences are running and waiting as the server holds; try again later."""
 
 
+class QueueTimeoutError(QEngineError):
+    """A request waited in the queue for longer than --queue-timeout; try again later."""
+
+
+class RequestTimeoutError(QEngineError):
+    """A request took longer than --request-timeout and was stopped."""
+
+
 class NotAcceptingError(QEngineError):
     """The server finishes what it has and takes nothing new."""
 

@@ -1,6 +1,6 @@
 """The web application: its routes and the layers around them.
 
-    request -> keys or loopback guard -> header count -> routes -> errors in OpenAI's shape
+    request -> counted -> CORS, if asked for -> keys or loopback guard -> header count -> routes, errors as OpenAI's
 
 Invariant: there is no route that the outer layers do not see, and no answer that is not JSON, an event stream of it, or
 a file of the web page. It starts and stops nothing; server does.
@@ -8,18 +8,22 @@ a file of the web page. It starts and stops nothing; server does.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import asyncio
 from typing import Any
 
 from fastapi import APIRouter, FastAPI, Request
+from starlette.middleware.cors import CORSMiddleware
 from starlette.responses import Response
 from starlette.types import ASGIApp
 
 from qengine import __version__
 from qengine.serving import chat, completions, page
-from qengine.serving.auth import ApiKeyGate, HeaderCountGate, LoopbackGate
+from qengine.serving.auth import OPEN_PATHS, ApiKeyGate, HeaderCountGate, LoopbackGate
 from qengine.serving.body import ClientGoneError
-from qengine.serving.errors import install_error_handlers, json_response
+from qengine.serving.errors import ApiError, install_error_handlers, json_response
+from qengine.serving.exposure import is_loopback
+from qengine.serving.metrics.http_metrics import HttpMetricsLayer
+from qengine.serving.options import ServerOptions
 from qengine.serving.service import Service, service_of
 
 #: Only logs and tests see it: the client has gone.
@@ -32,11 +36,19 @@ router = APIRouter()
 async def health(http: Request) -> Response:
     """200 if requests can be answered now, else 503; "status" says why."""
     service = service_of(http)
-    problem = service.unavailable()
-    status: dict[str, Any] = {"status": service.phase.value}
+    problem = service.health_problem()
     if problem is None:
-        return json_response(status)
-    return json_response({**status, **problem.body()}, problem.status, problem.headers)
+        return json_response({"status": service.phase.value})
+    return json_response({"status": problem.code, **problem.body()}, problem.status, problem.headers)
+
+
+@router.api_route("/metrics", methods=["GET", "HEAD"])
+async def metrics(http: Request) -> Response:
+    """Metrics for Prometheus, in any state."""
+    monitoring = service_of(http).monitoring
+    # In a thread: collecting and formatting takes some milliseconds.
+    content, content_type = await asyncio.to_thread(monitoring.text, http.headers.get("accept", ""))
+    return Response(content, headers={"Content-Type": content_type})
 
 
 @router.get("/version")
@@ -73,27 +85,58 @@ def _model(service: Service, name: str) -> dict[str, Any]:
     }
 
 
+#: Everything that can be asked for.
+ROUTERS = (router, chat.router, completions.router, page.router)
+
+
 async def _client_gone(request: Request, error: Exception) -> Response:
     return Response(status_code=CLIENT_GONE_STATUS)
 
 
-def make_app(service: Service, *, api_keys: Sequence[str] = (), guarded_host: str | None = None) -> ASGIApp:
+def make_app(service: Service, options: ServerOptions) -> ASGIApp:
     """The application.
 
-    Args:
-        service: what the routes work on.
-        api_keys: if any, every request but /health and the web page's files needs one of them.
-        guarded_host: a loopback address that is served without keys; web pages of other sites are kept out.
+    Every request but those to OPEN_PATHS needs a key, if there are any. Without keys a loopback address is guarded
+    against web pages of other sites, unless their origin is allowed.
     """
     app = FastAPI(docs_url=None, redoc_url=None, openapi_url=None, redirect_slashes=False)
     app.state.service = service
-    for routes in (router, chat.router, completions.router, page.router):
+    for routes in ROUTERS:
         app.include_router(routes)
-    install_error_handlers(app)
+    install_error_handlers(app, lambda error: _count_rejection(service, error))
     app.add_exception_handler(ClientGoneError, _client_gone)
-    gated: ASGIApp = HeaderCountGate(app)
-    if api_keys:
-        return ApiKeyGate(gated, api_keys)
-    if guarded_host is not None:
-        return LoopbackGate(gated, guarded_host)
-    return gated
+    gated = _with_cors(_gated(HeaderCountGate(app), service, options), options)
+    return HttpMetricsLayer(gated, service.monitoring.http)
+
+
+def _count_rejection(service: Service, error: ApiError) -> None:
+    if error.status in (429, 503):
+        service.monitoring.rejected(error.code or "")
+
+
+def _gated(app: ASGIApp, service: Service, options: ServerOptions) -> ASGIApp:
+    if options.api_keys:
+        open_paths = OPEN_PATHS | {"/metrics"} if options.metrics_no_auth else OPEN_PATHS
+        return ApiKeyGate(
+            app,
+            options.api_keys,
+            open_paths=open_paths,
+            max_concurrency=options.max_concurrency_per_key,
+            monitoring=service.monitoring,
+        )
+    if options.uds is None and is_loopback(options.host):
+        return LoopbackGate(app, options.host, options.allowed_origins)
+    return app
+
+
+def _with_cors(app: ASGIApp, options: ServerOptions) -> ASGIApp:
+    """Outside of the keys, for a browser asks whether it may send one before it does."""
+    if not options.allowed_origins:
+        return app
+    return CORSMiddleware(
+        app,
+        allow_origins=options.allowed_origins,
+        allow_methods=["GET", "POST"],
+        allow_headers=["*"],
+        expose_headers=["Retry-After"],
+    )

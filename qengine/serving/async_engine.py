@@ -14,6 +14,7 @@ from __future__ import annotations
 import asyncio
 import logging
 import threading
+import time
 from collections.abc import AsyncGenerator, Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import aclosing, suppress
@@ -23,7 +24,10 @@ from typing import TypeVar
 from qengine.engine import Engine, EngineInfo, PendingRequest
 from qengine.errors import EngineDeadError, QEngineError, RequestError
 from qengine.request import RequestOutput, SamplingParams
-from qengine.serving.admission import Admission
+from qengine.serving.admission import Admission, QueueTimeoutError, RequestTimeoutError
+from qengine.serving.limits import LIMITS
+from qengine.serving.metrics.recorder import Recorder
+from qengine.serving.tracing import Tracer
 from qengine.tokenizer import Tokenizer
 
 logger = logging.getLogger(__name__)
@@ -43,25 +47,50 @@ class _Abort:
     request_ids: tuple[str, ...]
 
 
+@dataclass(frozen=True, slots=True)
+class _Expire:
+    """Drop these, which belong together, unless one of them has left the queue."""
+
+    request_ids: tuple[str, ...]
+
+
+_Command = _Add | _Abort | _Expire
+
+
+@dataclass(frozen=True, slots=True)
+class Timeouts:
+    """Seconds that a request may wait in the queue, and may take from there to its end; None for any time."""
+
+    queue: float | None = None
+    request: float | None = None
+
+
 @dataclass(slots=True)
 class _Mailbox:
     """What one caller has not taken yet. Touched in the event loop only."""
 
     latest: dict[str, RequestOutput] = field(default_factory=dict)
     error: QEngineError | None = None
+    is_expired: bool = False
     filled: asyncio.Event = field(default_factory=asyncio.Event)
 
     def fail(self, error: QEngineError) -> None:
         self.error = error
         self.filled.set()
 
+    def expire(self, error: QEngineError) -> None:
+        """Fail even if there are outputs that nobody has taken."""
+        self.is_expired = True
+        self.fail(error)
+
     async def take(self) -> list[RequestOutput]:
         """All outputs that arrived since the last call, waiting for at least one.
 
         Raises:
             RequestError: the engine refused a request. EngineDeadError: the engine stopped.
+            QueueTimeoutError, RequestTimeoutError: it took too long.
         """
-        while not self.latest:
+        while not self.latest or self.is_expired:
             if self.error is not None:
                 raise self.error
             self.filled.clear()
@@ -77,19 +106,39 @@ class AsyncEngine:
         engine: a started engine; nobody else may use it from now on.
         max_queue: sequences that may wait beyond the engine's `max_num_seqs`.
         on_death: called once, in the engine thread, when a step raised.
+        recorder: turns what the engine does into metrics.
+        timeouts: of every request.
+        tracer: told of every call, if there is one.
+        model_name: what clients call the model; by default the engine's own name.
 
     Attributes:
         admission: counts what is in flight; whoever calls `run` holds a reservation.
     """
 
-    def __init__(self, engine: Engine, *, max_queue: int = 128, on_death: Callable[[], None] | None = None) -> None:
+    def __init__(
+        self,
+        engine: Engine,
+        *,
+        max_queue: int = 128,
+        on_death: Callable[[], None] | None = None,
+        recorder: Recorder | None = None,
+        timeouts: Timeouts = Timeouts(),
+        tracer: Tracer | None = None,
+        model_name: str = "",
+    ) -> None:
+        self.tracer = tracer
+        self.model_name = model_name or engine.info.model
         self._engine = engine
+        engine.observer = recorder
+        self._recorder = recorder
         self._on_death = on_death
+        self._timeouts = timeouts
+        self._step_began: float | None = None
         self.admission = Admission(engine.info.max_num_seqs + max_queue)
         self._pool = ThreadPoolExecutor(NUM_TOKENIZER_THREADS, thread_name_prefix="qengine-tokenizer")
         # Guarded by _wakeup: the inbox, the stop flag, and the outbox on its way to the event loop.
         self._wakeup = threading.Condition()
-        self._inbox: list[_Add | _Abort] = []
+        self._inbox: list[_Command] = []
         self._outbox: dict[str, RequestOutput | QEngineError] = {}
         self._death: str | None = None  # Why the engine stopped; each caller gets an exception of its own.
         self._should_stop = False
@@ -112,6 +161,12 @@ class AsyncEngine:
     def is_dead(self) -> bool:
         return self._death is not None
 
+    @property
+    def is_stuck(self) -> bool:
+        """Whether the step that runs now should have ended long ago."""
+        began = self._step_began
+        return began is not None and time.monotonic() - began > LIMITS.stuck_step_seconds
+
     # For callers in the event loop
 
     async def offload(self, work: Callable[[], _T]) -> _T:
@@ -126,10 +181,16 @@ class AsyncEngine:
         *,
         cache_salt: str = "",
         add_special_tokens: bool = True,
+        arrival_time: float | None = None,
     ) -> PendingRequest:
         """`Engine.make_request`: tokenize and check. Thread-safe, may be slow: call it through `offload`."""
         return self._engine.make_request(
-            request_id, prompt, params, cache_salt=cache_salt, add_special_tokens=add_special_tokens
+            request_id,
+            prompt,
+            params,
+            cache_salt=cache_salt,
+            add_special_tokens=add_special_tokens,
+            arrival_time=arrival_time,
         )
 
     async def generate(
@@ -164,6 +225,10 @@ class AsyncEngine:
         """Answer several prepared requests together; outputs of all come as they progress.
 
         All are taken or none: if the engine refuses one, the others are dropped. The caller holds a reservation.
+
+        Raises:
+            RequestError: refused. EngineDeadError: the engine stopped.
+            QueueTimeoutError, RequestTimeoutError: it took too long.
         """
         self._check_alive()
         loop = self._bind_loop()
@@ -176,6 +241,7 @@ class AsyncEngine:
         if self.is_dead:
             # It died between the check and the registration; nobody else will tell this mailbox.
             loop.call_soon(self._deliver)
+        timers = self._set_timers(loop, mailbox, tuple(unfinished))
         try:
             while unfinished:
                 for output in await mailbox.take():
@@ -183,10 +249,23 @@ class AsyncEngine:
                         self._forget(unfinished, output.request_id)
                     yield output
         finally:
+            for timer in timers:
+                timer.cancel()
             if unfinished:
                 self._send(_Abort(tuple(unfinished)))
             for request_id in list(unfinished):
                 self._forget(unfinished, request_id)
+
+    def _set_timers(
+        self, loop: asyncio.AbstractEventLoop, mailbox: _Mailbox, request_ids: tuple[str, ...]
+    ) -> list[asyncio.TimerHandle]:
+        timers = []
+        if self._timeouts.queue is not None:
+            timers.append(loop.call_later(self._timeouts.queue, self._send, _Expire(request_ids)))
+        if self._timeouts.request is not None:
+            error = RequestTimeoutError(f"the request took longer than {self._timeouts.request:g} s and was stopped")
+            timers.append(loop.call_later(self._timeouts.request, mailbox.expire, error))
+        return timers
 
     def _check_alive(self) -> None:
         if self._death is not None:
@@ -203,7 +282,7 @@ class AsyncEngine:
         assert self._loop is loop, "one AsyncEngine serves one event loop"
         return loop
 
-    def _send(self, command: _Add | _Abort) -> None:
+    def _send(self, command: _Command) -> None:
         with self._wakeup:
             self._inbox.append(command)
             self._wakeup.notify()
@@ -234,15 +313,27 @@ class AsyncEngine:
     def _run(self) -> None:
         try:
             while self._take_commands():
-                if self._engine.has_unfinished:
-                    self._post({output.request_id: output for output in self._engine.step()})
+                outputs = self._step() if self._engine.has_unfinished else []
+                if self._recorder is not None:
+                    self._recorder.tell_load(self._engine.load(), self._engine.totals)
+                if outputs:
+                    self._post({output.request_id: output for output in outputs})
         except BaseException as error:  # Whatever it was, every waiting client must hear of it.
             logger.critical("the engine stopped after an internal failure", exc_info=error)
+            if self._recorder is not None:
+                self._recorder.tell_death("step")
             self._die("the engine has stopped after an internal failure; restart the server")
             if self._on_death is not None:
                 self._on_death()
         else:
             self._die(_STOPPING)
+
+    def _step(self) -> list[RequestOutput]:
+        self._step_began = time.monotonic()
+        try:
+            return self._engine.step()
+        finally:
+            self._step_began = None
 
     def _take_commands(self) -> bool:
         """Apply what callers sent, waiting for it if there is nothing else to do. False when it is time to stop."""
@@ -255,8 +346,10 @@ class AsyncEngine:
         for command in commands:
             if isinstance(command, _Add):
                 self._add(command.pending)
-            else:
+            elif isinstance(command, _Abort):
                 self._drop(command.request_ids)
+            else:
+                self._expire(command.request_ids)
         return True
 
     def _add(self, pending: Sequence[PendingRequest]) -> None:
@@ -267,6 +360,14 @@ class AsyncEngine:
                 self._drop([other.request_id for other in pending if other is not request])
                 self._post({request.request_id: error})
                 return
+
+    def _expire(self, request_ids: Sequence[str]) -> None:
+        if any(self._engine.has_started(request_id) for request_id in request_ids):
+            return
+        self._drop(request_ids)
+        seconds = self._timeouts.queue
+        error = QueueTimeoutError(f"the request waited for {seconds:g} s and was not begun; try again later")
+        self._post({request_ids[0]: error})
 
     def _drop(self, request_ids: Sequence[str]) -> None:
         for request_id in request_ids:

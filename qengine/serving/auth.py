@@ -11,13 +11,15 @@ import hashlib
 import hmac
 import logging
 import secrets
-from collections.abc import Sequence
+from collections import Counter
+from collections.abc import Sequence, Set
 from urllib.parse import urlsplit
 
 from starlette.types import ASGIApp, Receive, Scope, Send
 
 from qengine.serving.errors import ApiError, error_response, shorten
 from qengine.serving.limits import LIMITS
+from qengine.serving.metrics.exposition import Monitoring
 from qengine.serving.page import PAGE_PATHS
 
 logger = logging.getLogger(__name__)
@@ -30,29 +32,72 @@ class ApiKeyGate:
     """Lets a request pass if it carries one of the keys, as ``Authorization: Bearer`` or ``x-api-key``.
 
     With several keys, each has its own prefix cache: which prompts one has sent cannot be timed by another.
+
+    Args:
+        open_paths: are answered without a key.
+        max_concurrency: POST requests that may be under way with one key; None for any number.
+        monitoring: is told of who was turned away.
     """
 
-    def __init__(self, app: ASGIApp, keys: Sequence[str]) -> None:
+    def __init__(
+        self,
+        app: ASGIApp,
+        keys: Sequence[str],
+        *,
+        open_paths: Set[str] = OPEN_PATHS,
+        max_concurrency: int | None = None,
+        monitoring: Monitoring | None = None,
+    ) -> None:
         self._app = app
+        self._open_paths = open_paths
+        self._max_concurrency = max_concurrency
+        self._monitoring = monitoring
+        self._num_under_way: Counter[bytes] = Counter()
         self._digests = [hashlib.sha256(key.encode()).digest() for key in keys]
         self._salt_secret = secrets.token_bytes(32)
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        if scope["type"] == "http" and scope["path"] not in OPEN_PATHS:
-            digest = self._matching_digest(scope)
-            if digest is None:
-                error = ApiError(
-                    401,
-                    "the API key is missing or wrong; send it as 'Authorization: Bearer <key>'",
-                    code="invalid_api_key",
-                    headers={"WWW-Authenticate": "Bearer"},
-                )
-                await error_response(error)(scope, receive, send)
-                return
-            if len(self._digests) > 1:
-                salt = hmac.new(self._salt_secret, digest, hashlib.sha256).hexdigest()
-                scope.setdefault("state", {})["cache_salt"] = salt
-        await self._app(scope, receive, send)
+        if scope["type"] != "http" or scope["path"] in self._open_paths:
+            await self._app(scope, receive, send)
+            return
+        digest = self._matching_digest(scope)
+        if digest is None:
+            await error_response(self._no_key())(scope, receive, send)
+            return
+        if len(self._digests) > 1:
+            salt = hmac.new(self._salt_secret, digest, hashlib.sha256).hexdigest()
+            scope.setdefault("state", {})["cache_salt"] = salt
+        if self._max_concurrency is None or scope["method"] != "POST":
+            await self._app(scope, receive, send)
+            return
+        if self._num_under_way[digest] >= self._max_concurrency:
+            await error_response(self._too_many())(scope, receive, send)
+            return
+        self._num_under_way[digest] += 1
+        try:
+            await self._app(scope, receive, send)
+        finally:
+            self._num_under_way[digest] -= 1
+
+    def _no_key(self) -> ApiError:
+        if self._monitoring is not None:
+            self._monitoring.auth_failed()
+        return ApiError(
+            401,
+            "the API key is missing or wrong; send it as 'Authorization: Bearer <key>'",
+            code="invalid_api_key",
+            headers={"WWW-Authenticate": "Bearer"},
+        )
+
+    def _too_many(self) -> ApiError:
+        if self._monitoring is not None:
+            self._monitoring.rejected("key_concurrency")
+        return ApiError(
+            429,
+            f"this API key has {self._max_concurrency} requests under way, as many as it may have; try again later",
+            code="key_concurrency",
+            headers={"Retry-After": str(LIMITS.retry_after_seconds)},
+        )
 
     def _matching_digest(self, scope: Scope) -> bytes | None:
         """The digest of a presented key that is known. A header given twice presents nothing."""
@@ -80,12 +125,13 @@ class LoopbackGate:
     """For a loopback server without keys: refuses requests that a web page could have caused.
 
     The Host header must name this machine (else it may be another site's name pointed here, DNS rebinding), and an
-    Origin, which browsers send and programs do not, must be of this machine.
+    Origin, which browsers send and programs do not, must be of this machine or one of `origins` ("*" is any).
     """
 
-    def __init__(self, app: ASGIApp, host: str) -> None:
+    def __init__(self, app: ASGIApp, host: str, origins: Sequence[str] = ()) -> None:
         self._app = app
         self._names = _LOOPBACK_NAMES | {host.lower()}
+        self._origins = frozenset(origins)
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] == "http":
@@ -100,9 +146,12 @@ class LoopbackGate:
         if len(hosts) != 1 or not self._is_ours("//" + hosts[0].decode("latin-1")):
             shown = shorten(hosts[0].decode("latin-1")) if hosts else "missing"
             return f"the Host header is {shown}, expected localhost; start with --api-key to serve other names"
-        for origin in _header_values(scope, b"origin"):
-            if not self._is_ours(origin.decode("latin-1")):
-                return "requests from web pages of other sites are refused; start with --api-key to allow them"
+        for origin in (value.decode("latin-1") for value in _header_values(scope, b"origin")):
+            if not (self._is_ours(origin) or self._origins & {origin, "*"}):
+                return (
+                    "requests from web pages of other sites are refused; "
+                    "start with --allowed-origins or --api-key to allow them"
+                )
         return None
 
     def _is_ours(self, url: str) -> bool:

@@ -28,6 +28,7 @@ from qengine.serving.generation import (
     final_outputs,
     new_id,
     sampling_params,
+    trace_parent,
     usage,
 )
 from qengine.serving.limits import LIMITS
@@ -47,7 +48,7 @@ async def create_chat_completion(http: Request) -> Response:
     request = parse_request(ChatCompletionRequest, await read_json_object(http))
     service.check_model(request.model)
     # Again: reading the body may have taken long enough for the server's state to change.
-    call = _ChatCall(service, service.ready_engine(), request, cache_salt(http, request))
+    call = _ChatCall(service, service.ready_engine(), request, cache_salt(http, request), trace_parent(http))
     if request.stream:
         return await event_stream(http, call.chunks())
     return json_response(await while_connected(http, call.whole()))
@@ -56,7 +57,9 @@ async def create_chat_completion(http: Request) -> Response:
 class _ChatCall:
     """One call and the shape of its answer."""
 
-    def __init__(self, service: Service, engine: AsyncEngine, request: ChatCompletionRequest, salt: str) -> None:
+    def __init__(
+        self, service: Service, engine: AsyncEngine, request: ChatCompletionRequest, salt: str, traceparent: str | None
+    ) -> None:
         check_num_logprobs(request.top_logprobs, "top_logprobs", service.max_logprobs)
         num_chars = sum(message.num_chars for message in request.messages)
         check_prompt_chars(num_chars, engine.info.max_model_len, "messages")
@@ -77,6 +80,7 @@ class _ChatCall:
             token_limit=request.token_limit,
             add_special_tokens=bool(request.add_special_tokens),
             cache_salt=salt,
+            traceparent=traceparent,
             id=new_id("chatcmpl"),
         )
 

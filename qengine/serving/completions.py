@@ -28,6 +28,7 @@ from qengine.serving.generation import (
     final_outputs,
     new_id,
     sampling_params,
+    trace_parent,
     usage,
 )
 from qengine.serving.logprobs import LegacyLogprobs
@@ -48,7 +49,7 @@ async def create_completion(http: Request) -> Response:
     request = parse_request(CompletionRequest, await read_json_object(http))
     service.check_model(request.model)
     # Again: reading the body may have taken long enough for the server's state to change.
-    call = _CompletionCall(service, service.ready_engine(), request, cache_salt(http, request))
+    call = _CompletionCall(service, service.ready_engine(), request, cache_salt(http, request), trace_parent(http))
     if request.stream:
         return await event_stream(http, call.chunks())
     return json_response(await while_connected(http, call.whole()))
@@ -80,7 +81,9 @@ class _ChoiceState:
 class _CompletionCall:
     """One call and the shape of its answer."""
 
-    def __init__(self, service: Service, engine: AsyncEngine, request: CompletionRequest, salt: str) -> None:
+    def __init__(
+        self, service: Service, engine: AsyncEngine, request: CompletionRequest, salt: str, traceparent: str | None
+    ) -> None:
         check_num_logprobs(request.logprobs, "logprobs", service.max_logprobs)
         for prompt in request.prompts:
             if isinstance(prompt, str):
@@ -102,6 +105,7 @@ class _CompletionCall:
             token_limit=request.max_tokens,
             add_special_tokens=request.add_special_tokens is not False,
             cache_salt=salt,
+            traceparent=traceparent,
             id=new_id("cmpl"),
         )
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import json
 import logging
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from http import HTTPStatus
 from typing import Any
 
@@ -17,7 +17,7 @@ from starlette.exceptions import HTTPException
 from starlette.responses import Response
 
 from qengine.errors import EngineDeadError, QEngineError, RequestError
-from qengine.serving.admission import NotAcceptingError, QueueFullError
+from qengine.serving.admission import NotAcceptingError, QueueFullError, QueueTimeoutError, RequestTimeoutError
 from qengine.serving.limits import LIMITS
 
 logger = logging.getLogger(__name__)
@@ -101,12 +101,20 @@ def as_api_error(error: BaseException) -> ApiError:
         return ApiError(429, str(error), code="queue_full", headers=headers)
     if isinstance(error, NotAcceptingError):
         return unavailable(str(error), "draining")
-    if isinstance(error, EngineDeadError):
-        return ApiError(500, str(error), code="engine_dead")
     if isinstance(error, HTTPException):
         return _from_http(error)
+    if isinstance(error, QueueTimeoutError | RequestTimeoutError | EngineDeadError):
+        return _from_engine(error)
     logger.error("unexpected error while answering a request", exc_info=error)
     return ApiError(500, "the server met an unexpected error; its log has the details", code="internal_error")
+
+
+def _from_engine(error: QueueTimeoutError | RequestTimeoutError | EngineDeadError) -> ApiError:
+    if isinstance(error, QueueTimeoutError):
+        return unavailable(str(error), "queue_timeout")
+    if isinstance(error, RequestTimeoutError):
+        return ApiError(504, str(error), code="request_timeout")
+    return ApiError(500, str(error), code="engine_dead")
 
 
 def _from_http(error: HTTPException) -> ApiError:
@@ -129,11 +137,14 @@ def error_response(error: BaseException) -> Response:
     return json_response(api_error.body(), api_error.status, api_error.headers)
 
 
-async def _handle(request: Request, error: Exception) -> Response:
-    return error_response(error)
+def install_error_handlers(app: FastAPI, on_error: Callable[[ApiError], None] | None = None) -> None:
+    """Make every exception that leaves a route an answer in OpenAI's shape, and tell `on_error` of it."""
 
+    async def handle(request: Request, error: Exception) -> Response:
+        api_error = as_api_error(error)
+        if on_error is not None:
+            on_error(api_error)
+        return error_response(api_error)
 
-def install_error_handlers(app: FastAPI) -> None:
-    """Make every exception that leaves a route an answer in OpenAI's shape."""
     for kind in (QEngineError, HTTPException, Exception):
-        app.add_exception_handler(kind, _handle)
+        app.add_exception_handler(kind, handle)

@@ -10,7 +10,7 @@ import time
 import uuid
 from collections.abc import AsyncGenerator, Callable, Mapping, Sequence
 from contextlib import aclosing
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from starlette.requests import Request
@@ -18,6 +18,7 @@ from starlette.requests import Request
 from qengine.engine import PendingRequest
 from qengine.errors import RequestError
 from qengine.request import CompletionOutput, PositionLogprobs, RequestOutput, SamplingParams
+from qengine.serving.admission import RequestTimeoutError
 from qengine.serving.async_engine import AsyncEngine
 from qengine.serving.errors import ApiError, invalid
 from qengine.serving.limits import LIMITS
@@ -52,6 +53,11 @@ def cache_salt(http: Request, request: GenerationRequest) -> str:
     return "/".join(parts) if any(parts) else ""
 
 
+def trace_parent(http: Request) -> str | None:
+    """The trace that the caller wants this call to be part of; what is no such header is ignored by who reads it."""
+    return http.headers.get("traceparent")
+
+
 @dataclass(frozen=True, slots=True)
 class Job:
     """One call: its prompts and how to continue them.
@@ -60,6 +66,7 @@ class Job:
         prompts: makes the prompts; may be slow (templates), so it runs off the event loop.
         prompt_param: the field that holds the prompts, for errors.
         token_limit: tokens that the client asked for explicitly; more than the context holds is an error.
+        traceparent: the caller's trace, if it sent one.
     """
 
     prompts: Callable[[], Sequence[Prompt]]
@@ -70,7 +77,9 @@ class Job:
     add_special_tokens: bool
     cache_salt: str
     id: str
+    traceparent: str | None = None
     created: int = field(default_factory=lambda: int(time.time()))
+    arrival_time: float = field(default_factory=time.monotonic)
 
 
 def new_id(prefix: str) -> str:
@@ -103,6 +112,7 @@ def _prepare(engine: AsyncEngine, job: Job) -> list[PendingRequest]:
                 job.params,
                 cache_salt=job.cache_salt,
                 add_special_tokens=job.add_special_tokens,
+                arrival_time=job.arrival_time,
             )
         except RequestError as error:
             param = job.prompt_param if error.param == "prompt" else error.param
@@ -131,20 +141,52 @@ async def answer(engine: AsyncEngine, job: Job) -> AsyncGenerator[tuple[int, Req
     with engine.admission.reserve(job.num_prompts * job.params.n):
         pending = await engine.offload(lambda: _prepare(engine, job))
         indices = {request.request_id: index for index, request in enumerate(pending)}
-        async with aclosing(engine.run(pending)) as outputs:
-            async for output in outputs:
-                if output.error is not None:
-                    raise ApiError(500, f"the request failed: {output.error}", code="generation_failed")
-                yield indices[output.request_id], output
+        latest: dict[str, RequestOutput] = {}
+        try:
+            async with aclosing(engine.run(pending)) as outputs:
+                async for output in outputs:
+                    latest[output.request_id] = output
+                    if output.error is not None:
+                        raise ApiError(500, f"the request failed: {output.error}", code="generation_failed")
+                    yield indices[output.request_id], output
+        finally:
+            _trace(engine, job, list(latest.values()))
+
+
+def _trace(engine: AsyncEngine, job: Job, outputs: list[RequestOutput]) -> None:
+    if engine.tracer is not None:
+        is_whole = len(outputs) == job.num_prompts and all(o.finished and o.error is None for o in outputs)
+        engine.tracer.record(
+            job.id,
+            engine.model_name,
+            job.params,
+            job.arrival_time,
+            outputs,
+            traceparent=job.traceparent,
+            failed=not is_whole,
+        )
 
 
 async def final_outputs(engine: AsyncEngine, job: Job) -> list[RequestOutput]:
-    """The whole answers, in the order of the prompts. Raises as `answer`."""
+    """The whole answers, in the order of the prompts. Raises as `answer`.
+
+    What --request-timeout stops is returned as far as it came, with "abort" as its finish reason.
+    """
     latest: dict[int, RequestOutput] = {}
-    async with aclosing(answer(engine, job)) as outputs:
-        async for index, output in outputs:
-            latest[index] = output
+    try:
+        async with aclosing(answer(engine, job)) as outputs:
+            async for index, output in outputs:
+                latest[index] = output
+    except RequestTimeoutError:
+        if len(latest) < job.num_prompts:
+            raise
+        latest = {index: _cut_short(output) for index, output in latest.items()}
     return [latest[index] for index in sorted(latest)]
+
+
+def _cut_short(output: RequestOutput) -> RequestOutput:
+    choices = [choice if choice.finished else replace(choice, finish_reason="abort") for choice in output.outputs]
+    return replace(output, outputs=choices, finished=True)
 
 
 def usage(outputs: Sequence[RequestOutput]) -> dict[str, Any]:

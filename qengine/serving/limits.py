@@ -42,6 +42,15 @@ class Limits:
     cache_salt_chars: int = 128
     shown_chars: int = 200
     stalled_stream_seconds: float = 60.0
+    #: A reader that takes less than this in `stalled_stream_seconds` counts as stalled.
+    stalled_stream_bytes: int = 4096
+    #: What the kernel keeps for a client that does not read; it doubles this. Beyond it a stream is paused.
+    send_buffer_bytes: int = 64 * 1024
+    #: When a peer that vanished without a word is given up.
+    dead_peer_seconds: int = 30
+    num_connections: int = 8192
+    #: A step that runs longer makes the server unhealthy, until it ends.
+    stuck_step_seconds: float = 60.0
     retry_after_seconds: int = 1
 
 

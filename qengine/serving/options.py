@@ -10,7 +10,7 @@ import math
 from dataclasses import dataclass
 
 from qengine.errors import ConfigError
-from qengine.serving.exposure import check_exposure, check_key
+from qengine.serving.exposure import check_endpoint, check_exposure, check_key, check_origin, check_prefix
 
 _MAX_PORT = 65535
 
@@ -29,6 +29,13 @@ class ServerOptions:
         max_queue: sequences that may wait beyond those that run.
         ssl_keyfile, ssl_certfile: serve HTTPS.
         drain_timeout: seconds that requests in flight get when the server is told to stop.
+        queue_timeout: seconds that a request may wait to be begun; None for any time.
+        request_timeout: seconds that a request may take from the queue to its end; None for any time.
+        max_concurrency_per_key: requests that may be under way with one key; None for any number.
+        allowed_origins: web sites whose pages may use the server, such as "https://example.org"; "*" is any.
+        metrics_prefix: of the metrics' names; "vllm:" makes dashboards for vLLM work.
+        metrics_no_auth: serve /metrics without a key.
+        otlp_endpoint: where traces go, such as "http://localhost:4318/v1/traces"; None for nowhere.
 
     Raises:
         ConfigError: naming the option, what was found and what was expected.
@@ -45,15 +52,28 @@ class ServerOptions:
     ssl_keyfile: str | None = None
     ssl_certfile: str | None = None
     drain_timeout: float = 30.0
+    queue_timeout: float | None = None
+    request_timeout: float | None = None
+    max_concurrency_per_key: int | None = None
+    allowed_origins: tuple[str, ...] = ()
+    metrics_prefix: str = "qengine:"
+    metrics_no_auth: bool = False
+    otlp_endpoint: str | None = None
 
     def __post_init__(self) -> None:
-        for name in ("api_keys", "served_model_names"):
+        for name in ("api_keys", "served_model_names", "allowed_origins"):
             object.__setattr__(self, name, tuple(getattr(self, name)))
         _check_int("port", self.port, _MAX_PORT)
         _check_int("max_logprobs", self.max_logprobs)
         _check_int("max_queue", self.max_queue)
         if not math.isfinite(self.drain_timeout) or self.drain_timeout < 0:
             raise ConfigError(f"drain_timeout is {self.drain_timeout}, expected seconds of at least 0")
+        self._check_limits()
+        check_prefix(self.metrics_prefix)
+        for origin in self.allowed_origins:
+            check_origin(origin)
+        if self.otlp_endpoint is not None:
+            check_endpoint(self.otlp_endpoint)
         if (self.ssl_keyfile is None) != (self.ssl_certfile is None):
             raise ConfigError("--ssl-keyfile and --ssl-certfile go together; give both or neither")
         if not all(self.served_model_names):
@@ -62,6 +82,19 @@ class ServerOptions:
             check_key(key, "api_keys")
         if self.uds is None:
             check_exposure(self.host, self.api_keys, self.allow_no_auth)
+
+    def _check_limits(self) -> None:
+        for name in ("queue_timeout", "request_timeout"):
+            seconds = getattr(self, name)
+            if seconds is not None and not (math.isfinite(seconds) and seconds > 0):
+                raise ConfigError(f"{name} is {seconds}, expected seconds above 0; leave it out for no limit")
+        if self.max_concurrency_per_key is None:
+            return
+        _check_int("max_concurrency_per_key", self.max_concurrency_per_key)
+        if not self.max_concurrency_per_key:
+            raise ConfigError("max_concurrency_per_key is 0, which would refuse everyone; leave it out for no limit")
+        if not self.api_keys:
+            raise ConfigError("max_concurrency_per_key needs keys to count by; give --api-key too")
 
 
 def _check_int(name: str, value: object, high: int | None = None) -> None:

@@ -16,20 +16,22 @@ import socket
 import sys
 import time
 from collections.abc import Callable
+from functools import partial
 
-from qengine.config import EngineConfig
+from qengine.config import CacheConfig, EngineConfig
 from qengine.engine import Engine
 from qengine.serving.app import make_app
-from qengine.serving.async_engine import AsyncEngine
+from qengine.serving.async_engine import AsyncEngine, Timeouts
 from qengine.serving.banner import ready_banner
-from qengine.serving.exposure import is_loopback
 from qengine.serving.http_server import HttpServer
+from qengine.serving.metrics.recorder import Recorder
 from qengine.serving.options import ServerOptions
 from qengine.serving.service import Phase, Service
 from qengine.serving.signals import InterruptedLoadError, StopSignals
 from qengine.serving.sockets import base_url, close_listener, open_listener
+from qengine.serving.tracing import Tracer
 
-__all__ = ["EXIT_ENGINE_DEAD", "EXIT_INTERRUPTED", "ServerOptions", "run_server"]
+__all__ = ["EXIT_ENGINE_DEAD", "EXIT_INTERRUPTED", "ServerOptions", "run_server", "start_serving"]
 
 logger = logging.getLogger(__name__)
 
@@ -59,16 +61,17 @@ def run_server(config: EngineConfig, options: ServerOptions, *, start_engine: St
     Raises:
         ConfigError: an option is wrong or the address is taken. LoadError: the model cannot be loaded.
     """
+    tracer = None if options.otlp_endpoint is None else Tracer(options.otlp_endpoint)
     listener = open_listener(options)
     try:
-        service = Service(max_logprobs=options.max_logprobs)
-        http = HttpServer(
-            make_app(service, api_keys=options.api_keys, guarded_host=_guarded(options)), listener, options
-        )
+        service = Service(max_logprobs=options.max_logprobs, metrics_prefix=options.metrics_prefix)
+        http = HttpServer(make_app(service, options), listener, options, service.monitoring)
         with StopSignals() as signals:
             try:
                 http.start()
-                return _load_and_serve(config, options, service, listener, signals, start_engine)
+                start = partial(start_engine, config)
+                serve = partial(start_serving, service=service, options=options, cache=config.cache, tracer=tracer)
+                return _load_and_serve(options, service, listener, signals, start, serve)
             except InterruptedLoadError:
                 return _exit_code(signals)
             finally:
@@ -76,28 +79,53 @@ def run_server(config: EngineConfig, options: ServerOptions, *, start_engine: St
                 http.stop()
     finally:
         close_listener(listener, options)
+        if tracer is not None:
+            tracer.shutdown()
 
 
-def _guarded(options: ServerOptions) -> str | None:
-    """The host whose web visitors are kept out: a loopback address without keys."""
-    is_open = not options.api_keys and options.uds is None and is_loopback(options.host)
-    return options.host if is_open else None
+def start_serving(
+    engine: Engine,
+    service: Service,
+    options: ServerOptions,
+    cache: CacheConfig,
+    on_death: Callable[[], None] | None = None,
+    tracer: Tracer | None = None,
+) -> AsyncEngine:
+    """Give `engine` a thread and its metrics, and have `service` answer requests with it from now on.
+
+    Args:
+        cache: as the engine was started with.
+        on_death: called once, in the engine's thread, when a step raised.
+        tracer: told of every call that generates.
+    """
+    names = options.served_model_names or (engine.info.model,)
+    metrics = service.monitoring.add_engine(engine.info, names[0], cache, service.is_healthy)
+    async_engine = AsyncEngine(
+        engine,
+        max_queue=options.max_queue,
+        on_death=on_death,
+        recorder=Recorder(metrics, engine.info.num_blocks),
+        timeouts=Timeouts(options.queue_timeout, options.request_timeout),
+        tracer=tracer,
+        model_name=names[0],
+    )
+    service.become_ready(async_engine, names)
+    return async_engine
 
 
 def _load_and_serve(
-    config: EngineConfig,
     options: ServerOptions,
     service: Service,
     listener: socket.socket,
     signals: StopSignals,
-    start_engine: StartEngine,
+    start: Callable[[], Engine],
+    serve: Callable[..., AsyncEngine],
 ) -> int:
     signals.set_interrupting(True)
-    engine = start_engine(config)
+    engine = start()
     signals.set_interrupting(False)
-    async_engine = AsyncEngine(engine, max_queue=options.max_queue, on_death=signals.wake)
+    async_engine = serve(engine, on_death=signals.wake)
     try:
-        service.become_ready(async_engine, options.served_model_names)
         url = base_url(listener, options)
         has_chat = engine.tokenizer.chat_template is not None
         print(ready_banner(engine.info, service.model_names[0], url, options, has_chat=has_chat), flush=True)

@@ -16,6 +16,7 @@ from starlette.requests import Request
 
 from qengine.serving.async_engine import AsyncEngine
 from qengine.serving.errors import ApiError, shorten, unavailable
+from qengine.serving.metrics.exposition import DEFAULT_PREFIX, Monitoring
 
 
 class Phase(str, Enum):
@@ -42,10 +43,15 @@ class Service:
     """`model_names` is what clients may call the model, known once it is ready; answers carry the first."""
 
     max_logprobs: int = 20
+    metrics_prefix: str = DEFAULT_PREFIX
     model_names: tuple[str, ...] = ()
     created: int = field(default_factory=lambda: int(time.time()))
     engine: AsyncEngine | None = None
+    monitoring: Monitoring = field(init=False)
     _phase: Phase = Phase.LOADING
+
+    def __post_init__(self) -> None:
+        self.monitoring = Monitoring(self.metrics_prefix, phase=lambda: self.phase.value)
 
     @property
     def phase(self) -> Phase:
@@ -75,6 +81,17 @@ class Service:
             return None
         retry_after = _LOADING_RETRY_SECONDS if phase is Phase.LOADING else 1
         return unavailable(_MESSAGES[phase], phase.value, retry_after=retry_after)
+
+    def health_problem(self) -> ApiError | None:
+        """The same, or that the engine makes no progress: then answers may come or not, and others should be asked."""
+        problem = self.unavailable()
+        if problem is None and self.engine is not None and self.engine.is_stuck:
+            return unavailable("the engine hangs in a step that should have ended long ago", "stuck")
+        return problem
+
+    def is_healthy(self) -> bool:
+        """Whether the engine makes progress; also while draining."""
+        return self.engine is not None and not self.engine.is_dead and not self.engine.is_stuck
 
     def ready_engine(self) -> AsyncEngine:
         """The engine. Raises ApiError (503) unless the server is ready."""

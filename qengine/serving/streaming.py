@@ -1,15 +1,15 @@
 """Answers that take a while: server-sent events, and noticing that the client went away.
 
-Invariants: whatever produces an answer is cancelled as soon as its client has gone or stopped reading, streaming or
-not, and is always closed; a stream ends with ``data: [DONE]`` exactly when it is complete. Producers are asynchronous
-generators whose closing frees what they hold; what they produce is not this module's business.
+Invariants: whatever produces an answer is cancelled as soon as its client has gone, streaming or not, and is always
+closed; a stream ends with ``data: [DONE]`` exactly when it is complete. Producers are asynchronous generators whose
+closing frees what they hold; what they produce is not this module's business, nor are clients that do not read:
+http_server drops them.
 """
 
 from __future__ import annotations
 
 import asyncio
 import json
-import logging
 from collections.abc import AsyncGenerator, Coroutine, Mapping, Sequence
 from contextlib import aclosing
 from typing import Any, TypeVar
@@ -20,9 +20,6 @@ from starlette.types import Receive, Scope, Send
 
 from qengine.serving.body import ClientGoneError
 from qengine.serving.errors import as_api_error
-from qengine.serving.limits import LIMITS
-
-logger = logging.getLogger(__name__)
 
 #: Chunks that one engine output makes; they leave in one write.
 Chunks = Sequence[Mapping[str, Any]]
@@ -80,29 +77,20 @@ def _encode(chunks: Chunks) -> bytes:
 
 
 class EventStream(StreamingResponse):
-    """Sends events until they end, the client leaves, or it has not read for `stall_seconds`."""
+    """Sends events until they end or the client leaves. One that does not read is made to leave by http_server."""
 
-    def __init__(
-        self, events: AsyncGenerator[bytes, None], *, stall_seconds: float = LIMITS.stalled_stream_seconds
-    ) -> None:
+    def __init__(self, events: AsyncGenerator[bytes, None]) -> None:
         headers = {"Cache-Control": "no-cache", "X-Accel-Buffering": "no"}
         super().__init__(events, headers=headers, media_type="text/event-stream")
         self._events = events
-        self._stall_seconds = stall_seconds
-        self._sending_since: float | None = None
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         sending = asyncio.ensure_future(self._send_all(send))
         leaving = asyncio.ensure_future(_wait_until_gone(receive))
         try:
-            while not (sending.done() or leaving.done() or self._is_stalled()):
-                await asyncio.wait(
-                    (sending, leaving), timeout=self._stall_seconds / 4, return_when=asyncio.FIRST_COMPLETED
-                )
+            await asyncio.wait((sending, leaving), return_when=asyncio.FIRST_COMPLETED)
             if sending.done():
                 sending.result()
-            elif not leaving.done():
-                logger.warning("a client did not read its stream for %g s; dropped", self._stall_seconds)
         finally:
             await _cancel(sending, leaving)
             await self._events.aclose()
@@ -110,14 +98,8 @@ class EventStream(StreamingResponse):
     async def _send_all(self, send: Send) -> None:
         await send({"type": "http.response.start", "status": self.status_code, "headers": self.raw_headers})
         async for event in self._events:
-            self._sending_since = asyncio.get_running_loop().time()
             await send({"type": "http.response.body", "body": event, "more_body": True})
-            self._sending_since = None
         await send({"type": "http.response.body", "body": b"", "more_body": False})
-
-    def _is_stalled(self) -> bool:
-        since = self._sending_since
-        return since is not None and asyncio.get_running_loop().time() - since > self._stall_seconds
 
 
 async def _wait_until_gone(receive: Receive) -> None:

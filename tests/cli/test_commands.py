@@ -17,7 +17,7 @@ import pytest
 
 from qengine import cli
 from qengine.commands import chat, generate, running, serve
-from qengine.commands.flags import ADDRESS_FLAGS, SERVER_FLAGS
+from qengine.commands.flags import ADDRESS_FLAGS, MONITORING_FLAGS, SERVER_FLAGS
 from qengine.commands.parsing import parse
 from qengine.commands.settings import ChatSettings, GenerateSettings, serve_settings
 from qengine.config import EngineConfig
@@ -141,7 +141,8 @@ def test_what_the_server_refuses_exits_2(capsys: pytest.CaptureFixture[str], wor
 def test_the_server_defaults_shown_are_the_ones_used() -> None:
     renamed = {"api_key": "api_keys", "served_model_name": "served_model_names"}
     defaults = ServerOptions()
-    shown = {renamed.get(f.dest, f.dest): f for g in (ADDRESS_FLAGS, SERVER_FLAGS) for f in g.flags if not f.refused}
+    groups = (ADDRESS_FLAGS, SERVER_FLAGS, MONITORING_FLAGS)
+    shown = {renamed.get(f.dest, f.dest): f for g in groups for f in g.flags if not f.refused}
     assert set(shown) - {"api_key_file"} == {field.name for field in dataclasses.fields(ServerOptions)}
     for name, flag in shown.items():
         if flag.default and flag.kind != "list":

@@ -82,7 +82,7 @@ def test_a_greedy_flag_never_takes_the_model(flag: str) -> None:
         ("--gpu-memory-utilization half", "--gpu-memory-utilization is 'half', expected a number"),
         ("--gpu-memory-limit 1X", "--gpu-memory-limit is '1X', expected a memory size"),
         ("--enforce-eager=yes", "--enforce-eager: ignored explicit argument 'yes'"),
-        ("--metrics-prefix vllm:", "--metrics-prefix is not available: this version exports no metrics"),
+        ("--speculative-config {}", "--speculative-config is not available: this version has no speculative decoding"),
     ],
 )
 def test_refusals(line: str, message: str) -> None:
@@ -155,7 +155,7 @@ def test_an_empty_config_file(tmp_path: Path) -> None:
         ("tokenizer: 7", "'tokenizer' is 7, expected text; put it in quotes"),
         ("seed: true", "'seed' is True, expected text"),
         ("model: 7", "'model' is 7, expected text"),
-        ("metrics-prefix: 'vllm:'", "--metrics-prefix is not available"),
+        ("speculative-config: x", "--speculative-config is not available"),
         ("- port", "holds a list, expected 'flag: value' lines"),
         ("port: [", "is not readable as YAML"),
         ("a: !!python/object/apply:os.getcwd []", "is not readable as YAML"),

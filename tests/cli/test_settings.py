@@ -56,8 +56,39 @@ def test_serve_sorts_options_into_engine_and_server() -> None:
 
 
 @pytest.mark.parametrize(
+    "words",
+    [["https://a.example", "https://b.example:8443"], ['["https://a.example", "https://b.example:8443"]']],
+    ids=["words", "vLLM's JSON"],
+)
+def test_origins_may_be_given_either_way(words: list[str]) -> None:
+    origins = serve("m", "--allowed-origins", *words).server.allowed_origins
+    assert origins == ("https://a.example", "https://b.example:8443")
+
+
+def test_monitoring_and_limits_reach_the_server() -> None:
+    words = "--metrics-prefix vllm: --metrics-no-auth --otlp-endpoint http://h:4318/v1/traces --queue-timeout 1.5"
+    more = "--request-timeout 60 --max-concurrency-per-key 2 --api-key some-key"
+    assert serve(*words.split(), *more.split()).server == ServerOptions(
+        metrics_prefix="vllm:",
+        metrics_no_auth=True,
+        otlp_endpoint="http://h:4318/v1/traces",
+        queue_timeout=1.5,
+        request_timeout=60.0,
+        max_concurrency_per_key=2,
+        api_keys=("some-key",),
+    )
+
+
+@pytest.mark.parametrize(
     ("words", "message"),
     [
+        (["--allowed-origins", "[1]"], "--allowed-origins is '[1]', expected origins or a JSON list of them"),
+        (["--allowed-origins", "["], "--allowed-origins is '['"),
+        (["--allowed-origins", "a.example"], "--allowed-origins has 'a.example', expected a site without a path"),
+        (["--metrics-prefix", "two words"], "--metrics-prefix is 'two words', expected letters"),
+        (["--otlp-endpoint", "localhost:4317"], "--otlp-endpoint is 'localhost:4317', expected the URL of a collector"),
+        (["--queue-timeout", "0"], "queue_timeout is 0"),
+        (["--max-concurrency-per-key", "2"], "max_concurrency_per_key needs keys to count by"),
         (["--max-model-len", "-1"], "max_model_len is -1"),
         (["--max-num-seqs", "0"], "max_num_seqs is 0"),
         (["--gpu-memory-utilization", "0"], "gpu_memory_utilization is 0"),

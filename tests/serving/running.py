@@ -10,10 +10,12 @@ from typing import Any
 
 import httpx
 
+from qengine.config import CacheConfig
 from qengine.serving.app import make_app
 from qengine.serving.async_engine import AsyncEngine
 from qengine.serving.http_server import HttpServer
 from qengine.serving.options import ServerOptions
+from qengine.serving.server import start_serving
 from qengine.serving.service import Service
 from qengine.serving.sockets import base_url, close_listener, open_listener
 from tests.serving.scripted_engine import ScriptedEngine
@@ -58,20 +60,18 @@ def wait_until(condition: Callable[[], bool]) -> None:
 
 
 @contextmanager
-def serving(engine: Any, *, guarded: bool = False, **options: Any) -> Iterator[Running]:
+def serving(engine: Any, *, tracer: Any = None, **options: Any) -> Iterator[Running]:
     """Serve `engine` (None: still loading). It is shut down at the end."""
     server_options = ServerOptions(port=0, **options)
     listener = open_listener(server_options)
-    service = Service(max_logprobs=server_options.max_logprobs)
-    host = server_options.host if guarded else None
-    http = HttpServer(make_app(service, api_keys=server_options.api_keys, guarded_host=host), listener, server_options)
+    service = Service(max_logprobs=server_options.max_logprobs, metrics_prefix=server_options.metrics_prefix)
+    http = HttpServer(make_app(service, server_options), listener, server_options, service.monitoring)
     url, port = base_url(listener, server_options), listener.getsockname()[1]
     async_engine = None
     http.start()
     try:
         if engine is not None:
-            async_engine = AsyncEngine(engine, max_queue=server_options.max_queue)
-            service.become_ready(async_engine, server_options.served_model_names)
+            async_engine = start_serving(engine, service, server_options, CacheConfig(), tracer=tracer)
         yield Running(url, port, service, async_engine, engine)
     finally:
         if isinstance(engine, ScriptedEngine):

@@ -15,6 +15,8 @@ from pathlib import Path
 from qengine.engine import EngineInfo
 from qengine.errors import RequestError
 from qengine.request import CompletionOutput, Logprob, RequestOutput, SamplingParams
+from qengine.scheduling.records import SchedulerStats
+from qengine.step_stats import EngineLoad, StepObserver
 from qengine.tokenizer import IncrementalDetokenizer, load_tokenizer
 
 FIXTURE = str(Path(__file__).parent.parent / "fixtures" / "llama-awq-g64")
@@ -87,6 +89,8 @@ class ScriptedEngine:
         self.aborted: list[str] = []
         self.num_steps = 0
         self.is_shut_down = False
+        self.observer: StepObserver | None = None
+        self.totals = SchedulerStats()
         self._thread: int | None = None
 
     # Any thread
@@ -110,6 +114,7 @@ class ScriptedEngine:
         *,
         cache_salt: str = "",
         add_special_tokens: bool = True,
+        arrival_time: float | None = None,
     ) -> ScriptedRequest:
         text = prompt if isinstance(prompt, str) else None
         ids = self.tokenizer.encode(prompt, add_special_tokens=False) if isinstance(prompt, str) else list(prompt)
@@ -179,6 +184,13 @@ class ScriptedEngine:
             for r in self.requests.values()
             for c in r.choices
         )
+
+    def load(self) -> EngineLoad:
+        return EngineLoad(self.num_running, self.num_waiting, 0, self.num_free_blocks, 0)
+
+    def has_started(self, request_id: str) -> bool:
+        request = self.requests.get(request_id)
+        return request is None or request in self._running()
 
     def shutdown(self) -> None:
         self.is_shut_down = True

@@ -189,7 +189,7 @@ def test_web_pages_of_other_sites_are_kept_out(origin: str, status: int) -> None
 
 
 def test_the_guard_over_sockets() -> None:
-    with serving(ScriptedEngine(), guarded=True) as server:
+    with serving(ScriptedEngine()) as server:
         assert server.get("/v1/models").status_code == 200
         response = server.get("/v1/models", headers={"host": "evil.example"})
         assert response.status_code == 403

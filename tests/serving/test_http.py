@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import socket
-import struct
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
@@ -13,6 +12,7 @@ import httpx
 import pytest
 
 from qengine.serving.service import Phase
+from tests.serving.raw import open_request, reset
 from tests.serving.running import WAIT_SECONDS, Running, serving, wait_until
 from tests.serving.scripted_engine import DIE_PROMPT, NAN_PROMPT, NEVER_FITS_PROMPT, SCRIPT, ScriptedEngine
 
@@ -350,22 +350,6 @@ def test_more_than_the_server_holds_is_429_with_retry_after() -> None:
 
 
 # Clients that leave
-
-
-def open_request(server: Running, body: dict[str, Any], path: str = TEXT) -> socket.socket:
-    content = json.dumps(body).encode()
-    connection = socket.create_connection(("127.0.0.1", server.port), timeout=WAIT_SECONDS)
-    head = (
-        f"POST {path} HTTP/1.1\r\nHost: localhost\r\nContent-Type: application/json\r\nContent-Length: {len(content)}"
-    )
-    connection.sendall(f"{head}\r\n\r\n".encode() + content)
-    return connection
-
-
-def reset(connection: socket.socket) -> None:
-    """Close so that the server gets a RST and not a FIN."""
-    connection.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
-    connection.close()
 
 
 @pytest.mark.parametrize("leave", [socket.socket.close, reset], ids=["fin", "rst"])

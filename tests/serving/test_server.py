@@ -147,6 +147,24 @@ def test_sigterm_finishes_what_is_in_flight_and_refuses_the_rest(monkeypatch: py
     assert engine.is_shut_down
 
 
+def test_eight_streams_are_finished_after_sigterm(monkeypatch: pytest.MonkeyPatch) -> None:
+    engine = ScriptedEngine(max_num_seqs=8)
+
+    def story(url: str) -> None:
+        wait_until(lambda: health(url) == 200)
+        engine.hold()
+        with ThreadPoolExecutor(8) as pool:
+            old = [pool.submit(post, url, stream=True, max_tokens=240) for _ in range(8)]
+            wait_until(lambda: bool(engine.allow(1)) or len(engine.requests) == 8)
+            send(signal.SIGTERM)
+            wait_until(lambda: health(url) == 503)
+            assert [post(url).status_code for _ in range(3)] == [503] * 3
+            engine.allow()
+            assert all(future.result().text.endswith("data: [DONE]\n\n") for future in old)
+
+    assert run_with(story, lambda config: engine, monkeypatch) == 0
+
+
 @pytest.mark.parametrize("is_patient", [True, False])
 def test_a_second_signal_or_the_end_of_time_stops_even_a_step_that_hangs(
     monkeypatch: pytest.MonkeyPatch, is_patient: bool

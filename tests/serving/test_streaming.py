@@ -120,7 +120,7 @@ def test_a_client_that_leaves_closes_the_producer(when: str) -> None:
     asyncio.run(asyncio.wait_for(scenario(), 20))
 
 
-def test_a_client_that_does_not_read_is_dropped() -> None:
+def test_a_client_that_leaves_without_having_read_closes_the_producer() -> None:
     async def scenario() -> None:
         is_closed = False
 
@@ -133,7 +133,11 @@ def test_a_client_that_does_not_read_is_dropped() -> None:
                 is_closed = True
 
         client = Client(reads=False)
-        await EventStream(events(), stall_seconds=0.02)({}, client.receive, client.send)
+        answer = asyncio.ensure_future(EventStream(events())({}, client.receive, client.send))
+        while not client.received:
+            await asyncio.sleep(0)
+        client.leaves.set()
+        await answer
         assert is_closed
         assert client.received == b"data: 1\n\n"
 

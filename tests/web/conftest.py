@@ -64,5 +64,5 @@ def talking(text: str, **options: Any) -> Iterator[Running]:
     engine_options = {name: options.pop(name) for name in ("max_num_seqs", "max_model_len") if name in options}
     engine = TalkingEngine(**engine_options)
     engine.say(text)
-    with serving(engine, guarded="api_keys" not in options, **options) as running:
+    with serving(engine, **options) as running:
         yield running

@@ -308,7 +308,7 @@ def test_without_figures_there_is_no_strip(server: Running, open_page: OpenPage,
 
 def test_the_bundled_model_answers(open_page: OpenPage) -> None:
     engine = Engine.start(EngineConfig.from_options({"max_model_len": 1024}))
-    with serving(engine, guarded=True) as running:
+    with serving(engine) as running:
         page = open_page(running.url)
         page.get_by_role("button", name="Settings").click()
         page.get_by_label("Temperature").fill("0")

@@ -1,0 +1,226 @@
+"""Timeouts, limits per key, other sites, and health that follows progress."""
+
+from __future__ import annotations
+
+import json
+import time
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any
+
+import httpx
+import pytest
+
+from qengine.errors import ConfigError
+from qengine.serving import async_engine
+from qengine.serving.app import ROUTERS
+from qengine.serving.auth import OPEN_PATHS
+from qengine.serving.limits import Limits
+from qengine.serving.options import ServerOptions
+from tests.serving.quiet import assert_quiet, scrape
+from tests.serving.running import Running, serving, wait_until
+from tests.serving.scripted_engine import ScriptedEngine
+from tests.serving.tiny import PROMPT, TEXT, body, small_server
+
+HI = {"model": "scripted", "prompt": "hi", "max_tokens": 40}
+#: More steps than the tests allow before they have seen what they wait for.
+LONG = {**HI, "max_tokens": 240}
+
+
+def error_of(response: httpx.Response) -> Any:
+    return response.json()["error"]
+
+
+# Timeouts
+
+
+@pytest.mark.parametrize("stream", [False, True])
+def test_who_waits_too_long_gets_503_and_who_runs_goes_on(stream: bool) -> None:
+    engine = ScriptedEngine(max_num_seqs=1)
+    with serving(engine, queue_timeout=0.3) as server, assert_quiet(server), ThreadPoolExecutor(1) as pool:
+        engine.hold()
+        running = pool.submit(server.post, TEXT, LONG)
+        wait_until(lambda: engine.num_running == 1)
+        late = pool_post(server, {**HI, "stream": stream})
+        wait_until(lambda: bool(engine.allow(1)) or late.done())
+        response = late.result()
+        assert response.status_code == 503
+        assert error_of(response)["code"] == "queue_timeout"
+        assert int(response.headers["retry-after"]) >= 1
+        assert scrape(server)['qengine:rejections_total{reason="queue_timeout"}'] == 1
+        engine.allow()
+        assert running.result().status_code == 200
+
+
+def pool_post(server: Running, content: dict[str, Any]) -> Any:
+    pool = ThreadPoolExecutor(1)
+    future = pool.submit(server.post, TEXT, content)
+    pool.shutdown(wait=False)
+    return future
+
+
+def test_who_runs_in_time_is_not_hit_by_the_queues_timeout() -> None:
+    engine = ScriptedEngine()
+    with serving(engine, queue_timeout=0.1) as server, ThreadPoolExecutor(1) as pool:
+        engine.hold()
+        running = pool.submit(server.post, TEXT, HI)
+        wait_until(lambda: engine.num_running == 1)
+        time.sleep(0.3)
+        engine.allow()
+        assert running.result().status_code == 200
+
+
+def test_what_takes_too_long_is_cut_short() -> None:
+    engine = ScriptedEngine()
+    with serving(engine, request_timeout=3.0) as server, assert_quiet(server), ThreadPoolExecutor(2) as pool:
+        engine.hold()
+        whole = pool.submit(server.post, TEXT, LONG)
+        streamed = pool.submit(server.post, TEXT, {**LONG, "stream": True})
+        wait_until(lambda: len(engine.requests) + bool(engine.allow(1)) == 2)
+        engine.allow(2)
+        answer = whole.result().json()["choices"][0]
+        assert answer["finish_reason"] == "abort"
+        assert answer["text"].startswith("The sky")
+        text = streamed.result().text
+        assert "[DONE]" not in text
+        assert json.loads(text.split("data: ")[-1])["error"]["code"] == "request_timeout"
+        engine.allow()
+
+
+def test_what_never_began_in_time_is_a_504() -> None:
+    engine = ScriptedEngine()
+    with serving(engine, request_timeout=0.2) as server, assert_quiet(server):
+        engine.hold()
+        for stream in (False, True):
+            response = server.post(TEXT, {**HI, "stream": stream})
+            assert response.status_code == 504
+            assert error_of(response)["code"] == "request_timeout"
+        engine.allow()
+
+
+# Keys
+
+
+def test_each_key_has_its_own_share() -> None:
+    engine = ScriptedEngine()
+    keys = ("first-key", "second-key")
+    with serving(engine, api_keys=keys, max_concurrency_per_key=2, metrics_no_auth=True) as server:
+        engine.hold()
+        with ThreadPoolExecutor(3) as pool:
+            first, second = ({"x-api-key": key} for key in keys)
+            held = [pool.submit(server.post, TEXT, HI, headers=first) for _ in range(2)]
+            wait_until(lambda: server.async_engine is not None and server.async_engine.admission.num_in_flight == 2)
+            response = server.post(TEXT, HI, headers=first)
+            assert response.status_code == 429
+            assert error_of(response)["code"] == "key_concurrency"
+            assert int(response.headers["retry-after"]) >= 1
+            assert server.get("/v1/models", headers=first).status_code == 200
+            held.append(pool.submit(server.post, TEXT, HI, headers=second))
+            engine.allow()
+            assert [future.result().status_code for future in held] == [200, 200, 200]
+        assert server.post(TEXT, HI, headers=first).status_code == 200
+        assert scrape(server)['qengine:rejections_total{reason="key_concurrency"}'] == 1
+
+
+def test_no_key_sees_what_another_has_sent() -> None:
+    long_prompt = " ".join([PROMPT] * 12)
+    options = {"api_keys": ("first-key", "second-key"), "metrics_no_auth": True}
+    with small_server(server_options=options, max_model_len=512) as server:
+
+        def hits(key: str) -> float:
+            before = scrape(server)["qengine:prefix_cache_hits_total"]
+            response = server.post(TEXT, body(prompt=long_prompt, max_tokens=1), headers={"x-api-key": key})
+            assert response.status_code == 200
+            return scrape(server)["qengine:prefix_cache_hits_total"] - before
+
+        assert hits("first-key") == 0
+        assert hits("first-key") > 64
+        assert hits("second-key") == 0
+        assert hits("second-key") > 64
+
+
+def test_every_route_there_is_wants_a_key() -> None:
+    routes = [(route.path, method) for router in ROUTERS for route in router.routes for method in route.methods]  # type: ignore[attr-defined]
+    assert len(routes) >= 8
+    with serving(ScriptedEngine(), api_keys=("some-key",)) as server, server.client() as client:
+        for path, method in routes:
+            expected = {200} if path in OPEN_PATHS else {401}
+            for spelled in (path, path.upper(), f"/{path}", f"{path}/"):
+                status = client.request(method, spelled.replace("{name:path}", "x")).status_code
+                assert status in (expected if spelled == path else {401}), (method, spelled)
+
+
+# Other sites
+
+
+def preflight(server: Running, origin: str) -> httpx.Response:
+    with server.client() as client:
+        headers = {
+            "origin": origin,
+            "access-control-request-method": "POST",
+            "access-control-request-headers": "authorization,content-type",
+        }
+        return client.options(TEXT, headers=headers)
+
+
+@pytest.mark.parametrize("keys", [(), ("some-key",)])
+def test_pages_of_other_sites_are_let_in_only_if_named(keys: tuple[str, ...]) -> None:
+    headers = {"x-api-key": keys[0]} if keys else {}
+    with serving(ScriptedEngine(), api_keys=keys, allowed_origins=("https://app.example",)) as server:
+        allowed = preflight(server, "https://app.example")
+        assert allowed.status_code == 200
+        assert allowed.headers["access-control-allow-origin"] == "https://app.example"
+        assert "authorization" in allowed.headers["access-control-allow-headers"]
+        assert preflight(server, "https://evil.example").status_code == 400
+        answer = server.post(TEXT, HI, headers={"origin": "https://app.example", **headers})
+        assert answer.status_code == 200
+        assert answer.headers["access-control-allow-origin"] == "https://app.example"
+        refused = server.post(TEXT, HI, headers={"origin": "https://evil.example", **headers})
+        assert "access-control-allow-origin" not in refused.headers
+        assert refused.status_code == (200 if keys else 403)
+        rebound = server.post(TEXT, HI, headers={"host": "app.example", **headers})
+        assert rebound.status_code == (200 if keys else 403)
+
+
+def test_without_being_asked_nobody_is_let_in() -> None:
+    with serving(ScriptedEngine(), api_keys=("some-key",)) as server:
+        response = preflight(server, "https://app.example")
+        assert response.status_code == 401
+        assert not [name for name in response.headers if name.startswith("access-control")]
+
+
+@pytest.mark.parametrize(
+    ("options", "words"),
+    [
+        ({"queue_timeout": 0}, "queue_timeout"),
+        ({"request_timeout": float("inf")}, "request_timeout"),
+        ({"max_concurrency_per_key": 2}, "--api-key"),
+        ({"max_concurrency_per_key": 0, "api_keys": ("some-key",)}, "refuse everyone"),
+        ({"allowed_origins": ("https://app.example/path",)}, "without a path"),
+        ({"allowed_origins": ("app.example",)}, "--allowed-origins"),
+        ({"metrics_prefix": "a-b:"}, "--metrics-prefix"),
+        ({"metrics_prefix": ""}, "--metrics-prefix"),
+    ],
+)
+def test_options_that_are_refused(options: dict[str, Any], words: str) -> None:
+    with pytest.raises(ConfigError, match=words):
+        ServerOptions(**options)
+
+
+# Health
+
+
+def test_an_engine_that_hangs_is_not_healthy_until_it_goes_on(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(async_engine, "LIMITS", Limits(stuck_step_seconds=0.2))
+    engine = ScriptedEngine()
+    with serving(engine) as server, assert_quiet(server):
+        assert server.get("/health").status_code == 200
+        engine.hold()
+        held = pool_post(server, HI)
+        wait_until(lambda: server.get("/health").status_code == 503)
+        response = server.get("/health")
+        assert response.json()["status"] == error_of(response)["code"] == "stuck"
+        assert scrape(server)["qengine:engine_healthy"] == 0
+        engine.allow()
+        assert held.result().status_code == 200
+        wait_until(lambda: server.get("/health").status_code == 200)
+        assert scrape(server)["qengine:engine_healthy"] == 1
