@@ -24,8 +24,9 @@ def chromium_path() -> str | None:
     return next((found for name in ("chromium", "chromium-browser") if (found := shutil.which(name))), None)
 
 
-@pytest.fixture(scope="session")
+@pytest.fixture(scope="package")
 def browser() -> Iterator[Browser]:
+    """Ended with this package: while Playwright runs, no other test could start an event loop."""
     path = chromium_path()
     if path is None:
         reason = "no chromium on this machine; on Debian: apt-get install chromium"

@@ -317,3 +317,5 @@ def test_the_bundled_model_answers(open_page: OpenPage) -> None:
         ask(page, "What is the capital of France?")
         assert "tok/s" in stats(page)
         assert "Paris" in answers(page)[0]
+        expect(page.locator("#strip")).to_be_visible()
+        expect(page.locator("#strip-running")).to_have_text("0")
