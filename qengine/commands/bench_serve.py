@@ -44,19 +44,23 @@ def run(settings: BenchServeSettings) -> int:
         if remote.model is not None and remote.model not in names:
             raise ConfigError(f"{remote.address} has no model '{remote.model}'; it has: {', '.join(names[:20])}")
         model = remote.model or names[0]
-        requests = _load(settings)
-        print(f"{model} at {remote.address}: {len(requests)} requests per rate", file=sys.stderr)
-        points = [asyncio.run(_measure(settings, remote, model, requests, rate)) for rate in settings.rates]
+        loads = [_load(settings, number) for number in range(len(settings.rates))]
+        print(f"{model} at {remote.address}: {settings.num_prompts} requests per rate", file=sys.stderr)
+        points = [
+            asyncio.run(_measure(settings, remote, model, load, rate))
+            for load, rate in zip(loads, settings.rates, strict=True)
+        ]
     print(table(points, settings.bounds_ms), end="")
     _write(settings, model, str(remote.address), points)
     return 1 if any(point["errors"] for point in points) else 0
 
 
-def _load(settings: BenchServeSettings) -> list[LoadRequest]:
+def _load(settings: BenchServeSettings, number: int) -> list[LoadRequest]:
+    """The requests of the rate with this number. Random prompts are new ones each time: none is in a prefix cache."""
     if settings.dataset is not None:
         return file_load(settings.dataset, settings.num_prompts, settings.output_len)
     lengths = (settings.input_len, settings.output_len)
-    return random_load(settings.num_prompts, *lengths, settings.vocab_size, settings.seed)
+    return random_load(settings.num_prompts, *lengths, settings.vocab_size, settings.seed + 1 + number)
 
 
 async def _measure(
@@ -67,7 +71,7 @@ async def _measure(
     def send(request: LoadRequest) -> AsyncGenerator[Mapping[str, Any], None]:
         return stream_completion(remote.address, remote.api_key, request.body(model))
 
-    [warm_up] = await run_load(random_load(1, 8, 2, settings.vocab_size, settings.seed + 1), [0.0], send)
+    [warm_up] = await run_load(random_load(1, 8, 2, settings.vocab_size, settings.seed), [0.0], send)
     if warm_up.error is not None:
         raise QEngineError(f"a first request failed, nothing was measured: {warm_up.error}")
     due_s = arrival_times(len(requests), rate, settings.seed)

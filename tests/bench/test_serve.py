@@ -33,6 +33,8 @@ def test_a_sweep_counts_what_was_sent(server: Running, tmp_path: Path, capsys: p
     # A warm-up before each of the two rates.
     lengths = [(len(r.prompt_token_ids), r.max_tokens) for r in server.engine.prepared]
     assert sorted(lengths) == [(8, 2)] * 2 + [(20, 8)] * 12
+    prompts = {tuple(r.prompt_token_ids) for r in server.engine.prepared if r.max_tokens == 8}
+    assert len(prompts) == 12, "a prompt was sent twice: the prefix cache would answer it"
     record = json.loads(figures.read_text(encoding="utf-8"))
     assert [point["request_rate"] for point in record["points"]] == [200.0, "inf"]
     for point in record["points"]:
