@@ -61,7 +61,7 @@ def draw(path: Path, points: Sequence[Mapping[str, Any]], bounds_ms: Mapping[str
     figure.suptitle(title)
     names = ["all" if point["request_rate"] == "inf" else f"{point['request_rate']:g}" for point in points]
     places = range(len(points))
-    for axis, key, bound in zip(axes, ("ttft_ms", "itl_ms", "e2el_ms"), ("ttft", "tpot", "e2el"), strict=False):
+    for axis, key, bound in zip(axes, ("ttft_ms", "tpot_ms", "e2el_ms"), ("ttft", "tpot", "e2el"), strict=False):
         for percent, style in (("p50", "o-"), ("p90", "s--"), ("p99", "^:")):
             axis.plot(places, [(p[key] or {}).get(percent, float("nan")) for p in points], style, label=percent)
         if bound in bounds_ms:
