@@ -18,6 +18,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from qengine import __version__, environment
+from qengine.commands.bench_settings import bench_offline_settings, bench_serve_settings
 from qengine.commands.flags import COMMANDS, Flag
 from qengine.commands.parsing import Invocation, help_text, overview, parse
 from qengine.commands.settings import (
@@ -54,6 +55,8 @@ _RUNNERS = {
     "chat": _Command(chat_settings, "qengine.commands.chat", "warning"),
     "inspect": _Command(inspect_settings, "qengine.commands.inspect", "warning"),
     "plan": _Command(plan_settings, "qengine.commands.plan", "warning"),
+    "bench serve": _Command(bench_serve_settings, "qengine.commands.bench_serve", "warning"),
+    "bench offline": _Command(bench_offline_settings, "qengine.commands.bench_offline", "warning"),
 }
 
 
@@ -88,13 +91,15 @@ def _run(words: list[str], debug: bool) -> int:
     while words and words[0] == "--debug":
         words.pop(0)
     if not words or words[0] in ("-h", "--help", "help"):
-        return _print_help(words[1:2])
+        return _print_help(words[1:])
     if words[0] in ("--version", "-V"):
         print(f"qengine {__version__}")
         return 0
-    name, rest = words[0], words[1:]
+    name, rest = _split_command(words)
     command = _RUNNERS.get(name)
     if command is None:
+        if rest and _asks_for_help(rest):
+            return _print_help([name])
         kind = "flag" if name.startswith("-") else "command"
         known = [*_RUNNERS, "--help", "--version"]
         raise ConfigError(f"unknown {kind} '{name}'{nearest(name, known)} (commands: {', '.join(_RUNNERS)})")
@@ -106,14 +111,23 @@ def _run(words: list[str], debug: bool) -> int:
     return run(settings)
 
 
+def _split_command(words: Sequence[str]) -> tuple[str, list[str]]:
+    """The command, which may be of two words, and what follows it."""
+    num_words = 2 if any(name.startswith(f"{words[0]} ") for name in _RUNNERS) and len(words) > 1 else 1
+    if num_words == 2 and words[1].startswith("-"):
+        num_words = 1
+    return " ".join(words[:num_words]), list(words[num_words:])
+
+
 def _asks_for_help(words: Sequence[str]) -> bool:
     before = words[: words.index("--")] if "--" in words else words
     return "--help" in before or "-h" in before
 
 
 def _print_help(command: Sequence[str]) -> int:
-    if command and command[0] in COMMANDS:
-        text = help_text(command[0], shutil.get_terminal_size((100, 40)).columns)
+    name = _split_command(command)[0] if command else ""
+    if name in COMMANDS:
+        text = help_text(name, shutil.get_terminal_size((100, 40)).columns)
     else:
         text = overview()
     sys.stdout.write(text)

@@ -48,11 +48,13 @@ def for_rank(num_threads: int) -> dict[str, str]:
     return variables
 
 
-def cache_folder() -> Path:
-    """QENGINE_CACHE_DIR, or this project's place in the user's cache folder."""
-    chosen = os.environ.get("QENGINE_CACHE_DIR")
-    users = os.environ.get("XDG_CACHE_HOME")
-    return Path(chosen) if chosen else (Path(users) if users else Path.home() / ".cache") / "qengine"
+def cache_dir() -> Path:
+    """QENGINE_CACHE_DIR, or else the user's cache folder: what can be made again, and the chat's history."""
+    own = os.environ.get("QENGINE_CACHE_DIR")
+    if own:
+        return Path(own).expanduser()
+    shared = os.environ.get("XDG_CACHE_HOME")
+    return (Path(shared) if shared else Path("~/.cache").expanduser()) / "qengine"
 
 
 def nccl_p2p_disabled() -> bool:

@@ -28,7 +28,7 @@ FLOORS: tuple[tuple[str, ...], ...] = (
     ("models",),
     ("runtime",),
     ("tokenizer", "startup", "step_stats", "engine", "llm"),
-    ("serving", "commands", "cli", "__main__"),
+    ("serving", "client", "bench", "commands", "cli", "__main__"),
 )
 #: The same inside scheduling/, whose modules build on each other in one direction.
 SCHEDULING_BASE = ("block_pool", "batch")

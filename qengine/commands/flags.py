@@ -48,6 +48,13 @@ def number(value: str, flag: str) -> float:
         raise ConfigError(f"{flag} is '{value}', expected a number such as 0.9") from None
 
 
+def bound(value: str, flag: str) -> str:
+    """NAME:MILLISECONDS, which no model is called; the names are checked where they are used."""
+    if ":" not in value:
+        raise ConfigError(f"{flag} is '{value}', expected NAME:MILLISECONDS such as ttft:1000")
+    return value
+
+
 def length(value: str, flag: str) -> int | str:
     return AUTO if value == AUTO else parse_count(value, flag)
 
@@ -264,8 +271,52 @@ PROMPT_FLAGS = Group(
 CHAT_FLAGS = Group(
     "Conversation",
     (
+        Flag("--url", "talk to a server instead; MODEL is then its name there, or left out", "URL"),
+        Flag("--api-key", "the key that the server asks for; QENGINE_API_KEY keeps it out of sight", "KEY", any_text),
         Flag("--system", "system message that the conversation starts with", "TEXT"),
         Flag("--max-tokens", "most tokens in one answer", "N", count, default="what the context holds"),
+    ),
+)
+
+_INPUT_LEN = Flag("--random-input-len", "tokens of each prompt", "N", count, default="128")
+_OUTPUT_LEN = Flag("--random-output-len", "tokens of each answer", "N", count, default="64")
+LOAD_FLAGS = Group(
+    "Load",
+    (
+        Flag("--url", "load this server; left out, one is started with the flags below", "URL"),
+        Flag("--api-key", "the key that the server asks for; QENGINE_API_KEY keeps it out of sight", "KEY", any_text),
+        Flag(
+            "--request-rate",
+            "requests per second, at random times; several are measured in turn, inf sends all at once",
+            "RATE",
+            number,
+            default="inf",
+            kind="list",
+        ),
+        Flag("--num-prompts", "requests per rate", "N", count, default="100"),
+        _INPUT_LEN,
+        _OUTPUT_LEN,
+        Flag("--vocab-size", "random prompts use token ids below this", "N", count, default="1000"),
+        Flag("--dataset-path", 'prompts from a file instead, with a JSON object {"prompt": ...} per line', "FILE"),
+        Flag(
+            "--goodput",
+            "bounds in ms for ttft, tpot or e2el, such as ttft:1000 tpot:100; requests within all of them count",
+            "BOUND",
+            bound,
+            kind="list",
+        ),
+        Flag("--json", "write the figures there", "FILE"),
+        Flag("--plot", "draw them there: .png, .svg or .pdf (needs matplotlib)", "FILE"),
+    ),
+)
+OFFLINE_FLAGS = Group(
+    "Load",
+    (
+        Flag("--batch", "sequences to decode at once; several are measured in turn", "N", count, "1 16", kind="list"),
+        _INPUT_LEN,
+        _OUTPUT_LEN,
+        Flag("--runs", "readings of each figure; the median counts", "N", count, default="3"),
+        Flag("--json", "write the figures there", "FILE"),
     ),
 )
 
@@ -362,11 +413,12 @@ COMMANDS: dict[str, CommandHelp] = {
         ),
     ),
     "chat": CommandHelp(
-        "Talk to a model in the terminal. /exit or Ctrl-D ends, Ctrl-C stops an answer, /new starts over.",
+        "Talk to a model in the terminal. /help lists its commands, Ctrl-C stops an answer, Ctrl-D ends.",
         (CHAT_FLAGS, SAMPLING_FLAGS, *ENGINE_GROUPS, GENERAL_FLAGS),
         (
             ("qengine chat", "the bundled model"),
             ('qengine chat MODEL --system "Answer in one sentence."', "with a system message"),
+            ("qengine chat --url http://127.0.0.1:8000", "with a model that is being served"),
         ),
     ),
     "inspect": CommandHelp(
@@ -387,6 +439,23 @@ COMMANDS: dict[str, CommandHelp] = {
             ("qengine plan MODEL --gpu 3090,3090 --max-model-len 16K", "two cards, a context that must fit"),
             ("qengine plan MODEL --gpu 24GB,12GB --kv-cache-dtype int8", "cards that are unlike"),
             ("qengine plan DIR --load-format dummy -q awq --gpu 8GB", "from a config.json alone"),
+        ),
+    ),
+    "bench serve": CommandHelp(
+        "Load a server with requests at random times: latencies, throughput, goodput.",
+        (LOAD_FLAGS, *ENGINE_GROUPS, GENERAL_FLAGS),
+        (
+            ("qengine bench serve --num-prompts 20", "the bundled model, all requests at once"),
+            ("qengine bench serve --url http://127.0.0.1:8000 --request-rate 1 2 4 8", "a server, at four rates"),
+            ("qengine bench serve MODEL --goodput ttft:1000 tpot:100 --plot load.png", "with bounds and a chart"),
+        ),
+    ),
+    "bench offline": CommandHelp(
+        "Time prompts and decoding without a server.",
+        (OFFLINE_FLAGS, *ENGINE_GROUPS, GENERAL_FLAGS),
+        (
+            ("qengine bench offline", "the bundled model"),
+            ("qengine bench offline MODEL --batch 1 8 32 --random-input-len 1024", "three widths, long prompts"),
         ),
     ),
 }

@@ -71,12 +71,17 @@ def parse(command: str, argv: Sequence[str]) -> Invocation:
         options["model"] = model
     merged = {**_read_config(options.get("config"), command, flags), **options}
     merged.pop("config", None)
-    if greedy is not None and "model" not in merged:
+    if greedy is not None and "model" not in merged and _may_be_a_model(greedy, flags):
         raise ConfigError(
             f"{greedy} was given several values and there is no MODEL, so one of them may be meant as the model; "
             f"put MODEL before the flags, or repeat {greedy} for each value"
         )
     return Invocation(command, merged, frozenset(options))
+
+
+def _may_be_a_model(name: str, flags: Mapping[str, Flag]) -> bool:
+    """Whether the values of a flag are such that a model's name among them would go unnoticed."""
+    return any(name in flag.names and flag.parse in (text, any_text) for flag in flags.values())
 
 
 def _split_at_dashes(argv: Sequence[str]) -> tuple[list[str], list[str]]:
@@ -249,7 +254,7 @@ def overview() -> str:
         "Run open language models, 4-bit GPTQ, AWQ and GGUF or 16-bit, on the machine you have.",
         "",
         "Commands:",
-        *(f"  {name:<10} {described.summary}" for name, described in COMMANDS.items()),
+        *(f"  {name:<13} {described.summary}" for name, described in COMMANDS.items()),
         "",
         "Flags:",
         "  -h, --help   this text; 'qengine COMMAND --help' shows a command's flags",

@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from qengine import environment
+from qengine.client.address import Address, parse_address
 from qengine.commands.flags import (
     ADDRESS_FLAGS,
     CARD_MEMORY,
@@ -61,12 +62,22 @@ class GenerateSettings:
 
 
 @dataclass(frozen=True, slots=True)
+class Remote:
+    """A server, and the model to ask there; None for its first."""
+
+    address: Address
+    api_key: str | None = None
+    model: str | None = None
+
+
+@dataclass(frozen=True, slots=True)
 class ChatSettings:
-    """`sampling` as in GenerateSettings."""
+    """`sampling` as in GenerateSettings; with `remote` the server answers, and `engine` is not used."""
 
     engine: EngineConfig
     sampling: Mapping[str, Any]
     system: str | None = None
+    remote: Remote | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -95,7 +106,7 @@ class PlanSettings:
 
 def serve_settings(given: Invocation) -> ServeSettings:
     """Raises ConfigError."""
-    engine = _engine_config(given.options)
+    engine = engine_config(given.options)
     options = _pick(given.options, (ADDRESS_FLAGS, SERVER_FLAGS, MONITORING_FLAGS))
     if "uds" in options and not given.on_command_line.isdisjoint({"host", "port"}):
         raise ConfigError("--uds takes the place of --host and --port; give one or the other")
@@ -117,7 +128,7 @@ def serve_settings(given: Invocation) -> ServeSettings:
 
 def generate_settings(given: Invocation) -> GenerateSettings:
     """Reads standard input for `--prompt -`. Raises ConfigError or RequestError."""
-    engine = _engine_config(given.options)
+    engine = engine_config(given.options)
     sampling = _sampling({"max_tokens": 256}, given.options)
     prompts = given.options.get("prompt", ())
     if not prompts:
@@ -133,17 +144,37 @@ def generate_settings(given: Invocation) -> GenerateSettings:
 def chat_settings(given: Invocation) -> ChatSettings:
     """Raises ConfigError or RequestError."""
     system = given.options.get("system")
+    remote = remote_server(given.options)
     return ChatSettings(
-        _engine_config(given.options),
+        EngineConfig() if remote is not None else engine_config(given.options),
         _sampling({"max_tokens": None}, given.options),
         None if system is None else _check_text(system, "--system"),
+        remote,
     )
+
+
+def remote_server(options: Mapping[str, Any]) -> Remote | None:
+    """The server that --url names, if it is given; then flags of a local engine would do nothing."""
+    url, key = options.get("url"), options.get("api_key")
+    if url is None:
+        if key is not None:
+            raise ConfigError("--api-key is for a server; give its --url too")
+        return None
+    local = [flag.name for group in ENGINE_GROUPS for flag in group.flags if flag.dest in options]
+    local = [name for name in local if name != "--seed"]
+    if local:
+        raise ConfigError(f"{local[0]} is for a model in this process, but --url asks a server; give one or the other")
+    if key is None:
+        key = environment.api_key()
+    elif not key.isascii() or not key.isprintable():
+        raise ConfigError("--api-key has characters other than printable ASCII")
+    return Remote(parse_address(url), key, options.get("model"))
 
 
 def inspect_settings(given: Invocation) -> InspectSettings:
     """Raises ConfigError."""
     options = given.options
-    load = _engine_config(options).load
+    load = engine_config(options).load
     gpu = options.get("gpu")
     if gpu is not None:
         gpu = _check_card(gpu)
@@ -164,7 +195,7 @@ def plan_settings(given: Invocation) -> PlanSettings:
     options = dict(given.options)
     # Ranks are planned here and not run, so the engine's own limit is not asked.
     num_ranks = options.pop("tensor_parallel_size", None)
-    engine = _engine_config(options)
+    engine = engine_config(options)
     if num_ranks is not None and num_ranks < 1:
         raise ConfigError(f"--tensor-parallel-size is {num_ranks}, expected a whole number of at least 1")
     gpu = options.get("gpu")
@@ -212,7 +243,8 @@ def _pick(options: Mapping[str, Any], groups: Iterable[Group]) -> dict[str, Any]
     return {name: value for name, value in options.items() if name in names}
 
 
-def _engine_config(options: Mapping[str, Any]) -> EngineConfig:
+def engine_config(options: Mapping[str, Any]) -> EngineConfig:
+    """The engine that a command's options describe. Raises ConfigError."""
     picked = _pick(options, ENGINE_GROUPS)
     if picked.pop("trust_remote_code", False):
         logger.warning("--trust-remote-code has no effect: qengine never runs code from a checkpoint")

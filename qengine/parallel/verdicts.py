@@ -68,7 +68,7 @@ class VerdictFile:
     @staticmethod
     def default() -> VerdictFile:
         """The file in the cache folder."""
-        return VerdictFile(environment.cache_folder() / FILE_NAME)
+        return VerdictFile(environment.cache_dir() / FILE_NAME)
 
     def find(self, cards: Cards, *, peers_allowed: bool) -> Verdict | None:
         """What is known of these cards. Whether direct copies were allowed makes two questions of one."""

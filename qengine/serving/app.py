@@ -2,8 +2,8 @@
 
     request -> counted -> CORS, if asked for -> keys or loopback guard -> header count -> routes, errors as OpenAI's
 
-Invariant: there is no route that the outer layers do not see, and no answer that is not JSON or an event stream of it.
-It starts and stops nothing; server does.
+Invariant: there is no route that the outer layers do not see, and no answer that is not JSON, an event stream of it, or
+a file of the web page. It starts and stops nothing; server does.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from starlette.responses import Response
 from starlette.types import ASGIApp
 
 from qengine import __version__
-from qengine.serving import chat, completions
+from qengine.serving import chat, completions, page
 from qengine.serving.auth import OPEN_PATHS, ApiKeyGate, HeaderCountGate, LoopbackGate
 from qengine.serving.body import ClientGoneError
 from qengine.serving.errors import ApiError, install_error_handlers, json_response
@@ -86,7 +86,7 @@ def _model(service: Service, name: str) -> dict[str, Any]:
 
 
 #: Everything that can be asked for.
-ROUTERS = (router, chat.router, completions.router)
+ROUTERS = (router, chat.router, completions.router, page.router)
 
 
 async def _client_gone(request: Request, error: Exception) -> Response:

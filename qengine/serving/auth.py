@@ -20,10 +20,11 @@ from starlette.types import ASGIApp, Receive, Scope, Send
 from qengine.serving.errors import ApiError, error_response, shorten
 from qengine.serving.limits import LIMITS
 from qengine.serving.metrics.exposition import Monitoring
+from qengine.serving.page import PAGE_PATHS
 
 logger = logging.getLogger(__name__)
 
-OPEN_PATHS = frozenset({"/health"})
+OPEN_PATHS = frozenset({"/health"}) | PAGE_PATHS
 _LOOPBACK_NAMES = frozenset({"localhost", "127.0.0.1", "::1"})
 
 

@@ -300,7 +300,7 @@ def test_ctrl_c_stops_the_answer_and_keeps_what_was_said(
     assert engine.prompts == ["<user>count", "<user>count<assistant>one two <user>more"]
     captured = capsys.readouterr()
     assert captured.out == "one two \nok\n"
-    assert "(stopped)" in captured.err
+    assert "(stopped, 2 tokens" in captured.err
     assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
 
 

@@ -52,7 +52,9 @@ def test_a_command_runs_with_its_settings(runs: Any) -> None:
     assert cli.main(["generate", "--prompt", "x"]) == 0
     assert cli.main(["--debug", "chat"]) == 0
     assert cli.main(["inspect", "m", "--gpu", "4090"]) == 0
-    names = ("serve", "generate", "chat", "inspect")
+    assert cli.main(["bench", "serve", "m"]) == 0
+    assert cli.main(["bench", "offline", "m"]) == 0
+    names = ("serve", "generate", "chat", "inspect", "bench_serve", "bench_offline")
     assert [module for module, _ in seen] == [f"qengine.commands.{name}" for name in names]
     assert seen[0][1].server.port == 1
 
@@ -98,7 +100,9 @@ def test_ctrl_c(runs: Any, capsys: pytest.CaptureFixture[str]) -> None:
     ("words", "message"),
     [
         (["sevre"], "unknown command 'sevre'; did you mean 'serve'?"),
-        (["quantize"], "unknown command 'quantize' (commands: serve, generate, chat, inspect, plan)"),
+        (["quantize"], "unknown command 'quantize' (commands: serve, generate, chat, inspect, plan, bench"),
+        (["bench"], "unknown command 'bench'"),
+        (["bench", "sevre"], "unknown command 'bench sevre'; did you mean 'bench serve'?"),
         (["--versoin"], "unknown flag '--versoin'; did you mean '--version'?"),
         (["serve", "--prot", "1"], "unknown flag --prot; did you mean '--port'?"),
         (["serve", "--port", "70000"], "--port is '70000'"),

@@ -106,7 +106,8 @@ def locked() -> Iterator[Running]:
     "path",
     [
         *("/v1/models", "//v1/models", "/v1/models/", "/V1/MODELS", "/v1/%6dodels", "/v1/../health", "/health/"),
-        *("/v1/chat/completions", "/v1/completions", "/version", "/docs", "/openapi.json", "/redoc", "/nothing", "/"),
+        *("/v1/chat/completions", "/v1/completions", "/version", "/docs", "/openapi.json", "/redoc", "/nothing", "//"),
+        *("/web", "/web/", "/web/nothing.js", "/web/../v1/models", "/web/index.html", "/index.html", "/favicon.ico"),
         *("/v1/models?api_key=first-key", "/metrics", "/%2e%2e/health", "/health%2f..%2fv1/models"),
     ],
 )

@@ -1,0 +1,1 @@
+"""Measuring: a server under load (`bench serve`), and the engine alone (`bench offline`)."""

@@ -1,0 +1,1 @@
+"""The arithmetic of `qengine bench`, its load generator, and its commands."""

@@ -1,0 +1,1 @@
+"""Talking to a server with Python's own HTTP."""
