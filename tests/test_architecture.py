@@ -27,7 +27,7 @@ FLOORS: tuple[tuple[str, ...], ...] = (
     ("layers",),
     ("models",),
     ("runtime",),
-    ("tokenizer", "startup", "engine", "llm"),
+    ("tokenizer", "grammars", "startup", "engine", "llm"),
     ("serving", "commands", "cli", "__main__"),
 )
 #: The same inside scheduling/, whose modules build on each other in one direction.

@@ -111,7 +111,8 @@ class ModelRunner:
 
     def _sample(self, entries: Sequence[BatchEntry], hidden: torch.Tensor) -> PendingSamples:
         specs = [e.sample for e in entries if e.sample is not None]
-        return self._sampler.begin(self.model.logits(hidden), specs)
+        allowed = [e.allowed for e in entries if e.sample is not None]
+        return self._sampler.begin(self.model.logits(hidden), specs, allowed)
 
     def _prompt_logprobs(self, step: PreparedStep, hidden: torch.Tensor) -> dict[str, PendingPromptLogprobs]:
         """Log-probabilities of the prompt tokens that follow each computed position, for entries that ask."""
