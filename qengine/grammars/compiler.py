@@ -4,8 +4,8 @@
     state = compiled.start()                 # one per sequence
 
 Invariant: nothing is compiled in this process that was not compiled elsewhere before within the time limit, and what is
-remembered, lasting refusals included, stays within `cache_bytes`. It is not called from the event loop nor from the engine's
-thread.
+remembered, lasting refusals included, stays within `cache_bytes`. It is called neither from the event loop nor from the
+engine's thread.
 """
 
 from __future__ import annotations

@@ -8,6 +8,8 @@ from __future__ import annotations
 
 import json
 import re
+from collections.abc import Mapping
+from typing import Any
 
 import llguidance
 from llguidance.gbnf_to_lark import any_to_lark
@@ -46,20 +48,32 @@ def library_text(source: GrammarSource) -> str:
     return json.dumps({"grammars": [{"name": "whole", "lark_grammar": lead}, {"name": "answer", **answer}]})
 
 
-def _answer(source: GrammarSource) -> dict[str, object]:
+def _answer(source: GrammarSource) -> dict[str, Any]:
     if source.kind == "json_schema":
-        # What a schema says of the library's options counts for nothing.
-        schema = {name: value for name, value in json.loads(source.text).items() if name != "x-guidance"}
-        return {"json_schema": {**schema, "x-guidance": {"whitespace_pattern": _WHITESPACE, "lenient": False}}}
+        return {"json_schema": _with_options(json.loads(source.text), is_lenient=False)}
     if source.kind == "regex":
-        written: dict[str, object] = json.loads(llguidance.LLMatcher.grammar_from_regex(source.text))["grammars"][0]
+        written: dict[str, Any] = json.loads(llguidance.LLMatcher.grammar_from_regex(source.text))["grammars"][0]
         return {"lark_grammar": written["lark_grammar"]}
     if source.kind == "lark":
         return {"lark_grammar": source.text}
     try:
         return {"lark_grammar": any_to_lark(source.text)}
-    except Exception as error:  # noqa: BLE001 - the converter raises whatever its text makes it raise
+    except Exception as error:  # the converter raises whatever its text makes it raise
         raise GrammarError(readable(str(error))) from error
+
+
+def json_rule(schema: Mapping[str, Any], *, is_lenient: bool = False) -> str:
+    """The right-hand side of a Lark rule for JSON of a schema.
+
+    Args:
+        is_lenient: leave out what the library cannot enforce, instead of refusing the schema.
+    """
+    return "%json " + json.dumps(_with_options(schema, is_lenient=is_lenient), ensure_ascii=False)
+
+
+def _with_options(schema: Mapping[str, Any], *, is_lenient: bool) -> dict[str, Any]:
+    # Whatever a schema itself says of the library's options counts for nothing.
+    return {**schema, "x-guidance": {"whitespace_pattern": _WHITESPACE, "lenient": is_lenient}}
 
 
 def readable(message: str) -> str:

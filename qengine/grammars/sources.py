@@ -1,7 +1,7 @@
 """What a client asks an answer to look like, checked and brought into one form.
 
-Invariant: a source is text within the limits below, and equal sources mean the same grammar, so a source is its own cache
-key. Whether the text is a valid grammar is the compiler's to find out.
+Invariant: a source is text within the limits below, and equal sources mean the same grammar, so a source is its own key
+in a cache. Whether the text is a valid grammar is the compiler's to find out.
 """
 
 from __future__ import annotations

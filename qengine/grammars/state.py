@@ -19,8 +19,8 @@ class GrammarState:
     Args:
         matcher: a parser of its own, at the beginning.
         eos_ids: tokens that end the answer.
-        ending_ids: those and the request's stop tokens: not allowed before `min_tokens` tokens exist, unless the grammar
-            leaves nothing else.
+        ending_ids: the request's stop tokens: like those, not allowed before `min_tokens` tokens exist, unless the
+            grammar leaves nothing else.
     """
 
     def __init__(

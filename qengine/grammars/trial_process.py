@@ -1,8 +1,8 @@
-"""The other side of `trial`: a process that compiles grammars from strangers, so that the server's need not be the first.
+"""The other side of `trial`: a process that compiles strangers' grammars, so that the server's need not be the first.
 
 It reads a vocabulary, then one source after the other, and answers each with what the library reads or the reason why
-not. Invariant: an alarm ends it if one source takes too long, even inside the library and even if nobody waits any more;
-its memory is bounded. It knows nothing of models and requests.
+not. Invariant: an alarm ends it if one source takes too long, even inside the library and even if nobody waits any
+more; its memory is bounded. It knows nothing of models and requests.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ import resource
 import signal
 import struct
 import sys
-from typing import Any, BinaryIO
+from typing import IO, Any
 
 from qengine.errors import GrammarError
 from qengine.grammars.library import library_text, new_matcher
@@ -23,14 +23,14 @@ _MEMORY_BYTES = 4 * 2**30
 _LENGTH = struct.Struct("<I")
 
 
-def send(stream: BinaryIO, message: Any) -> None:
+def send(stream: IO[bytes], message: Any) -> None:
     """Write a message: its length, then JSON."""
     data = json.dumps(message).encode()
     stream.write(_LENGTH.pack(len(data)) + data)
     stream.flush()
 
 
-def receive(stream: BinaryIO) -> Any:
+def receive(stream: IO[bytes]) -> Any:
     """The next message, None at the end of the stream."""
     head = stream.read(_LENGTH.size)
     return json.loads(stream.read(*_LENGTH.unpack(head))) if len(head) == _LENGTH.size else None

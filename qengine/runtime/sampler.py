@@ -1,7 +1,8 @@
 """From logits to tokens, for all sampling rows of a step at once.
 
-Order, as in vLLM: logit_bias, allowed tokens, grammar, min_tokens -> repetition, presence, frequency penalties -> greedy rows
-take the argmax -> temperature -> min_p -> top_k -> top_p -> sample. Reported log-probabilities are of the raw logits.
+Order, as in vLLM: logit_bias, allowed tokens, grammar, min_tokens -> repetition, presence, frequency penalties ->
+greedy rows take the argmax -> temperature -> min_p -> top_k -> top_p -> sample. Reported log-probabilities are of the
+raw logits.
 Invariant: a row's token depends on its own logits, parameters, seed and position only, never on its neighbours: the
 random number is a hash of (seed, position) and sampling inverts the row's own distribution with it, in the order of
 token ids. So a seed gives the same token on every device, but where rounding moves a boundary.

@@ -22,6 +22,9 @@ from typing import TypeVar
 
 from qengine.engine import Engine, EngineInfo, PendingRequest
 from qengine.errors import EngineDeadError, QEngineError, RequestError
+from qengine.grammars.compiler import CompiledGrammar
+from qengine.grammars.sources import GrammarSource
+from qengine.grammars.trial import NUM_PROCESSES
 from qengine.request import RequestOutput, SamplingParams
 from qengine.serving.admission import Admission
 from qengine.tokenizer import Tokenizer
@@ -87,6 +90,8 @@ class AsyncEngine:
         self._on_death = on_death
         self.admission = Admission(engine.info.max_num_seqs + max_queue)
         self._pool = ThreadPoolExecutor(NUM_TOKENIZER_THREADS, thread_name_prefix="qengine-tokenizer")
+        # Apart from the tokenizer's threads, so that a grammar that takes its time holds up other grammars alone.
+        self._grammar_pool = ThreadPoolExecutor(NUM_PROCESSES, thread_name_prefix="qengine-grammar")
         # Guarded by _wakeup: the inbox, the stop flag, and the outbox on its way to the event loop.
         self._wakeup = threading.Condition()
         self._inbox: list[_Add | _Abort] = []
@@ -118,6 +123,12 @@ class AsyncEngine:
         """Run `work` (tokenization, templates) in the pool, so that the event loop goes on."""
         return await asyncio.get_running_loop().run_in_executor(self._pool, work)
 
+    async def compile_grammar(self, source: GrammarSource) -> CompiledGrammar:
+        """`Engine.compile_grammar`, while the event loop goes on."""
+        return await asyncio.get_running_loop().run_in_executor(
+            self._grammar_pool, lambda: self._engine.compile_grammar(source)
+        )
+
     def make_request(
         self,
         request_id: str,
@@ -126,10 +137,16 @@ class AsyncEngine:
         *,
         cache_salt: str = "",
         add_special_tokens: bool = True,
+        grammar: CompiledGrammar | None = None,
     ) -> PendingRequest:
         """`Engine.make_request`: tokenize and check. Thread-safe, may be slow: call it through `offload`."""
         return self._engine.make_request(
-            request_id, prompt, params, cache_salt=cache_salt, add_special_tokens=add_special_tokens
+            request_id,
+            prompt,
+            params,
+            cache_salt=cache_salt,
+            add_special_tokens=add_special_tokens,
+            grammar=grammar,
         )
 
     async def generate(
@@ -302,7 +319,8 @@ class AsyncEngine:
             self._should_stop = True
             self._wakeup.notify()
         self._thread.join(timeout)
-        self._pool.shutdown(wait=False, cancel_futures=True)
+        for pool in (self._pool, self._grammar_pool):
+            pool.shutdown(wait=False, cancel_futures=True)
         if self._thread.is_alive():
             self._die(_STOPPING)
         else:

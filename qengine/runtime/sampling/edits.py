@@ -1,8 +1,8 @@
 """What requests change in their logits, for all rows of a step in a handful of operations.
 
-Order, as in vLLM: logit_bias, allowed tokens, grammar, min_tokens -> repetition, presence, frequency penalties. The host
-gathers places in the flattened logits, row * vocab + id, and a number for each; the device adds, fills and copies there.
-What a grammar allows comes as one bit per token, travels packed and is unpacked on the device.
+Order, as in vLLM: logit_bias, allowed tokens, grammar, min_tokens -> repetition, presence, frequency penalties. The
+host gathers places in the flattened logits, row * vocab + id, and a number for each; the device adds, fills and copies
+there. What a grammar allows is one bit per token, travels packed and is unpacked on the device.
 Invariant: no operation per row, and nothing is read back. Token ids beyond the vocabulary are left out.
 """
 
@@ -50,8 +50,8 @@ class Edits:
         restricted: rows that have allowed tokens.
         allowed: those tokens.
         masked: rows that a grammar restricts.
-        masks: packed uint32 words of what it allows, for each of those rows. A grammar minds min_tokens itself, since it
-            knows when nothing but the end may follow.
+        masks: packed uint32 words of what it allows, for each of those rows. A grammar minds min_tokens itself, since
+            it knows when nothing but the end may follow.
         banned: end-of-sequence and stop tokens of rows that are too short to end.
         repeated: tokens of prompt and output, each with its row's repetition penalty; a token may come twice.
         penalized: tokens of the output, each with what presence and frequency penalties take away.
