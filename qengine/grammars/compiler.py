@@ -122,6 +122,12 @@ class GrammarCompiler:
             return str(error)
         return compiled
 
+    @property
+    def process_ids(self) -> list[int]:
+        """The processes that wait for grammars."""
+        with self._starting:
+            return self._trial.idle_process_ids() if "_trial" in self.__dict__ else []
+
     def close(self) -> None:
         """End the processes behind it. Idempotent."""
         with self._starting:

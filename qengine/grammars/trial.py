@@ -41,6 +41,10 @@ class _Process:
         if self.ask(vocabulary_message(vocabulary), START_SECONDS) is None:
             raise RuntimeError("the process that tries grammars does not start")
 
+    @property
+    def process_id(self) -> int:
+        return self._process.pid
+
     def ask(self, message: Any, seconds: float) -> Any:
         """The answer to a message; None if the process died or was killed after `seconds`."""
         stdin, stdout = self._process.stdin, self._process.stdout
@@ -113,6 +117,10 @@ class Trial:
         if "error" in answer:
             raise GrammarError(answer["error"])
         return str(answer["text"])
+
+    def idle_process_ids(self) -> list[int]:
+        """The processes that run and wait."""
+        return [process.process_id for process in list(self._places.queue) if process is not None]
 
     def close(self) -> None:
         """End the processes; those in use end when they have answered. Idempotent."""

@@ -334,7 +334,7 @@ def _first_problem(error: ValidationError) -> ApiError:
 
 
 _SUBJECT = re.compile(r"^[A-Z]\w+ should")
-# Names that pydantic adds to a location for the branch of a union or a key of a mapping.
+# Names that pydantic adds to a location for the branch of a union or a key of a mapping; classes begin with a capital.
 _BRANCHES = ("str", "[key]")
 
 
@@ -344,6 +344,6 @@ def _param_name(location: tuple[int | str, ...]) -> str:
     for part in location:
         if isinstance(part, int):
             name += f"[{part}]"
-        elif part not in _BRANCHES and "[" not in part:
+        elif part not in _BRANCHES and "[" not in part and not part[:1].isupper():
             name += f".{part}" if name else part
     return name
