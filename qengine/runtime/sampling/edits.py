@@ -147,17 +147,18 @@ class Edits:
 
     def _mask(self, logits: torch.Tensor) -> None:
         """Leave the masked rows what their grammars allow."""
-        words = np.frombuffer(b"".join(self.masks), np.dtype("<i4"))
-        (packed,) = to_device([words], logits.device)
+        (packed,) = to_device([np.frombuffer(b"".join(self.masks), np.uint8)], logits.device)
         (rows,) = to_device([np.array(self.masked, np.int64)], logits.device)
-        is_allowed = unpack_bits(packed.view(len(self.masked), -1))[:, : self.vocab]
+        # Eight tokens at a time: adding what a table has for a byte is several times as fast as filling by a mask.
+        barriers = barriers_of_bytes(logits.device).index_select(0, packed.int()).view(len(self.masked), -1)
         if len(rows) == len(logits):
-            logits.masked_fill_(~is_allowed, -torch.inf)
+            logits.add_(barriers[:, : self.vocab])
         else:
-            logits.index_copy_(0, rows, logits.index_select(0, rows).masked_fill_(~is_allowed, -torch.inf))
+            logits.index_add_(0, rows, barriers[:, : self.vocab])
 
 
-def unpack_bits(words: torch.Tensor) -> torch.Tensor:
-    """Bits of int32 words [rows, n] as bool [rows, 32 * n], the lowest bit of a word first."""
-    places = torch.arange(32, dtype=torch.int32, device=words.device)
-    return words.unsqueeze(-1).bitwise_right_shift(places).bitwise_and_(1).bool().flatten(1)
+def barriers_of_bytes(device: torch.device) -> torch.Tensor:
+    """float32 [256, 8]: for each byte and each of its bits, the lowest first, 0 where the bit is set, else -inf."""
+    numbers = torch.arange(256, dtype=torch.int32, device=device).unsqueeze(1)
+    bits = numbers.bitwise_right_shift(torch.arange(8, dtype=torch.int32, device=device)).bitwise_and_(1)
+    return torch.zeros(256, 8, device=device).masked_fill_(bits == 0, -torch.inf)
