@@ -1,4 +1,4 @@
-"""Structured output through the Python API on a small checkpoint: every answer has its form, whatever happens around it."""
+"""Structured output through the Python API on a small checkpoint: every answer has its form, whatever is around it."""
 
 from __future__ import annotations
 
