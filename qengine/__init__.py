@@ -13,10 +13,18 @@ from qengine.imports import import_late
 
 if TYPE_CHECKING:
     from qengine.llm import LLM
-    from qengine.request import CompletionOutput, Logprob, RequestOutput, SamplingParams
+    from qengine.request import CompletionOutput, Logprob, RequestOutput, SamplingParams, StructuredOutputs
 
 __version__ = "0.1.0"
-__all__ = ["LLM", "CompletionOutput", "Logprob", "RequestOutput", "SamplingParams", "__version__"]
+__all__ = [
+    "LLM",
+    "CompletionOutput",
+    "Logprob",
+    "RequestOutput",
+    "SamplingParams",
+    "StructuredOutputs",
+    "__version__",
+]
 
 _HOMES = {
     "LLM": "qengine.llm",
@@ -24,6 +32,7 @@ _HOMES = {
     "Logprob": "qengine.request",
     "RequestOutput": "qengine.request",
     "SamplingParams": "qengine.request",
+    "StructuredOutputs": "qengine.request",
 }
 
 

@@ -16,10 +16,14 @@ import itertools
 import time
 from collections import deque
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from qengine.config import EngineConfig
 from qengine.errors import EngineDeadError, RequestError
+from qengine.grammars.compiler import CompiledGrammar, GrammarCompiler
+from qengine.grammars.sources import GrammarSource, source_of
+from qengine.grammars.state import GrammarState
+from qengine.grammars.vocabulary import Vocabulary
 from qengine.request import (
     CompletionOutput,
     Logprob,
@@ -76,6 +80,7 @@ class Engine:
         self.observer: StepObserver | None = None
         self._executor = parts.executor
         self._eos_token_ids = parts.eos_token_ids
+        self._grammars = GrammarCompiler(self._vocabulary)
         self._seed = parts.seed
         self._unseeded = itertools.count()
         self._groups: dict[str, PendingRequest] = {}
@@ -151,6 +156,7 @@ class Engine:
         cache_salt: str = "",
         add_special_tokens: bool = True,
         arrival_time: float | None = None,
+        grammar: CompiledGrammar | None = None,
     ) -> PendingRequest:
         """Tokenize and check a prompt. Thread-safe; touches no engine state.
 
@@ -159,6 +165,7 @@ class Engine:
             cache_salt: requests with different salts never share cached blocks.
             add_special_tokens: let the tokenizer add its BOS (not for text that a chat template made).
             arrival_time: when the request came, of `time.monotonic`; None for now.
+            grammar: what the answer must look like; None compiles what `params` ask for, which may take seconds.
 
         Raises:
             RequestError: naming the field, what was found and what was expected.
@@ -171,6 +178,12 @@ class Engine:
             token_ids = list(prompt)
         self._check_prompt(token_ids)
         self._check_token_params(params)
+        if grammar is None and params.structured_outputs is not None:
+            grammar = self.compile_grammar(source_of(params.structured_outputs))
+        if grammar is not None and params.allowed_token_ids is not None:
+            raise RequestError("allowed_token_ids and structured output exclude each other", param="allowed_token_ids")
+        # From here on the grammar stands for what was asked: it need not travel with the parameters.
+        own_params = replace(params, structured_outputs=None)
         room = self.info.max_model_len - len(token_ids)
         max_tokens = room if params.max_tokens is None else min(params.max_tokens, room)
         base_seed = self._next_seed() if params.seed is None else params.seed
@@ -179,17 +192,31 @@ class Engine:
             request = Request(
                 request_id=request_id if params.n == 1 else f"{request_id}#{index}",
                 prompt_token_ids=token_ids,
-                params=params,
+                params=own_params,
                 eos_token_ids=self._eos_token_ids,
                 max_tokens=max_tokens,
                 seed=(base_seed + index) % 2**63,
                 cache_salt=cache_salt,
                 follows=choices[0].request if choices else None,
                 arrival_time=arrival_time,
+                grammar=None if grammar is None else _begin(grammar, params),
             )
             choices.append(self._make_choice(request))
         prompt_logprobs: list[PositionLogprobs | None] | None = [None] if params.prompt_logprobs is not None else None
         return PendingRequest(request_id, text, token_ids, params, choices, prompt_logprobs)
+
+    def compile_grammar(self, source: GrammarSource) -> CompiledGrammar:
+        """A grammar for `make_request`. Thread-safe; may take seconds, so neither for the event loop nor for a step.
+
+        Raises:
+            RequestError: it is no valid grammar, or too costly.
+        """
+        return self._grammars.compile(source)
+
+    def _vocabulary(self) -> Vocabulary:
+        if not self._eos_token_ids:
+            raise RequestError("this model has no end-of-sequence token, so structured output could not end")
+        return Vocabulary.of(self.tokenizer, self.info.vocab_size, self._eos_token_ids)
 
     def _make_choice(self, request: Request) -> _Choice:
         params = request.params
@@ -335,6 +362,7 @@ class Engine:
         for request_id in list(self._groups):
             self.abort(request_id)
         self._in_flight.clear()
+        self._grammars.close()
         self._executor.shutdown()
         self._death = self._death or "the engine has been shut down; start a new one"
 
@@ -443,6 +471,10 @@ class Engine:
             error=next((c.request.error for c in group.choices if c.request.error is not None), None),
             times=times_of([c.request for c in group.choices]) if finished else None,
         )
+
+
+def _begin(grammar: CompiledGrammar, params: SamplingParams) -> GrammarState:
+    return grammar.start(stop_token_ids=frozenset(params.stop_token_ids or ()), min_tokens=params.min_tokens)
 
 
 def _completion(index: int, choice: _Choice) -> CompletionOutput:

@@ -47,6 +47,10 @@ class RequestError(QEngineError, ValueError):
         self.code = code
 
 
+class GrammarError(QEngineError):
+    """A grammar cannot say which tokens may come next; the request that it belongs to fails, and no other."""
+
+
 class EngineDeadError(QEngineError):
     """The engine stopped after an internal failure and answers no more requests."""
 

@@ -10,7 +10,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any, Literal
+from typing import Any, Literal, Protocol
 
 from qengine.errors import RequestError
 
@@ -39,6 +39,62 @@ def _is_number(value: object) -> bool:
     return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
 
 
+@dataclass(frozen=True, kw_only=True)
+class StructuredOutputs:
+    """What an answer must look like: exactly one of the fields. Names and meanings are vLLM's.
+
+    Attributes:
+        json: a JSON schema, as an object or as text.
+        json_object: True for any JSON object.
+        regex: a regular expression that the whole answer matches, in the syntax of Rust's regex crate.
+        choice: the answer is one of these strings.
+        grammar: a context-free grammar, in Lark's syntax or llama.cpp's GBNF.
+
+    Raises:
+        RequestError: not exactly one field is given.
+    """
+
+    json: str | Mapping[str, Any] | None = None
+    json_object: bool | None = None
+    regex: str | None = None
+    choice: Sequence[str] | None = None
+    grammar: str | None = None
+
+    def __post_init__(self) -> None:
+        given = {"json": self.json, "regex": self.regex, "choice": self.choice, "grammar": self.grammar}
+        names = [name for name, value in given.items() if value is not None]
+        names += ["json_object"] if self.json_object else []
+        if len(names) != 1:
+            raise RequestError(
+                f"structured_outputs gives {', '.join(names) or 'nothing'}, expected exactly one of json, json_object, "
+                "regex, choice and grammar",
+                param="structured_outputs",
+            )
+
+
+class TokenGrammar(Protocol):
+    """Which tokens may come next in one sequence. Whoever owns the sequence tells it every token.
+
+    Attributes:
+        allowed: a bit per token of the vocabulary: bit i of the little-endian uint32 word w is token 32 * w + i.
+        is_complete: the token that ends the sequence was accepted.
+    """
+
+    @property
+    def allowed(self) -> bytes: ...
+
+    @property
+    def is_complete(self) -> bool: ...
+
+    def accept(self, token_id: int) -> None:
+        """Move on by one token.
+
+        Raises:
+            GrammarError: the token is not allowed, or what comes next is too costly to find out.
+        """
+        ...
+
+
 @dataclass(frozen=True)
 class SamplingParams:
     """How to continue a prompt. Names, meanings and defaults are vLLM's.
@@ -61,6 +117,7 @@ class SamplingParams:
         prompt_logprobs: the same for the prompt's tokens (skips the prefix cache).
         logit_bias: token id -> value in [-100, 100] added to its logit.
         allowed_token_ids: only these may be sampled.
+        structured_outputs: a form that the answer is made to have; it may still be cut by max_tokens.
         skip_special_tokens: leave special tokens out of the text.
         detokenize: make text at all.
 
@@ -89,6 +146,7 @@ class SamplingParams:
     allowed_token_ids: Sequence[int] | None = None
     skip_special_tokens: bool = True
     detokenize: bool = True
+    structured_outputs: StructuredOutputs | None = None
 
     def __post_init__(self) -> None:
         stop = (self.stop,) if isinstance(self.stop, str) else self._as_tuple("stop")
@@ -206,6 +264,7 @@ class Request:
 
     `cache_salt` goes into the first block's hash: requests with different salts never share blocks.
     `follows` is a sibling (another choice of the same prompt) whose prompt blocks this request waits to share.
+    `grammar` says which tokens may come next; it is this request's own and outlives preemption.
     Times are seconds of `time.monotonic`, 0 until it happens; the engine sets them. `scheduled_time` is the last time
     that it was given blocks before its first token.
     """
@@ -223,6 +282,7 @@ class Request:
     scheduled_time: float = 0.0
     first_token_time: float = 0.0
     last_token_time: float = 0.0
+    grammar: TokenGrammar | None = None
 
     output_token_ids: list[int] = field(default_factory=list)
     output_logprobs: list[TokenLogprobs] = field(default_factory=list)

@@ -84,6 +84,7 @@ class Entry(_Record, frozen=True):
         samples: a token is sampled after the last one.
         sampling: with the first step that samples.
         output_ids: what was added to the output since the last step that sampled.
+        allowed: a bit for each token that the sequence's grammar allows next; None for all.
     """
 
     slot: Count
@@ -97,6 +98,7 @@ class Entry(_Record, frozen=True):
     output_ids: Ids = ()
     num_prompt_logprobs: Count | None = None
     prompt_targets: Ids = ()
+    allowed: bytes | None = None
 
 
 class Step(_Message, frozen=True):

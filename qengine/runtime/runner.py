@@ -145,7 +145,9 @@ class ModelRunner:
         logits = self.model.logits(hidden)
         if not self.links.samples:
             return None
-        return self._sampler.begin(logits, [e.sample for e in entries if e.sample is not None])
+        specs = [e.sample for e in entries if e.sample is not None]
+        allowed = [e.allowed for e in entries if e.sample is not None]
+        return self._sampler.begin(logits, specs, allowed)
 
     def _prompt_logprobs(self, step: PreparedStep, hidden: torch.Tensor) -> dict[str, PendingPromptLogprobs]:
         """Log-probabilities of the prompt tokens that follow each computed position, for entries that ask."""

@@ -1,7 +1,8 @@
 """From logits to tokens, for all sampling rows of a step at once.
 
-Order, as in vLLM: logit_bias, allowed tokens, min_tokens -> repetition, presence, frequency penalties -> greedy rows
-take the argmax -> temperature -> min_p -> top_k -> top_p -> sample. Reported log-probabilities are of the raw logits.
+Order, as in vLLM: logit_bias, allowed tokens, grammar, min_tokens -> repetition, presence, frequency penalties ->
+greedy rows take the argmax -> temperature -> min_p -> top_k -> top_p -> sample. Reported log-probabilities are of the
+raw logits.
 Invariant: a row's token depends on its own logits, parameters, seed and position only, never on its neighbours: the
 random number is a hash of (seed, position) and sampling inverts the row's own distribution with it, in the order of
 token ids. So a seed gives the same token on every device, but where rounding moves a boundary.
@@ -65,16 +66,19 @@ class Sampler:
         self._choose = choose
         self._histories = Histories()
 
-    def begin(self, logits: torch.Tensor, specs: Sequence[SampleSpec]) -> PendingSamples:
+    def begin(
+        self, logits: torch.Tensor, specs: Sequence[SampleSpec], allowed: Sequence[bytes | None] = ()
+    ) -> PendingSamples:
         """Queue the sampling of every row.
 
         Args:
             logits: [rows, vocab] in float32, float16 or bfloat16, contiguous. Float32 may be changed in place.
             specs: one per row.
+            allowed: one per row, a bit for each token that its grammar allows, or None; empty: no row has a grammar.
         """
         vocab = logits.shape[1]
         raw = RawLogprobs.of(logits, specs)
-        edits = Edits.of(specs, self._histories.of(specs), vocab)
+        edits = Edits.of(specs, self._histories.of(specs), vocab, allowed)
         if edits:
             logits = logits.float()
             edits.apply(logits)

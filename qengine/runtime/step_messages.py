@@ -11,7 +11,7 @@ from __future__ import annotations
 import itertools
 from collections import OrderedDict
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from qengine.request import TokenLogprobs
 from qengine.runtime.channel import ProtocolError
@@ -66,6 +66,7 @@ class StepWriter:
             output_ids,
             entry.num_prompt_logprobs,
             entry.prompt_targets,
+            entry.allowed,
         )
 
     def _open(self, request_id: str) -> _Sent:
@@ -82,7 +83,9 @@ class StepWriter:
         if sent.sample is not spec:
             # Another request of the same name has a spec of its own.
             sent.sample, sent.num_outputs = spec, 0
-            sampling = Sampling(spec.params, spec.seed, tuple(spec.prompt_token_ids), tuple(spec.eos_token_ids))
+            # What grammars allow comes with each step; ranks do not know the grammar.
+            params = replace(spec.params, structured_outputs=None)
+            sampling = Sampling(params, spec.seed, tuple(spec.prompt_token_ids), tuple(spec.eos_token_ids))
         output_ids = tuple(spec.output_token_ids[sent.num_outputs :])
         sent.num_outputs += len(output_ids)
         return sampling, output_ids
@@ -134,6 +137,7 @@ class StepReader:
             self._sample(known, entry) if entry.samples else None,
             entry.num_prompt_logprobs,
             entry.prompt_targets,
+            entry.allowed,
         )
 
     def _sample(self, known: _Known, entry: Entry) -> SampleSpec:

@@ -36,7 +36,11 @@ class SampleSpec:
 
 @dataclass(frozen=True, slots=True)
 class BatchEntry:
-    """One sequence's share of a step."""
+    """One sequence's share of a step.
+
+    `allowed` has a bit for each token that may be sampled (see `TokenGrammar`); None for all. It changes from step to
+    step, while `sample` stays the same object as long as its sequence lives.
+    """
 
     request_id: str
     token_ids: tuple[int, ...]
@@ -46,6 +50,7 @@ class BatchEntry:
     # Prompt positions of this chunk whose next-token log-probabilities are wanted (prompt_logprobs).
     num_prompt_logprobs: int | None = None
     prompt_targets: tuple[int, ...] = ()
+    allowed: bytes | None = None
 
     @property
     def num_tokens(self) -> int:

@@ -16,7 +16,7 @@ from __future__ import annotations
 
 from dataclasses import replace
 
-from qengine.errors import RequestError
+from qengine.errors import GrammarError, RequestError
 from qengine.request import FinishReason, Request
 from qengine.scheduling.admission import AdmissionPolicy, GrowthForecast
 from qengine.scheduling.batch import Batch, BatchEntry, StepResult
@@ -364,6 +364,14 @@ class Scheduler:
         request.output_token_ids.append(sampled.token_id)
         if sampled.logprobs is not None:
             request.output_logprobs.append(sampled.logprobs)
+        try:
+            if request.grammar is not None:
+                request.grammar.accept(sampled.token_id)
+        except GrammarError as error:
+            # Its blocks hold what the model computed and are as good as any.
+            request.error = str(error)
+            self._end(track, "error")
+            return
         end = end_after_token(track, self.limits.max_model_len)
         if end is not None:
             self._end(track, *end)

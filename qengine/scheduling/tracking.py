@@ -112,23 +112,28 @@ class Track:
         targets: tuple[int, ...] = ()
         if self.collects_prompt_logprobs and end > len(request.prompt_logprobs):
             targets = tuple(request.prompt_token_ids[start + 1 : end + 1])
+        samples = end == request.num_tokens
         return BatchEntry(
             request_id=request.request_id,
             token_ids=request.tokens_between(start, end),
             start=start,
             block_ids=self.table,
-            sample=self.sample if end == request.num_tokens else None,
+            sample=self.sample if samples else None,
             num_prompt_logprobs=request.params.prompt_logprobs if targets else None,
             prompt_targets=targets,
+            allowed=request.grammar.allowed if samples and request.grammar is not None else None,
         )
 
 
 def end_after_token(track: Track, max_model_len: int) -> tuple[FinishReason, int | None] | None:
     """Why a request ends with its newest output token: (finish reason, stop reason), or None to go on.
 
-    An end-of-sequence token has no stop reason, a stop token id is its own. Both count from `min_tokens` tokens on.
+    An end-of-sequence token has no stop reason, a stop token id is its own. Both count from `min_tokens` tokens on. A
+    grammar that is complete ends the request whatever else is asked: nothing may follow.
     """
     request, params = track.request, track.request.params
+    if request.grammar is not None and request.grammar.is_complete:
+        return "stop", None
     token_id, num_output = request.output_token_ids[-1], len(request.output_token_ids)
     if num_output >= params.min_tokens:
         if token_id in request.eos_token_ids and not params.ignore_eos:

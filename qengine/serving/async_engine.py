@@ -24,6 +24,9 @@ from typing import TypeVar
 
 from qengine.engine import Engine, EngineInfo, PendingRequest
 from qengine.errors import EngineDeadError, QEngineError, RequestError
+from qengine.grammars.compiler import CompiledGrammar
+from qengine.grammars.sources import GrammarSource
+from qengine.grammars.trial import NUM_PROCESSES
 from qengine.request import RequestOutput, SamplingParams
 from qengine.serving.admission import Admission, QueueTimeoutError, RequestTimeoutError
 from qengine.serving.limits import LIMITS
@@ -137,6 +140,8 @@ class AsyncEngine:
         self._step_began: float | None = None
         self.admission = Admission(engine.info.max_num_seqs + max_queue)
         self._pool = ThreadPoolExecutor(NUM_TOKENIZER_THREADS, thread_name_prefix="qengine-tokenizer")
+        # Apart from the tokenizer's threads, so that a grammar that takes its time holds up other grammars alone.
+        self._grammar_pool = ThreadPoolExecutor(NUM_PROCESSES, thread_name_prefix="qengine-grammar")
         # Guarded by _wakeup: the inbox, the stop flag, and the outbox on its way to the event loop.
         self._wakeup = threading.Condition()
         self._inbox: list[_Command] = []
@@ -176,6 +181,12 @@ class AsyncEngine:
         """Run `work` (tokenization, templates) in the pool, so that the event loop goes on."""
         return await asyncio.get_running_loop().run_in_executor(self._pool, work)
 
+    async def compile_grammar(self, source: GrammarSource) -> CompiledGrammar:
+        """`Engine.compile_grammar`, while the event loop goes on."""
+        return await asyncio.get_running_loop().run_in_executor(
+            self._grammar_pool, lambda: self._engine.compile_grammar(source)
+        )
+
     def make_request(
         self,
         request_id: str,
@@ -185,6 +196,7 @@ class AsyncEngine:
         cache_salt: str = "",
         add_special_tokens: bool = True,
         arrival_time: float | None = None,
+        grammar: CompiledGrammar | None = None,
     ) -> PendingRequest:
         """`Engine.make_request`: tokenize and check. Thread-safe, may be slow: call it through `offload`."""
         return self._engine.make_request(
@@ -194,6 +206,7 @@ class AsyncEngine:
             cache_salt=cache_salt,
             add_special_tokens=add_special_tokens,
             arrival_time=arrival_time,
+            grammar=grammar,
         )
 
     async def generate(
@@ -414,7 +427,8 @@ class AsyncEngine:
             self._should_stop = True
             self._wakeup.notify()
         self._thread.join(timeout)
-        self._pool.shutdown(wait=False, cancel_futures=True)
+        for pool in (self._pool, self._grammar_pool):
+            pool.shutdown(wait=False, cancel_futures=True)
         if self._thread.is_alive():
             self._die(_STOPPING)
         else:

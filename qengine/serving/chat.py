@@ -16,6 +16,7 @@ from starlette.responses import Response
 from qengine.request import RequestOutput
 from qengine.serving.async_engine import AsyncEngine
 from qengine.serving.body import read_json_object
+from qengine.serving.chat_form import ChatChoice, ChatForm, template_message
 from qengine.serving.errors import json_response
 from qengine.serving.generation import (
     Delta,
@@ -65,6 +66,7 @@ class _ChatCall:
         check_prompt_chars(num_chars, engine.info.max_model_len, "messages")
         self._engine = engine
         self._request = request
+        self._form = ChatForm(request, engine.tokenizer)
         self._model = service.model_names[0]
         self._num_top = request.top_logprobs or 0
         self._job = Job(
@@ -76,18 +78,20 @@ class _ChatCall:
                 engine.info.default_sampling,
                 max_tokens=request.token_limit,
                 logprobs=self._num_top if request.logprobs else None,
+                **self._form.sampling,
             ),
             token_limit=request.token_limit,
             add_special_tokens=bool(request.add_special_tokens),
             cache_salt=salt,
             traceparent=traceparent,
             id=new_id("chatcmpl"),
+            form=lambda prompts: self._form.at(prompts[0]),
         )
 
     def _render(self) -> list[Prompt]:
         """The prompt's text. Runs in a thread."""
         tokenizer = self._engine.tokenizer
-        messages = [message.model_dump(exclude_none=True) for message in self._request.messages]
+        messages = [template_message(message, index) for index, message in enumerate(self._request.messages)]
         if "developer" not in (tokenizer.chat_template or ""):
             for message in messages:
                 if message["role"] == "developer":  # OpenAI's newer name; this model was trained on the older one.
@@ -98,6 +102,7 @@ class _ChatCall:
             messages,
             add_generation_prompt=not continues if adds_prompt is None else adds_prompt,
             continue_final_message=continues,
+            tools=self._form.template_tools,
             max_chars=self._engine.info.max_model_len * LIMITS.prompt_chars_per_token,
             template_options=self._request.chat_template_kwargs,
         )
@@ -106,41 +111,49 @@ class _ChatCall:
     async def whole(self) -> dict[str, Any]:
         """The answer in one piece."""
         outputs = await final_outputs(self._engine, self._job)
-        choices = [self._choice(choice.index, Progress().advance(choice)) for choice in outputs[0].outputs]
+        choices = [self._whole_choice(choice.index, Progress().advance(choice)) for choice in outputs[0].outputs]
         return {**self._head("chat.completion"), "choices": choices, "usage": usage(outputs)}
 
-    def _choice(self, index: int, answer: Delta) -> dict[str, Any]:
+    def _whole_choice(self, index: int, delta: Delta) -> dict[str, Any]:
+        choice = self._form.new_choice()
         return {
             "index": index,
-            "message": {"role": "assistant", "content": answer.text, "refusal": None},
-            "logprobs": self._logprobs(answer),
-            "finish_reason": answer.finish_reason,
-            "stop_reason": answer.stop_reason,
+            "message": choice.message(delta),
+            "logprobs": self._logprobs(delta),
+            "finish_reason": choice.finish_reason(delta.finish_reason),
+            "stop_reason": delta.stop_reason,
         }
 
     async def chunks(self) -> AsyncGenerator[Chunks, None]:
         """The answer as it comes: roles, pieces of text, ends, and the token counts if wanted."""
         progress = [Progress() for _ in range(self._job.params.n)]
+        parts: list[ChatChoice] = []
         last: RequestOutput | None = None
         async with aclosing(answer(self._engine, self._job)) as outputs:
             async for _, output in outputs:
                 role = {"role": "assistant", "content": ""}
                 chunks = [] if last else [self._chunk(index, role) for index in range(len(progress))]
+                # Only now is the prompt known, and with it what answers look like.
+                parts = parts or [self._form.new_choice() for _ in progress]
                 for choice in output.outputs:
-                    chunks += self._choice_chunks(choice.index, progress[choice.index].advance(choice))
+                    delta = progress[choice.index].advance(choice)
+                    chunks += self._choice_chunks(choice.index, parts[choice.index], delta)
                 last = output
                 if chunks:
                     yield chunks
         if last is not None and self._request.include_usage:
             yield [{**self._head("chat.completion.chunk"), "choices": [], "usage": usage([last])}]
 
-    def _choice_chunks(self, index: int, delta: Delta) -> list[dict[str, Any]]:
+    def _choice_chunks(self, index: int, choice: ChatChoice, delta: Delta) -> list[dict[str, Any]]:
         """New text, then the end: together in one chunk they confuse clients."""
-        chunks = []
-        if delta.is_shown:
-            chunks.append(self._chunk(index, {"content": delta.text}, logprobs=self._logprobs(delta)))
+        parts = choice.deltas(delta)
+        if not parts and delta.logprobs is not None and delta.token_ids:
+            parts = [{"content": ""}]
+        chunks = [self._chunk(index, part) for part in parts]
+        if chunks:
+            chunks[0]["choices"][0]["logprobs"] = self._logprobs(delta)
         if delta.finish_reason is not None:
-            end = {"finish_reason": delta.finish_reason, "stop_reason": delta.stop_reason}
+            end = {"finish_reason": choice.finish_reason(delta.finish_reason), "stop_reason": delta.stop_reason}
             chunks.append(self._chunk(index, {}, **end))
         return chunks
 

@@ -35,6 +35,7 @@ from qengine.serving.logprobs import LegacyLogprobs
 from qengine.serving.protocol import CompletionRequest, parse_request
 from qengine.serving.service import Service, service_of
 from qengine.serving.streaming import Chunks, event_stream, while_connected
+from qengine.serving.structured import form_of
 
 router = APIRouter()
 
@@ -91,6 +92,7 @@ class _CompletionCall:
         self._engine = engine
         self._request = request
         self._model = service.model_names[0]
+        form = form_of(request)
         self._job = Job(
             prompts=lambda: request.prompts,
             num_prompts=len(request.prompts),
@@ -107,6 +109,7 @@ class _CompletionCall:
             cache_salt=salt,
             traceparent=traceparent,
             id=new_id("cmpl"),
+            form=lambda prompts: form,
         )
 
     async def whole(self) -> dict[str, Any]:

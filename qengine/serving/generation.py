@@ -17,12 +17,14 @@ from starlette.requests import Request
 
 from qengine.engine import PendingRequest
 from qengine.errors import RequestError
+from qengine.grammars.compiler import CompiledGrammar
 from qengine.request import CompletionOutput, PositionLogprobs, RequestOutput, SamplingParams
 from qengine.serving.admission import RequestTimeoutError
 from qengine.serving.async_engine import AsyncEngine
 from qengine.serving.errors import ApiError, invalid
 from qengine.serving.limits import LIMITS
 from qengine.serving.protocol import GenerationRequest, Prompt
+from qengine.serving.structured import Form
 
 _SAMPLING_FIELDS = (
     *("temperature", "top_p", "top_k", "min_p", "repetition_penalty", "presence_penalty", "frequency_penalty"),
@@ -65,6 +67,7 @@ class Job:
     Attributes:
         prompts: makes the prompts; may be slow (templates), so it runs off the event loop.
         prompt_param: the field that holds the prompts, for errors.
+        form: from the finished prompts to the form that answers must have; None for free text.
         token_limit: tokens that the client asked for explicitly; more than the context holds is an error.
         traceparent: the caller's trace, if it sent one.
     """
@@ -78,6 +81,7 @@ class Job:
     cache_salt: str
     id: str
     traceparent: str | None = None
+    form: Callable[[Sequence[Prompt]], Form | None] | None = None
     created: int = field(default_factory=lambda: int(time.time()))
     arrival_time: float = field(default_factory=time.monotonic)
 
@@ -99,10 +103,23 @@ def check_prompt_chars(num_chars: int, max_model_len: int, param: str) -> None:
         )
 
 
-def _prepare(engine: AsyncEngine, job: Job) -> list[PendingRequest]:
+async def _compile(engine: AsyncEngine, job: Job, prompts: Sequence[Prompt]) -> CompiledGrammar | None:
+    """The grammar of the form that is asked for, if any; compiled before any sequence is the engine's."""
+    form = None if job.form is None else job.form(prompts)
+    if form is None:
+        return None
+    try:
+        return await engine.compile_grammar(form.source)
+    except RequestError as error:
+        raise RequestError(str(error), param=form.param, code=error.code) from error
+
+
+def _prepare(
+    engine: AsyncEngine, job: Job, prompts: Sequence[Prompt], grammar: CompiledGrammar | None
+) -> list[PendingRequest]:
     """Tokenize and check every prompt. Runs in a thread."""
     pending: list[PendingRequest] = []
-    for index, prompt in enumerate(job.prompts()):
+    for index, prompt in enumerate(prompts):
         if isinstance(prompt, str):
             check_prompt_chars(len(prompt), engine.info.max_model_len, job.prompt_param)
         try:
@@ -113,6 +130,7 @@ def _prepare(engine: AsyncEngine, job: Job) -> list[PendingRequest]:
                 cache_salt=job.cache_salt,
                 add_special_tokens=job.add_special_tokens,
                 arrival_time=job.arrival_time,
+                grammar=grammar,
             )
         except RequestError as error:
             param = job.prompt_param if error.param == "prompt" else error.param
@@ -139,7 +157,9 @@ async def answer(engine: AsyncEngine, job: Job) -> AsyncGenerator[tuple[int, Req
         RequestError, ApiError, QueueFullError, NotAcceptingError: refused. EngineDeadError: the engine stopped.
     """
     with engine.admission.reserve(job.num_prompts * job.params.n):
-        pending = await engine.offload(lambda: _prepare(engine, job))
+        prompts = await engine.offload(job.prompts)
+        grammar = await _compile(engine, job, prompts)
+        pending = await engine.offload(lambda: _prepare(engine, job, prompts, grammar))
         indices = {request.request_id: index for index, request in enumerate(pending)}
         latest: dict[str, RequestOutput] = {}
         try:

@@ -8,6 +8,9 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from qengine.grammars.compiler import COMPILE_SECONDS
+from qengine.grammars.sources import MAX_CHOICES, MAX_GRAMMAR_BYTES, MAX_REGEX_BYTES, MAX_SCHEMA_BYTES, MAX_SCHEMA_DEPTH
+
 
 @dataclass(frozen=True, slots=True)
 class Limits:
@@ -26,6 +29,14 @@ class Limits:
     prompt_chars_per_token: int = 16
     num_prompts: int = 256
     num_messages: int = 2048
+    num_tools: int = 128
+    tool_name_chars: int = 64
+    schema_bytes: int = MAX_SCHEMA_BYTES
+    schema_depth: int = MAX_SCHEMA_DEPTH
+    regex_bytes: int = MAX_REGEX_BYTES
+    grammar_bytes: int = MAX_GRAMMAR_BYTES
+    grammar_choices: int = MAX_CHOICES
+    grammar_seconds: float = COMPILE_SECONDS
     num_choices: int = 8
     num_stop_strings: int = 8
     stop_chars: int = 256

@@ -60,6 +60,34 @@ class StreamOptions(_Strict):
     include_usage: bool | None = None
 
 
+class JsonSchemaFormat(_Strict):
+    """A named schema. It is enforced whatever `strict` says."""
+
+    name: str | None = None
+    description: str | None = None
+    schema_: dict[str, Any] = Field(alias="schema")
+    strict: bool | None = None
+
+
+class ResponseFormat(_Strict):
+    """OpenAI's way to ask for JSON."""
+
+    type: Literal["text", "json_object", "json_schema"]
+    json_schema: JsonSchemaFormat | None = None
+
+
+class StructuredOutputsField(_Strict):
+    """vLLM's way to ask for a form. Its further options are refused: they would change the answer."""
+
+    model_config = ConfigDict(strict=True, extra="forbid")
+
+    json_: str | dict[str, Any] | None = Field(None, alias="json")
+    json_object: bool | None = None
+    regex: str | None = None
+    choice: list[str] | None = None
+    grammar: str | None = None
+
+
 class GenerationRequest(_Strict):
     """The fields that chat and completions share. None is "not given" everywhere."""
 
@@ -88,6 +116,12 @@ class GenerationRequest(_Strict):
         Annotated[str, Field(min_length=1, max_length=LIMITS.cache_salt_chars, pattern=r"\A[A-Za-z0-9+=_-]+\z")] | None
     ) = None
     add_special_tokens: bool | None = None
+    response_format: ResponseFormat | None = None
+    structured_outputs: StructuredOutputsField | None = None
+    guided_json: str | dict[str, Any] | None = None
+    guided_regex: str | None = None
+    guided_choice: list[str] | None = None
+    guided_grammar: str | None = None
 
     @property
     def include_usage(self) -> bool:
@@ -106,15 +140,60 @@ class TextPart(_Strict):
     text: str
 
 
+class FunctionCall(_Strict):
+    """What an earlier turn called; `arguments` is JSON text."""
+
+    name: str
+    arguments: str
+
+
+class ToolCall(_Strict):
+    """A call of an earlier turn."""
+
+    id: str | None = None
+    type: Literal["function"] = "function"
+    function: FunctionCall
+
+
+class FunctionDefinition(_Strict):
+    """A function that the model may call; `parameters` is the JSON schema of its arguments."""
+
+    name: Annotated[str, Field(pattern=rf"\A[A-Za-z0-9_.-]{{1,{LIMITS.tool_name_chars}}}\z")]
+    description: str | None = None
+    parameters: dict[str, Any] | None = None
+    strict: bool | None = None
+
+
+class Tool(_Strict):
+    """A tool; functions are the only ones."""
+
+    type: Literal["function"]
+    function: FunctionDefinition
+
+
+class FunctionName(_Strict):
+    """The name of a function."""
+
+    name: str
+
+
+class NamedToolChoice(_Strict):
+    """The one function that must be called."""
+
+    type: Literal["function"]
+    function: FunctionName
+
+
 class ChatMessage(_Strict):
-    """One message. Tool calls of earlier turns go to the template as they are."""
+    """One message. Calls of earlier turns reach the template with their arguments as objects."""
 
     role: Role
     content: str | list[TextPart] | None = None
     name: str | None = None
-    tool_calls: list[dict[str, Any]] | None = None
+    tool_calls: list[ToolCall] | None = None
     tool_call_id: str | None = None
     reasoning_content: str | None = None
+    reasoning: str | None = None
 
     def check_content(self, where: str) -> None:
         """Only an assistant that called tools may have said nothing."""
@@ -138,6 +217,10 @@ class ChatCompletionRequest(GenerationRequest):
     add_generation_prompt: bool | None = None
     continue_final_message: bool | None = None
     chat_template_kwargs: dict[str, Any] | None = None
+    tools: Annotated[list[Tool], Field(max_length=LIMITS.num_tools)] | None = None
+    tool_choice: Literal["none", "auto", "required"] | NamedToolChoice | None = None
+    parallel_tool_calls: bool | None = None
+    include_reasoning: bool | None = None
 
     @property
     def token_limit(self) -> int | None:
@@ -173,6 +256,7 @@ class CompletionRequest(GenerationRequest):
     echo: bool | None = None
     logprobs: Annotated[int, Field(ge=0)] | None = None
     best_of: int | None = None
+    tools: list[Any] | None = None
 
     @cached_property
     def prompts(self) -> list[Prompt]:
@@ -197,6 +281,8 @@ class CompletionRequest(GenerationRequest):
         num_choices = self.n or 1
         if self.best_of not in (None, 1, num_choices):
             raise invalid(f"best_of is {self.best_of}, expected 1 or n ({num_choices})", param="best_of")
+        if self.tools:
+            raise invalid("tools are given, but they belong to /v1/chat/completions; leave them out", param="tools")
         _ = self.prompts
 
 
@@ -248,7 +334,7 @@ def _first_problem(error: ValidationError) -> ApiError:
 
 
 _SUBJECT = re.compile(r"^[A-Z]\w+ should")
-# Names that pydantic adds to a location for the branch of a union or a key of a mapping.
+# Names that pydantic adds to a location for the branch of a union or a key of a mapping; classes begin with a capital.
 _BRANCHES = ("str", "[key]")
 
 
@@ -258,6 +344,6 @@ def _param_name(location: tuple[int | str, ...]) -> str:
     for part in location:
         if isinstance(part, int):
             name += f"[{part}]"
-        elif part not in _BRANCHES and "[" not in part:
+        elif part not in _BRANCHES and "[" not in part and not part[:1].isupper():
             name += f".{part}" if name else part
     return name

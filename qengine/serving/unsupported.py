@@ -26,16 +26,10 @@ def _one_of(*values: object) -> _Harmless:
     return lambda value: value is None or any(type(value) is type(v) and value == v for v in values)
 
 
-def _is_text_format(value: Any) -> bool:
-    return value is None or (isinstance(value, dict) and value.get("type") == "text")
-
-
 _FIELDS: dict[str, _Harmless] = {
     # OpenAI
-    "tool_choice": _one_of("none", "auto"),
     "functions": _is_empty,
     "function_call": _one_of("none", "auto"),
-    "response_format": _is_text_format,
     "modalities": _one_of(["text"]),
     "audio": _is_null,
     "web_search_options": _is_null,
@@ -48,7 +42,6 @@ _FIELDS: dict[str, _Harmless] = {
     "mm_processor_kwargs": _is_null,
     "media_io_kwargs": _is_null,
     "documents": _is_empty,
-    "structured_outputs": _is_null,
     "logits_processors": _is_empty,
     "prompt_logprobs": _is_null,
     "bad_words": _is_empty,
@@ -71,22 +64,21 @@ _FIELDS: dict[str, _Harmless] = {
     "dry_multiplier": _one_of(0, 0.0),
     "xtc_probability": _one_of(0, 0.0),
 }
-_PREFIXES = ("guided_",)
+#: vLLM's older names for structured output; which library does the work is no client's business, so it is ignored.
+_PREFIX = "guided_"
+_KNOWN_WITH_PREFIX = frozenset(
+    ("guided_json", "guided_regex", "guided_choice", "guided_grammar", "guided_decoding_backend")
+)
 
 
 def refuse_unsupported(body: Mapping[str, Any]) -> None:
     """Raise ApiError (400) if `body` asks for something that this server cannot do."""
     for name, value in body.items():
-        is_harmless = _FIELDS.get(name, _is_null if name.startswith(_PREFIXES) else None)
+        is_unknown = name.startswith(_PREFIX) and name not in _KNOWN_WITH_PREFIX
+        is_harmless = _is_null if is_unknown else _FIELDS.get(name)
         if is_harmless is not None and not is_harmless(value):
             raise invalid(
                 f"{name} is {shorten(value)}, but this server does not support it; leave it out",
                 param=name,
                 code="unsupported_parameter",
             )
-    if body.get("tools") not in (None, []) and body.get("tool_choice") != "none":
-        raise invalid(
-            "tools are given, but this server does not support tool calls; leave them out or set tool_choice to 'none'",
-            param="tools",
-            code="unsupported_parameter",
-        )

@@ -70,6 +70,11 @@ class ChatTemplate:
         """Whether the template loops over a message's content, so that it wants parts and not only a string."""
         return _loops_over_content(self._syntax_tree)
 
+    @cached_property
+    def reads_tools(self) -> bool:
+        """Whether the template can show tools to the model."""
+        return any(name.name == "tools" and name.ctx == "load" for name in self._syntax_tree.find_all(nodes.Name))
+
     def render(
         self,
         messages: Sequence[Mapping[str, Any]],

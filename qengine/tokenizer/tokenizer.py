@@ -156,6 +156,16 @@ class Tokenizer:
         other._templates = {DEFAULT_TEMPLATE: template}
         return other
 
+    def tool_template(self) -> str | None:
+        """Text of the template that shows tools to the model; None if no template of this model reads them."""
+        template = self._select_template(True)
+        return template.text if template is not None and template.reads_tools else None
+
+    def special_token_id(self, text: str) -> int | None:
+        """The id of a special token; None if `text` is not the whole of one."""
+        token_id = self._backend.token_to_id(text)
+        return token_id if token_id in self.special_token_ids else None
+
     def chat_template_variables(self, *, has_tools: bool = False) -> frozenset[str]:
         """Names that `render_chat` takes as `template_options`; empty without a template."""
         template = self._select_template(has_tools)

@@ -13,7 +13,7 @@ from typing import Any
 
 import pytest
 
-from qengine import LLM, SamplingParams
+from qengine import LLM, SamplingParams, StructuredOutputs
 from qengine.config import EngineConfig
 from qengine.engine import Engine
 from qengine.errors import ConfigError, EngineDeadError, LoadError
@@ -85,6 +85,7 @@ def test_everything_a_request_can_ask_for_passes_between_processes(llm: LLM) -> 
         greedy(logit_bias={77: 100.0}, max_tokens=3),
         greedy(allowed_token_ids=[50, 60], max_tokens=5, stop_token_ids=[60], min_tokens=2),
         greedy(stop=["\n"], max_tokens=30),
+        greedy(structured_outputs=StructuredOutputs(regex="[0-9]{12}"), max_tokens=30),
     ]
     texts = ["The class statement"] * len(asked)
     expected = run(llm, texts, asked)

@@ -254,6 +254,41 @@ def test_edits_of_all_rows_at_once_are_those_of_each_alone() -> None:
     assert not torch.equal(together[6:], logits[6:])
 
 
+def packed(token_ids: Sequence[int], vocab: int = VOCAB) -> bytes:
+    """The words of a grammar that allows these tokens."""
+    words = [0] * -(-vocab // 32)
+    for token_id in token_ids:
+        words[token_id // 32] |= 1 << token_id % 32
+    return b"".join(word.to_bytes(4, "little") for word in words)
+
+
+@pytest.mark.parametrize("rows", [[1], [0, 2], list(range(len(ASKED)))], ids=str)
+def test_a_grammars_mask_is_a_list_of_allowed_tokens(sampler: Sampler, rows: list[int]) -> None:
+    """Held against allowed_token_ids, which takes another way; raw log-probabilities and neighbours are unaffected."""
+    asked = [{name: value for name, value in p.items() if name != "allowed_token_ids"} for p in ASKED]
+    choices = [[3, 9, 31, 32, 40], [0, VOCAB - 2], [7], [1, 30, 33], list(range(VOCAB))] * 2
+    masks = {row: packed(choices[row % len(choices)]) for row in rows}
+    specs = [spec(seed=row, output=(4, 4, 6), **{**p, "min_tokens": 0}) for row, p in enumerate(asked)]
+    listed = [
+        spec(
+            seed=row,
+            output=(4, 4, 6),
+            **{**p, "min_tokens": 0, **({"allowed_token_ids": choices[row % len(choices)]} if row in masks else {})},
+        )
+        for row, p in enumerate(asked)
+    ]
+    logits = some_logits(len(asked), seed=6)
+    found = sampler.begin(logits.clone(), specs, [masks.get(row) for row in range(len(asked))]).finish()
+    assert found == sampler.begin(logits.clone(), listed).finish()
+    assert all(found[row].token_id in choices[row % len(choices)] for row in rows)  # type: ignore[union-attr]
+
+
+def test_a_grammar_decides_when_the_end_may_come(sampler: Sampler) -> None:
+    """min_tokens bans the end, but not where a grammar allows nothing else: then it knows better."""
+    too_short = spec(temperature=0.0, min_tokens=5)
+    assert sampler.begin(some_logits(), [too_short], [packed([VOCAB - 1])]).finish() == [SampledToken(VOCAB - 1)]
+
+
 def test_a_row_that_is_not_finite_fails_alone(sampler: Sampler) -> None:
     logits = some_logits().repeat(7, 1)
     logits[0, 7], logits[2, 7], logits[3, :] = torch.nan, torch.inf, -torch.inf

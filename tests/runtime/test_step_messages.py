@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 
-from qengine.request import Request, SamplingParams, TokenLogprobs
+from qengine.request import Request, SamplingParams, StructuredOutputs, TokenLogprobs
 from qengine.runtime.channel import ProtocolError
 from qengine.runtime.messages import Entry, Result, Sampling, Step, decode_order, decode_report, encode
 from qengine.runtime.step_messages import StepReader, StepWriter, read_result, write_result
@@ -32,7 +32,7 @@ def content(entry: BatchEntry) -> tuple[Any, ...]:
     sampling = None
     if spec is not None:
         sampling = (spec.params, spec.seed, spec.eos_token_ids, [*spec.prompt_token_ids], [*spec.output_token_ids])
-    rest = (entry.num_prompt_logprobs, entry.prompt_targets)
+    rest = (entry.num_prompt_logprobs, entry.prompt_targets, entry.allowed)
     return (entry.token_ids, entry.start, entry.block_ids, sampling, *rest)
 
 
@@ -42,6 +42,17 @@ def entry_of(request_id: str, blocks: Sequence[int], spec: SampleSpec | None = N
 
 def spec_of(outputs: list[int]) -> SampleSpec:
     return SampleSpec(SamplingParams(), 7, [1, 2, 3], outputs, frozenset({5}))
+
+
+def test_what_a_grammar_allows_comes_with_each_step_and_the_grammar_stays() -> None:
+    params = SamplingParams(structured_outputs=StructuredOutputs(regex="a+"))
+    spec = SampleSpec(params, 7, [1, 2, 3], [], frozenset({5}))
+    writer, reader = StepWriter(4), StepReader()
+    for mask in (b"\x01\x80", b"\x02\x00", None):
+        batch = Batch((replace(entry_of("a", (1,), spec), allowed=mask),))
+        step = writer.write(batch)
+        assert b"a+" not in encode(step)
+        assert reader.read(travel(step)).entries[0].allowed == mask
 
 
 @pytest.mark.parametrize("capacity", [8, 30])

@@ -1,7 +1,8 @@
 """An engine that follows the engine contract without a model: its answers are scripted and its faults are ordered.
 
-Every request is answered with the tokens of SCRIPT, over and over, one per step. A prompt that contains one of the
-words below meets its fate instead. Only the engine's thread may call what the contract reserves for it; it is checked.
+Every request is answered with the tokens of SCRIPT, over and over, one per step, or with the text that `answers` has
+for words in its prompt. A prompt that contains one of the words below meets its fate instead. Grammars are compiled,
+but nobody follows them. Only the engine's thread may call what the contract reserves for it; it is checked.
 """
 
 from __future__ import annotations
@@ -14,6 +15,9 @@ from pathlib import Path
 
 from qengine.engine import EngineInfo
 from qengine.errors import RequestError
+from qengine.grammars.compiler import CompiledGrammar, GrammarCompiler
+from qengine.grammars.sources import GrammarSource
+from qengine.grammars.vocabulary import Vocabulary
 from qengine.request import CompletionOutput, Logprob, RequestOutput, SamplingParams
 from qengine.scheduling.records import SchedulerStats
 from qengine.step_stats import EngineLoad, StepObserver
@@ -29,6 +33,7 @@ DIE_PROMPT = "die now"
 @dataclass
 class _Choice:
     detokenizer: IncrementalDetokenizer
+    script: list[int] | None = None
     token_ids: list[int] = field(default_factory=list)
     finish_reason: str | None = None
     stop_reason: str | None = None
@@ -61,6 +66,8 @@ class ScriptedEngine:
         num_permits: how many steps may still run; `hold` and `allow` make the engine as slow as a test needs.
         aborted: ids in the order they were aborted.
         num_steps: steps so far.
+        answers: words of a prompt -> the answer to it.
+        grammars: what was compiled.
     """
 
     def __init__(self, *, max_num_seqs: int = 8, max_model_len: int = 256) -> None:
@@ -88,6 +95,9 @@ class ScriptedEngine:
         self.prepared: list[ScriptedRequest] = []
         self.aborted: list[str] = []
         self.num_steps = 0
+        self.answers: dict[str, str] = {}
+        self.grammars: list[GrammarSource] = []
+        self._compiler = GrammarCompiler(self._vocabulary, seconds=60)
         self.is_shut_down = False
         self.observer: StepObserver | None = None
         self.totals = SchedulerStats()
@@ -106,6 +116,14 @@ class ScriptedEngine:
             self.num_permits += num_steps
             self._may_step.notify()
 
+    def _vocabulary(self) -> Vocabulary:
+        return Vocabulary.of(self.tokenizer, self.info.vocab_size, self.tokenizer.eos_token_ids)
+
+    def compile_grammar(self, source: GrammarSource) -> CompiledGrammar:
+        compiled = self._compiler.compile(source)
+        self.grammars.append(source)
+        return compiled
+
     def make_request(
         self,
         request_id: str,
@@ -115,17 +133,21 @@ class ScriptedEngine:
         cache_salt: str = "",
         add_special_tokens: bool = True,
         arrival_time: float | None = None,
+        grammar: CompiledGrammar | None = None,
     ) -> ScriptedRequest:
         text = prompt if isinstance(prompt, str) else None
         ids = self.tokenizer.encode(prompt, add_special_tokens=False) if isinstance(prompt, str) else list(prompt)
         if len(ids) >= self.info.max_model_len:
             raise RequestError(f"the prompt has {len(ids)} tokens", param="prompt", code="context_length_exceeded")
         room = self.info.max_model_len - len(ids)
+        answer = next((answer for words, answer in self.answers.items() if words in (text or "")), None)
+        script = None if answer is None else self.tokenizer.encode(answer, add_special_tokens=False)
         choices = [
             _Choice(
                 IncrementalDetokenizer(
                     self.tokenizer, stop=params.stop_strings, include_stop_str=params.include_stop_str_in_output
-                )
+                ),
+                script,
             )
             for _ in range(params.n)
         ]
@@ -196,6 +218,7 @@ class ScriptedEngine:
         return request is None or request in self._running()
 
     def shutdown(self) -> None:
+        self._compiler.close()
         self.is_shut_down = True
 
     def _running(self) -> list[ScriptedRequest]:
@@ -227,11 +250,15 @@ class ScriptedEngine:
         )
 
     def _advance_choice(self, request: ScriptedRequest, choice: _Choice) -> None:
-        token_id = self.script[len(choice.token_ids) % len(self.script)]
+        script = choice.script or self.script
+        token_id = script[len(choice.token_ids) % len(script)]
         choice.token_ids.append(token_id)
         choice.detokenizer.feed([token_id])
         if choice.detokenizer.stop_reason is not None:
             choice.finish_reason, choice.stop_reason = "stop", choice.detokenizer.stop_reason
+        elif choice.script is not None and len(choice.token_ids) == len(choice.script):
+            choice.finish_reason = "stop"
+            choice.detokenizer.finish()
         elif len(choice.token_ids) >= request.max_tokens:
             choice.finish_reason = "length"
             choice.detokenizer.finish()

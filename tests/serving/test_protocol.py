@@ -114,17 +114,9 @@ def test_best_of_that_asks_for_nothing(best_of: int | None) -> None:
 
 
 UNSUPPORTED = [
-    {"tools": [{"type": "function"}]},
-    {"tools": [{"type": "function"}], "tool_choice": "auto"},
-    {"tool_choice": "required"},
-    {"tool_choice": {"type": "function", "function": {"name": "f"}}},
     {"functions": [{"name": "f"}]},
-    {"response_format": {"type": "json_object"}},
-    {"response_format": {"type": "json_schema", "json_schema": {}}},
-    {"response_format": "text"},
-    {"guided_json": {}},
     {"guided_whatever_comes": "x"},
-    {"structured_outputs": {"choice": ["a"]}},
+    {"guided_whitespace_pattern": " "},
     {"prompt_embeds": "AAAA"},
     {"chat_template": "{% for i in range(9999) %}{% for j in range(9999) %}{% endfor %}{% endfor %}"},
     {"mm_processor_kwargs": {}},
@@ -160,7 +152,64 @@ def test_fields_that_ask_for_nothing_are_accepted() -> None:
     }
     assert chat(**neutral).n is None
     assert text(**neutral).n is None
-    assert chat(tools=[{"type": "function"}], tool_choice="none").messages[0].content == "hi"
+    assert chat(guided_decoding_backend="any").messages[0].content == "hi"
+
+
+CALL = {"id": "1", "type": "function", "function": {"name": "f", "arguments": "{}"}}
+TOOL = {"type": "function", "function": {"name": "f"}}
+
+
+@pytest.mark.parametrize(
+    ("bad", "param"),
+    [
+        ({"response_format": "text"}, "response_format"),
+        ({"response_format": {"type": "xml"}}, "response_format.type"),
+        (
+            {"response_format": {"type": "json_schema", "json_schema": {"name": "x"}}},
+            "response_format.json_schema.schema",
+        ),
+        (
+            {"response_format": {"type": "json_schema", "json_schema": {"schema": 5}}},
+            "response_format.json_schema.schema",
+        ),
+        ({"structured_outputs": {"choice": "a"}}, "structured_outputs.choice"),
+        ({"structured_outputs": {"choice": ["a"], "whitespace_pattern": " "}}, "structured_outputs.whitespace_pattern"),
+        ({"structured_outputs": {"structural_tag": "{}"}}, "structured_outputs.structural_tag"),
+        ({"guided_json": 5}, "guided_json"),
+        ({"guided_regex": ["a"]}, "guided_regex"),
+    ],
+)
+def test_bad_forms(bad: dict[str, Any], param: str) -> None:
+    for kind in (chat, text):
+        assert refusal(kind, **bad).param == param
+
+
+@pytest.mark.parametrize(
+    ("bad", "param"),
+    [
+        ({"tools": [TOOL] * 129}, "tools"),
+        ({"tools": [{"type": "web_search"}]}, "tools[0].type"),
+        ({"tools": [{"type": "function"}]}, "tools[0].function"),
+        ({"tools": [{"type": "function", "function": {"name": ""}}]}, "tools[0].function.name"),
+        ({"tools": [{"type": "function", "function": {"name": "x" * 65}}]}, "tools[0].function.name"),
+        ({"tools": [{"type": "function", "function": {"name": 'a"b'}}]}, "tools[0].function.name"),
+        (
+            {"tools": [{"type": "function", "function": {"name": "f", "parameters": []}}]},
+            "tools[0].function.parameters",
+        ),
+        ({"tools": [{"type": "function", "function": {"name": "f", "strict": 1}}]}, "tools[0].function.strict"),
+        ({"tool_choice": "any"}, "tool_choice"),
+        ({"tool_choice": {"type": "function"}}, "tool_choice.function"),
+        ({"parallel_tool_calls": "yes"}, "parallel_tool_calls"),
+        ({"messages": [{"role": "assistant", "tool_calls": [{"id": "1"}]}]}, "messages[0].tool_calls[0].function"),
+    ],
+)
+def test_bad_tools(bad: dict[str, Any], param: str) -> None:
+    assert refusal(chat, **bad).param == param
+
+
+def test_completions_know_no_tools() -> None:
+    assert refusal(text, tools=[TOOL]).param == "tools"
 
 
 def test_good_values_arrive() -> None:
@@ -168,9 +217,7 @@ def test_good_values_arrive() -> None:
     assert request.stop == ["x"]
     assert request.logit_bias == {5: -100.0}
     assert request.token_limit == 7
-    assert (
-        chat(messages=[{"role": "assistant", "tool_calls": [{"id": "1"}], "content": None}]).messages[0].content is None
-    )
+    assert chat(messages=[{"role": "assistant", "tool_calls": [CALL], "content": None}]).messages[0].content is None
 
 
 def test_prompts_in_every_form() -> None:

@@ -1,7 +1,8 @@
 """What requests change in their logits, for all rows of a step in a handful of operations.
 
-Order, as in vLLM: logit_bias, allowed tokens, min_tokens -> repetition, presence, frequency penalties. The host gathers
-places in the flattened logits, row * vocab + id, and a number for each; the device adds, fills and copies there.
+Order, as in vLLM: logit_bias, allowed tokens, grammar, min_tokens -> repetition, presence, frequency penalties. The
+host gathers places in the flattened logits, row * vocab + id, and a number for each; the device adds, fills and copies
+there. What a grammar allows is one bit per token, travels packed and is unpacked on the device.
 Invariant: no operation per row, and nothing is read back. Token ids beyond the vocabulary are left out.
 """
 
@@ -48,6 +49,9 @@ class Edits:
         biased: what logit_bias adds to.
         restricted: rows that have allowed tokens.
         allowed: those tokens.
+        masked: rows that a grammar restricts.
+        masks: packed uint32 words of what it allows, for each of those rows. A grammar minds min_tokens itself, since
+            it knows when nothing but the end may follow.
         banned: end-of-sequence and stop tokens of rows that are too short to end.
         repeated: tokens of prompt and output, each with its row's repetition penalty; a token may come twice.
         penalized: tokens of the output, each with what presence and frequency penalties take away.
@@ -57,29 +61,38 @@ class Edits:
     biased: _Places = field(default_factory=_Places)
     restricted: list[int] = field(default_factory=list)
     allowed: _Places = field(default_factory=_Places)
+    masked: list[int] = field(default_factory=list)
+    masks: list[bytes] = field(default_factory=list)
     banned: _Places = field(default_factory=_Places)
     repeated: _Places = field(default_factory=_Places)
     penalized: _Places = field(default_factory=_Places)
 
     @classmethod
-    def of(cls, specs: Sequence[SampleSpec], histories: Sequence[History | None], vocab: int) -> Edits:
-        """Gather the edits of all rows."""
+    def of(
+        cls,
+        specs: Sequence[SampleSpec],
+        histories: Sequence[History | None],
+        vocab: int,
+        allowed: Sequence[bytes | None] = (),
+    ) -> Edits:
+        """Gather the edits of all rows; `allowed` is as of `Sampler.begin`."""
         edits = cls(vocab)
-        for row, (spec, history) in enumerate(zip(specs, histories, strict=True)):
-            edits._restrict(row, spec)
+        masks = allowed or (None,) * len(specs)
+        for row, (spec, history, mask) in enumerate(zip(specs, histories, masks, strict=True)):
+            edits._restrict(row, spec, mask)
             if history is not None:
                 edits._penalize(row, spec, history)
         return edits
 
     def __bool__(self) -> bool:
         tables = (self.biased, self.allowed, self.banned, self.repeated, self.penalized)
-        return bool(self.restricted) or any(table.places for table in tables)
+        return bool(self.restricted or self.masked) or any(table.places for table in tables)
 
     def _in_row(self, row: int, ids: Iterable[int]) -> Numbers:
         found = np.asarray(list(ids), dtype=np.int64)
         return found[found < self.vocab] + row * self.vocab
 
-    def _restrict(self, row: int, spec: SampleSpec) -> None:
+    def _restrict(self, row: int, spec: SampleSpec, mask: bytes | None) -> None:
         params = spec.params
         if params.logit_bias:
             inside = {i: value for i, value in params.logit_bias.items() if i < self.vocab}
@@ -87,7 +100,10 @@ class Edits:
         if params.allowed_token_ids is not None:
             self.restricted.append(row)
             self.allowed.add(self._in_row(row, params.allowed_token_ids))
-        if len(spec.output_token_ids) < params.min_tokens:
+        if mask is not None:
+            self.masked.append(row)
+            self.masks.append(mask)
+        elif len(spec.output_token_ids) < params.min_tokens:
             self.banned.add(self._in_row(row, spec.eos_token_ids | frozenset(params.stop_token_ids or ())))
 
     def _penalize(self, row: int, spec: SampleSpec, history: History) -> None:
@@ -119,6 +135,8 @@ class Edits:
             kept = flat.index_select(0, allowed)
             logits.index_fill_(0, rows, -torch.inf)
             flat.index_copy_(0, allowed, kept)
+        if self.masked:
+            self._mask(logits)
         if len(banned):
             flat.index_fill_(0, banned, -torch.inf)
         if len(repeated):
@@ -126,3 +144,21 @@ class Edits:
             flat.index_copy_(0, repeated, torch.where(values > 0, values / penalties, values * penalties))
         if len(penalized):
             flat.index_add_(0, penalized, taken, alpha=-1.0)
+
+    def _mask(self, logits: torch.Tensor) -> None:
+        """Leave the masked rows what their grammars allow."""
+        (packed,) = to_device([np.frombuffer(b"".join(self.masks), np.uint8)], logits.device)
+        (rows,) = to_device([np.array(self.masked, np.int64)], logits.device)
+        # Eight tokens at a time: adding what a table has for a byte is several times as fast as filling by a mask.
+        barriers = barriers_of_bytes(logits.device).index_select(0, packed.int()).view(len(self.masked), -1)
+        if len(rows) == len(logits):
+            logits.add_(barriers[:, : self.vocab])
+        else:
+            logits.index_add_(0, rows, barriers[:, : self.vocab])
+
+
+def barriers_of_bytes(device: torch.device) -> torch.Tensor:
+    """float32 [256, 8]: for each byte and each of its bits, the lowest first, 0 where the bit is set, else -inf."""
+    numbers = torch.arange(256, dtype=torch.int32, device=device).unsqueeze(1)
+    bits = numbers.bitwise_right_shift(torch.arange(8, dtype=torch.int32, device=device)).bitwise_and_(1)
+    return torch.zeros(256, 8, device=device).masked_fill_(bits == 0, -torch.inf)
