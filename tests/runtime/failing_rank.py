@@ -1,7 +1,8 @@
 """A rank that fails as it is told: `python -m tests.runtime.failing_rank RANK HOW ...`, then what any rank is given.
 
-HOW is "raise" (in its fifth forward), "vanish" (the process ends there), "hang" (it answers no more from there on),
-"garbage" (it says nonsense), or "stop" (the process is stopped while it loads). The other ranks are sound.
+HOW is "raise" (in its fifth step), "raise together" (in its fifth step of two sequences), "vanish" (the process ends
+there), "hang" (it answers no more from there on), "garbage" (it says nonsense), or "stop" (the process is stopped while
+it loads). The other ranks are sound.
 """
 
 from __future__ import annotations
@@ -40,6 +41,7 @@ def _talk_nonsense(channel: Channel) -> None:
 
 FAULTS: Mapping[str, Callable[[Channel], None]] = {
     "raise": _raise,
+    "raise together": _raise,
     "vanish": _vanish,
     "hang": _hang,
     "garbage": _talk_nonsense,
@@ -51,7 +53,8 @@ def break_steps(how: str, channel: Channel) -> None:
     real, calls = Worker.begin, []
 
     def begin(self: Worker, batch: Any) -> Any:
-        calls.append(batch)
+        if how != "raise together" or len(batch.entries) == 2:
+            calls.append(batch)
         if len(calls) >= FIRST_BAD_STEP:
             FAULTS[how](channel)
         return real(self, batch)

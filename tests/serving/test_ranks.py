@@ -142,7 +142,7 @@ def test_ctrl_c_in_a_terminal_lets_answers_finish_and_leaves_nobody() -> None:
 def test_an_exception_in_a_ranks_forward(
     bad_rank: int, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
-    command = (sys.executable, "-m", "tests.runtime.failing_rank", str(bad_rank), "raise")
+    command = (sys.executable, "-m", "tests.runtime.failing_rank", str(bad_rank), "raise together")
     options = {"model": FIXTURE, "device": "cpu", "tensor_parallel_size": 2, "max_model_len": 256}
 
     def start(_: Any) -> Engine:
@@ -159,7 +159,8 @@ def test_an_exception_in_the_forward_of_a_single_process(
     real, calls = Decoder.forward, []
 
     def forward(self: Decoder, *inputs: Any) -> Any:
-        calls.append(inputs)
+        if len(inputs[0]) == 2:  # Both requests have begun.
+            calls.append(inputs)
         if len(calls) >= 5:
             raise RuntimeError("evil forward")
         return real(self, *inputs)
