@@ -13,17 +13,17 @@ from __future__ import annotations
 
 import hashlib
 import itertools
+import threading
 import time
 from collections import deque
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING
 
 from qengine.config import EngineConfig
 from qengine.errors import EngineDeadError, RequestError
-from qengine.grammars.compiler import CompiledGrammar, GrammarCompiler
 from qengine.grammars.sources import GrammarSource, source_of
-from qengine.grammars.state import GrammarState
-from qengine.grammars.vocabulary import Vocabulary
+from qengine.imports import import_late
 from qengine.request import (
     CompletionOutput,
     Logprob,
@@ -39,6 +39,11 @@ from qengine.scheduling.records import SchedulerStats
 from qengine.startup import EngineInfo, EngineParts, start_parts
 from qengine.step_stats import EngineLoad, StepObserver, StepStats, times_of
 from qengine.tokenizer import IncrementalDetokenizer
+
+if TYPE_CHECKING:
+    from qengine.grammars.compiler import CompiledGrammar, GrammarCompiler
+    from qengine.grammars.state import GrammarState
+    from qengine.grammars.vocabulary import Vocabulary
 
 __all__ = ["Engine", "EngineInfo", "PendingRequest"]
 
@@ -80,7 +85,8 @@ class Engine:
         self.observer: StepObserver | None = None
         self._executor = parts.executor
         self._eos_token_ids = parts.eos_token_ids
-        self._grammars = GrammarCompiler(self._vocabulary)
+        self._grammars: GrammarCompiler | None = None
+        self._grammars_lock = threading.Lock()
         self._seed = parts.seed
         self._unseeded = itertools.count()
         self._groups: dict[str, PendingRequest] = {}
@@ -211,12 +217,19 @@ class Engine:
         Raises:
             RequestError: it is no valid grammar, or too costly.
         """
-        return self._grammars.compile(source)
+        with self._grammars_lock:
+            if self._grammars is None:
+                module = import_late("qengine.grammars.compiler", needed_for="structured output")
+                self._grammars = module.GrammarCompiler(self._vocabulary)
+            compiler = self._grammars
+        return compiler.compile(source)
 
     def _vocabulary(self) -> Vocabulary:
         if not self._eos_token_ids:
             raise RequestError("this model has no end-of-sequence token, so structured output could not end")
-        return Vocabulary.of(self.tokenizer, self.info.vocab_size, self._eos_token_ids)
+        module = import_late("qengine.grammars.vocabulary", needed_for="structured output")
+        vocabulary: Vocabulary = module.Vocabulary.of(self.tokenizer, self.info.vocab_size, self._eos_token_ids)
+        return vocabulary
 
     def _make_choice(self, request: Request) -> _Choice:
         params = request.params
@@ -362,7 +375,8 @@ class Engine:
         for request_id in list(self._groups):
             self.abort(request_id)
         self._in_flight.clear()
-        self._grammars.close()
+        if self._grammars is not None:
+            self._grammars.close()
         self._executor.shutdown()
         self._death = self._death or "the engine has been shut down; start a new one"
 

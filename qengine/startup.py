@@ -17,6 +17,7 @@ import torch
 
 from qengine.config import EngineConfig
 from qengine.errors import ConfigError, EngineDeadError, LoadError
+from qengine.imports import import_late
 from qengine.logs import level_name
 from qengine.parallel.cards import identify_cards
 from qengine.parallel.peer_check import choose_route
@@ -27,7 +28,6 @@ from qengine.runtime.loader import OpenedModel, open_model
 from qengine.runtime.planner import MemoryPlan
 from qengine.runtime.platform import Platform, choose_device, choose_dtype
 from qengine.runtime.rank_planning import plan_ranks, replan_ranks
-from qengine.runtime.spawn_executor import RANK_COMMAND, SpawnExecutor
 from qengine.runtime.start_times import WEIGHTS, StartTimes
 from qengine.runtime.worker import Worker
 from qengine.scheduling.block_pool import BlockPool
@@ -77,13 +77,13 @@ def start_parts(
     *,
     show_progress: bool = False,
     import_seconds: float = 0.0,
-    rank_command: Sequence[str] = RANK_COMMAND,
+    rank_command: Sequence[str] | None = None,
     route: Route | None = None,
 ) -> EngineParts:
     """Load a model and everything that runs it, on the device or devices that the configuration names.
 
     Args:
-        rank_command: what a rank's process is started as, where there are several.
+        rank_command: what a rank's process is started as, where there are several; None for what it is.
         route: how tensors go between them; None checks the cards.
         import_seconds: what the process took before, for the table of the start.
 
@@ -138,7 +138,7 @@ def _start_ranks(
     config: EngineConfig,
     opened: OpenedModel,
     watch: StartTimes,
-    command: Sequence[str],
+    command: Sequence[str] | None,
     route: Route | None,
     *,
     show_progress: bool,
@@ -149,13 +149,14 @@ def _start_ranks(
     platform.check(opened.config, config)
     plan = plan_ranks(opened, config, machine)
     watch.lap("plan")
-    executor = SpawnExecutor(
+    module = import_late("qengine.runtime.spawn_executor", needed_for="several ranks")
+    executor = module.SpawnExecutor(
         replace(config, load=replace(config.load, model=str(opened.location.path))),
         plan=plan,
         num_threads=max(1, torch.get_num_threads() // config.parallel.world_size),
         log_level=level_name(),
         show_progress=show_progress,
-        command=command,
+        command=command or module.RANK_COMMAND,
         route=_route(config, platform.device) if route is None else route,
     )
     try:
