@@ -22,7 +22,7 @@ from qengine.runtime.spawn_executor import SpawnExecutor
 from qengine.startup import start_parts
 from tests.engine.fixtures import path
 from tests.engine.test_llm import greedy, mixed_prompts, run, tokens
-from tests.serving.rank_server import children, spoil, wait_until
+from tests.serving.rank_server import own_ranks, spoil, wait_until
 
 FIXTURE = path("llama-gptq-actorder-g32")
 #: Keys and values of one block of 16 tokens in float32: 3 layers of 2 heads of 64.
@@ -34,15 +34,9 @@ STEP_TIMEOUT = 2.0
 
 @pytest.fixture(autouse=True)
 def _no_process_is_left() -> Iterator[None]:
-    before = ranks()
+    before = own_ranks()
     yield
-    assert ranks() == before
-
-
-def ranks() -> list[int]:
-    """This process's children, but for those that try out grammars."""
-    commands = {pid: Path(f"/proc/{pid}/cmdline") for pid in children(os.getpid())}
-    return [pid for pid, command in commands.items() if b"qengine.grammars" not in command.read_bytes()]
+    assert own_ranks() == before
 
 
 def prompts() -> list[list[int]]:
@@ -230,7 +224,7 @@ def test_a_rank_that_dies_while_nothing_runs_is_noticed_at_once() -> None:
     try:
         engine.on_failure(told.append)
         engine._executor.check(30.0)
-        [_, victim] = children(os.getpid())[-2:]
+        [_, victim] = own_ranks()[-2:]
         os.kill(victim, 9)
         wait_until(lambda: bool(told), 5.0)
         assert "was killed by SIGKILL" in told[0]

@@ -53,6 +53,12 @@ def children(pid: int) -> list[int]:
     return sorted(found)
 
 
+def own_ranks() -> list[int]:
+    """This process's children, but for those that try out grammars, which live as long as their engines."""
+    commands = {pid: Path(f"/proc/{pid}/cmdline") for pid in children(os.getpid())}
+    return [pid for pid, command in commands.items() if b"qengine.grammars" not in command.read_bytes()]
+
+
 def is_alive(pid: int) -> bool:
     """Whether a process runs; one that waits to be reaped does not."""
     try:

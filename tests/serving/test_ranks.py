@@ -31,9 +31,9 @@ from tests.serving.rank_server import (
     LOOPBACK,
     ROOT,
     RankServer,
-    children,
     is_alive,
     listening_addresses,
+    own_ranks,
     rank_server,
     spoil,
     wait_until,
@@ -150,7 +150,7 @@ def test_an_exception_in_a_ranks_forward(
 
     assert run_with(_story_of_a_death, start, monkeypatch, served_model_names=("scripted",)) == EXIT_ENGINE_DEAD
     assert f"rank {bad_rank}: RuntimeError: evil forward" in caplog.text
-    assert children(os.getpid()) == []
+    assert own_ranks() == []
 
 
 def test_an_exception_in_the_forward_of_a_single_process(
