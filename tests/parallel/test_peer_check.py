@@ -141,7 +141,7 @@ def scripted(*faults: str | None) -> ScriptedProber:
 
 
 def test_on_is_trusted_without_a_check(caplog: pytest.LogCaptureFixture) -> None:
-    caplog.set_level(logging.INFO)
+    caplog.set_level(logging.INFO, "qengine")
     assert choose_route("on", CARDS, DEVICES, prober=scripted()).route is Route.PEER
     assert [r.getMessage() for r in caplog.records] == ["cards copy to each other directly (not checked, as told)"]
 
