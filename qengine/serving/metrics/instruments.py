@@ -10,6 +10,7 @@ Invariant: whoever changes or reads an instrument holds the set's lock. Label va
 from __future__ import annotations
 
 import threading
+from abc import ABC, abstractmethod
 from bisect import bisect_left
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from itertools import accumulate
@@ -27,7 +28,7 @@ from prometheus_client.registry import Collector
 LabelValues = tuple[str, ...]
 
 
-class Instrument:
+class Instrument(ABC):
     """One metric, with a value for each combination of label values.
 
     Attributes:
@@ -42,9 +43,9 @@ class Instrument:
         self.help = help
         self.labels = tuple(labels)
 
+    @abstractmethod
     def family(self, prefix: str, common: dict[str, str]) -> Metric:
         """The metric as prometheus_client's record. `common` are labels that all values share."""
-        raise NotImplementedError
 
 
 class Counter(Instrument):
