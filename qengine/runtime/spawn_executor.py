@@ -95,7 +95,7 @@ class SpawnExecutor:
         plan: of all cards, as far as headers tell.
         num_threads: CPU threads of each rank.
         command: what a rank is started as; tests have ranks that fail.
-        route: how tensors go between cards; ranks on a CPU use gloo unless it is through host memory.
+        route: how tensors go between cards; `PEER` means gloo where ranks are on a CPU.
         connect_limit_s: seconds that ranks may take to find each other once all of them are up.
 
     Raises:

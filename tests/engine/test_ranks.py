@@ -57,12 +57,18 @@ def alone() -> list[list[int]]:
         return [tokens(run(llm, [prompt], [one]))[0] for prompt, one in zip(prompts(), params(), strict=True)]
 
 
-@pytest.mark.parametrize(("tp", "pp", "num_prompts"), [(2, 1, 32), (1, 2, 32), (2, 2, 10), (3, 1, 8)])
-def test_any_split_gives_the_tokens_of_one_rank(tp: int, pp: int, num_prompts: int, alone: list[list[int]]) -> None:
-    """Batched, in chunks, with prefix hits and preemption, through a cache that holds little more than one request."""
+@pytest.mark.parametrize(
+    ("tp", "pp", "p2p", "num_prompts"),
+    [(2, 1, "on", 32), (1, 2, "on", 32), (2, 2, "on", 10), (3, 1, "on", 8), (2, 2, "auto", 10), (3, 1, "auto", 8)],
+)
+def test_any_split_gives_the_tokens_of_one_rank(
+    tp: int, pp: int, p2p: str, num_prompts: int, alone: list[list[int]]
+) -> None:
+    """Batched, in chunks, with prefix hits and preemption, through a cache that holds little more than one request; by
+    gloo ("on") and through host memory."""
     asked, wanted, expected = prompts()[:num_prompts], params()[:num_prompts], alone[:num_prompts]
     sizes = {"tensor_parallel_size": tp, "pipeline_parallel_size": pp, "kv_cache_memory_bytes": f"{9 * BLOCK_BYTES}B"}
-    with LLM(FIXTURE, **OPTIONS, **sizes, max_num_batched_tokens=32) as llm:
+    with LLM(FIXTURE, **OPTIONS, **sizes, p2p=p2p, max_num_batched_tokens=32) as llm:
         engine = llm.engine
         assert engine.info.num_blocks == 9
         assert tokens(run(llm, asked, wanted)) == expected
