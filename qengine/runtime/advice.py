@@ -140,7 +140,7 @@ def _shorter_steps(case: _Case) -> Iterator[_Case]:
 
 
 def _no_graphs(case: _Case) -> Iterator[_Case]:
-    if case.machine.has_graphs and case.machine.is_gpu:
+    if case.machine.records_steps:
         yield case.then("--enforce-eager", machine=replace(case.machine, has_graphs=False))
 
 

@@ -57,7 +57,7 @@ class Machine:
     Attributes:
         kernels: "gpu", or "cpu" with the computer's memory as the only card.
         dtype: compute dtype.
-        has_graphs: decode steps are recorded.
+        has_graphs: decode steps are recorded, if the model is on one card.
         is_interpreted: a GPU's kernels run in Triton's interpreter, in the computer's memory.
     """
 
@@ -71,6 +71,11 @@ class Machine:
     def is_gpu(self) -> bool:
         """Whether the memory is a card's own."""
         return self.kernels == "gpu" and not self.is_interpreted
+
+    @property
+    def records_steps(self) -> bool:
+        """Whether there are graphs that take memory. Steps that wait for other ranks are not recorded."""
+        return self.has_graphs and self.is_gpu and len(self.cards) == 1
 
 
 @dataclass(frozen=True, slots=True)
@@ -379,7 +384,7 @@ class _Planner:
         graphs = reserve = 0
         if machine.is_gpu:
             reserve = card.total_bytes - allowed_bytes(card, self.config, rank) + CONTEXT_BYTES + load.rounding[rank]
-        if machine.is_gpu and machine.has_graphs:
+        if machine.records_steps:
             graphs = graph_bytes(local, limits.max_num_seqs, length, block_size)
         number, scale = kv_number_bytes(self.config.cache.kv_cache_dtype, machine.dtype)
         return CardPlan(
