@@ -17,7 +17,7 @@ from starlette.responses import Response
 from starlette.types import ASGIApp
 
 from qengine import __version__
-from qengine.serving import chat, completions, page
+from qengine.serving import chat, completions, page, responses
 from qengine.serving.auth import OPEN_PATHS, ApiKeyGate, HeaderCountGate, LoopbackGate
 from qengine.serving.body import ClientGoneError
 from qengine.serving.errors import ApiError, install_error_handlers, json_response
@@ -86,7 +86,7 @@ def _model(service: Service, name: str) -> dict[str, Any]:
 
 
 #: Everything that can be asked for.
-ROUTERS = (router, chat.router, completions.router, page.router)
+ROUTERS = (router, chat.router, completions.router, responses.router, page.router)
 
 
 async def _client_gone(request: Request, error: Exception) -> Response:

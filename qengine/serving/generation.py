@@ -86,9 +86,9 @@ class Job:
     arrival_time: float = field(default_factory=time.monotonic)
 
 
-def new_id(prefix: str) -> str:
+def new_id(prefix: str, separator: str = "-") -> str:
     """A fresh id such as "chatcmpl-0123...": answers carry it."""
-    return f"{prefix}-{uuid.uuid4().hex}"
+    return f"{prefix}{separator}{uuid.uuid4().hex}"
 
 
 def check_prompt_chars(num_chars: int, max_model_len: int, param: str) -> None:

@@ -50,17 +50,23 @@ Bias = Annotated[float, Field(ge=-LIMITS.logit_bias_magnitude, le=LIMITS.logit_b
 LogitBias = Annotated[dict[TokenId, Bias], BeforeValidator(_bias_map)]
 
 
-class _Strict(BaseModel):
+class Strict(BaseModel):
+    """What every part of a request is: numbers are no strings, and fields that nobody knows are left out."""
+
     model_config = ConfigDict(strict=True, extra="ignore", allow_inf_nan=False)
 
 
-class StreamOptions(_Strict):
-    """`include_usage` adds a last chunk that counts tokens."""
+class StreamOptions(Strict):
+    """`include_usage` adds a last chunk that counts tokens.
+
+    `include_progress` adds chunks until the first token comes: the place in the queue, how much of the prompt is read.
+    """
 
     include_usage: bool | None = None
+    include_progress: bool | None = None
 
 
-class JsonSchemaFormat(_Strict):
+class JsonSchemaFormat(Strict):
     """A named schema. It is enforced whatever `strict` says."""
 
     name: str | None = None
@@ -69,14 +75,14 @@ class JsonSchemaFormat(_Strict):
     strict: bool | None = None
 
 
-class ResponseFormat(_Strict):
+class ResponseFormat(Strict):
     """OpenAI's way to ask for JSON."""
 
     type: Literal["text", "json_object", "json_schema"]
     json_schema: JsonSchemaFormat | None = None
 
 
-class StructuredOutputsField(_Strict):
+class StructuredOutputsField(Strict):
     """vLLM's way to ask for a form. Its further options are refused: they would change the answer."""
 
     model_config = ConfigDict(strict=True, extra="forbid")
@@ -88,7 +94,7 @@ class StructuredOutputsField(_Strict):
     grammar: str | None = None
 
 
-class GenerationRequest(_Strict):
+class GenerationRequest(Strict):
     """The fields that chat and completions share. None is "not given" everywhere."""
 
     model: Annotated[str, Field(min_length=1, max_length=LIMITS.model_name_chars)]
@@ -127,27 +133,35 @@ class GenerationRequest(_Strict):
     def include_usage(self) -> bool:
         return bool(self.stream_options and self.stream_options.include_usage)
 
+    @property
+    def include_progress(self) -> bool:
+        return bool(self.stream_options and self.stream_options.include_progress)
+
+    @classmethod
+    def check_body(cls, body: Mapping[str, Any]) -> None:
+        """Refuse what is not supported, before anything is made of `body`. Raises ApiError."""
+
     def check_together(self) -> None:
         """What fields mean to each other. Raises ApiError."""
         if self.stream_options is not None and not self.stream:
             raise invalid("stream_options is given but stream is not true", param="stream_options")
 
 
-class TextPart(_Strict):
+class TextPart(Strict):
     """A piece of a message's text; other kinds of parts are refused."""
 
     type: Literal["text"]
     text: str
 
 
-class FunctionCall(_Strict):
+class FunctionCall(Strict):
     """What an earlier turn called; `arguments` is JSON text."""
 
     name: str
     arguments: str
 
 
-class ToolCall(_Strict):
+class ToolCall(Strict):
     """A call of an earlier turn."""
 
     id: str | None = None
@@ -155,7 +169,7 @@ class ToolCall(_Strict):
     function: FunctionCall
 
 
-class FunctionDefinition(_Strict):
+class FunctionDefinition(Strict):
     """A function that the model may call; `parameters` is the JSON schema of its arguments."""
 
     name: Annotated[str, Field(pattern=rf"\A[A-Za-z0-9_.-]{{1,{LIMITS.tool_name_chars}}}\z")]
@@ -164,27 +178,27 @@ class FunctionDefinition(_Strict):
     strict: bool | None = None
 
 
-class Tool(_Strict):
+class Tool(Strict):
     """A tool; functions are the only ones."""
 
     type: Literal["function"]
     function: FunctionDefinition
 
 
-class FunctionName(_Strict):
+class FunctionName(Strict):
     """The name of a function."""
 
     name: str
 
 
-class NamedToolChoice(_Strict):
+class NamedToolChoice(Strict):
     """The one function that must be called."""
 
     type: Literal["function"]
     function: FunctionName
 
 
-class ChatMessage(_Strict):
+class ChatMessage(Strict):
     """One message. Calls of earlier turns reach the template with their arguments as objects."""
 
     role: Role
@@ -311,6 +325,7 @@ def parse_request(kind: type[_Request], body: Mapping[str, Any]) -> _Request:
         ApiError: 400, naming the first field that is wrong, what was found and what was expected.
     """
     refuse_unsupported(body)
+    kind.check_body(body)
     try:
         request = kind.model_validate(body)
     except ValidationError as error:
@@ -320,8 +335,11 @@ def parse_request(kind: type[_Request], body: Mapping[str, Any]) -> _Request:
 
 
 def _first_problem(error: ValidationError) -> ApiError:
-    # Of a union, the branch that got furthest says most.
-    detail = max(error.errors(include_url=False, include_context=False), key=lambda found: len(found["loc"]))
+    # Of a union, the branch that got furthest says most, and "too short" more than "no string".
+    detail = max(
+        error.errors(include_url=False, include_context=False),
+        key=lambda found: (len(found["loc"]), not found["type"].endswith("_type")),
+    )
     param = _param_name(detail["loc"])
     if detail["type"] == "missing":
         return invalid(f"{param} is missing", param=param)
