@@ -13,12 +13,12 @@ from typing import Any
 from fastapi import APIRouter, Request
 from starlette.responses import Response
 
-from qengine.request import RequestOutput
+from qengine.request import RequestOutput, RequestProgress
 from qengine.serving.body import read_json_object
 from qengine.serving.chat_call import ChatCall
 from qengine.serving.chat_form import ChatChoice
 from qengine.serving.errors import json_response
-from qengine.serving.generation import Delta, Progress, answer, final_outputs, new_id, usage
+from qengine.serving.generation import Delta, Progress, final_outputs, follow, new_id, progress_body, usage
 from qengine.serving.protocol import ChatCompletionRequest, parse_request
 from qengine.serving.service import service_of
 from qengine.serving.streaming import Chunks, event_stream, while_connected
@@ -67,8 +67,12 @@ class _ChatAnswers:
         progress = [Progress() for _ in range(self._call.job.params.n)]
         parts: list[ChatChoice] = []
         last: RequestOutput | None = None
-        async with aclosing(answer(self._call.engine, self._call.job)) as outputs:
-            async for _, output in outputs:
+        wants_progress = self._call.request.include_progress
+        async with aclosing(follow(self._call.engine, self._call.job, wants_progress=wants_progress)) as reports:
+            async for _, output in reports:
+                if isinstance(output, RequestProgress):
+                    yield [self._progress_chunk(output)]
+                    continue
                 role = {"role": "assistant", "content": ""}
                 chunks = [] if last else [self._chunk(index, role) for index in range(len(progress))]
                 # Only now is the prompt known, and with it what answers look like.
@@ -81,6 +85,11 @@ class _ChatAnswers:
                     yield chunks
         if last is not None and self._wants_usage:
             yield [{**self._head("chat.completion.chunk"), "choices": [], "usage": usage([last])}]
+
+    def _progress_chunk(self, progress: RequestProgress) -> dict[str, Any]:
+        """A chunk without choices, like that of the token counts, which clients know how to pass over."""
+        chunk = {**self._head("chat.completion.chunk"), "choices": [], "progress": progress_body(progress)}
+        return {**chunk, "usage": None} if self._wants_usage else chunk
 
     def _choice_chunks(self, index: int, choice: ChatChoice, delta: Delta) -> list[dict[str, Any]]:
         """New text, then the end: together in one chunk they confuse clients."""

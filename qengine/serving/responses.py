@@ -14,18 +14,21 @@ from typing import Any
 from fastapi import APIRouter, Request
 from starlette.responses import Response
 
-from qengine.request import RequestOutput
+from qengine.request import RequestOutput, RequestProgress
 from qengine.serving.body import read_json_object
 from qengine.serving.chat_call import ChatCall
 from qengine.serving.chat_form import ChatChoice
 from qengine.serving.errors import ApiError, json_response
-from qengine.serving.generation import Delta, Progress, answer, final_outputs, new_id, usage
+from qengine.serving.generation import Delta, Progress, final_outputs, follow, new_id, progress_body, usage
 from qengine.serving.protocol import parse_request
 from qengine.serving.responses_input import chat_request, in_own_words, renamed
 from qengine.serving.responses_output import Event, ResponseOutput
 from qengine.serving.responses_protocol import ResponsesRequest
 from qengine.serving.service import service_of
 from qengine.serving.streaming import Chunks, named_event_stream, while_connected
+
+#: Not one of OpenAI's, hence the prefix. Only those see it who asked.
+PROGRESS_EVENT = "qengine:progress"
 
 router = APIRouter()
 
@@ -76,20 +79,23 @@ class _ResponseAnswer:
             yield self._numbered([*events, {"type": "response.failed", "response": self._failed(problem)}])
 
     async def _events(self) -> AsyncGenerator[list[Event], None]:
-        progress = Progress()
+        gained = Progress()
         last: tuple[Delta, RequestOutput] | None = None
         choice: ChatChoice | None = None
-        async with aclosing(answer(self._call.engine, self._call.job)) as outputs:
-            async for _, latest in outputs:
-                events: list[Event] = []
+        wants_progress = self._request.include_progress
+        async with aclosing(follow(self._call.engine, self._call.job, wants_progress=wants_progress)) as reports:
+            async for _, report in reports:
+                events = [] if self._num_events else self._beginning()
+                if isinstance(report, RequestProgress):
+                    yield [*events, {"type": PROGRESS_EVENT, "progress": progress_body(report)}]
+                    continue
                 if self._output is None or choice is None:
                     # Only now is the prompt known, and with it what answers look like.
                     choice = self._call.form.new_choice()
-                    events += self._beginning()
                     self._output = ResponseOutput(choice.new_call_id)
-                delta = progress.advance(latest.outputs[0])
+                delta = gained.advance(report.outputs[0])
                 events += self._feed(self._output, choice, delta)
-                last = (delta, latest)
+                last = (delta, report)
                 if events:
                     yield events
         assert last is not None
