@@ -14,6 +14,8 @@ from fastapi import APIRouter, Request
 from starlette.responses import Response
 
 from qengine.request import RequestOutput, RequestProgress
+from qengine.serving.api_answers import ChatCompletion, ChatCompletionChunk
+from qengine.serving.api_schema import described
 from qengine.serving.body import read_json_object
 from qengine.serving.chat_call import ChatCall
 from qengine.serving.chat_form import ChatChoice
@@ -26,7 +28,10 @@ from qengine.serving.streaming import Chunks, event_stream, while_connected
 router = APIRouter()
 
 
-@router.post("/v1/chat/completions")
+@router.post(
+    "/v1/chat/completions",
+    **described(tag="Generate", body=ChatCompletionRequest, answer=ChatCompletion, event=ChatCompletionChunk),
+)
 async def create_chat_completion(http: Request) -> Response:
     """Answer a conversation."""
     service = service_of(http)

@@ -15,6 +15,8 @@ from fastapi import APIRouter, Request
 from starlette.responses import Response
 
 from qengine.request import CompletionOutput, PositionLogprobs, RequestOutput, RequestProgress
+from qengine.serving.api_answers import Completion
+from qengine.serving.api_schema import described
 from qengine.serving.async_engine import AsyncEngine
 from qengine.serving.body import read_json_object
 from qengine.serving.errors import json_response
@@ -43,7 +45,9 @@ router = APIRouter()
 DEFAULT_MAX_TOKENS = 16
 
 
-@router.post("/v1/completions")
+@router.post(
+    "/v1/completions", **described(tag="Generate", body=CompletionRequest, answer=Completion, event=Completion)
+)
 async def create_completion(http: Request) -> Response:
     """Continue prompts."""
     service = service_of(http)

@@ -12,7 +12,7 @@ from collections.abc import Mapping
 from functools import cached_property
 from typing import Annotated, Any, Literal, TypeVar
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, WithJsonSchema
 
 from qengine.request import REPETITION_PENALTIES
 from qengine.serving.errors import ApiError, invalid, shorten
@@ -42,7 +42,7 @@ def _bias_map(value: Any) -> Any:
 StopStrings = Annotated[
     list[Annotated[str, Field(min_length=1, max_length=LIMITS.stop_chars)]],
     Field(max_length=LIMITS.num_stop_strings),
-    BeforeValidator(_stop_list),
+    BeforeValidator(_stop_list, json_schema_input_type=str | list[str]),
 ]
 TokenIds = Annotated[list[TokenId], Field(max_length=LIMITS.num_token_ids)]
 Penalty = Annotated[float, Field(ge=-LIMITS.penalty, le=LIMITS.penalty)]
@@ -119,7 +119,7 @@ class GenerationRequest(Strict):
     stream: bool | None = None
     stream_options: StreamOptions | None = None
     cache_salt: (
-        Annotated[str, Field(min_length=1, max_length=LIMITS.cache_salt_chars, pattern=r"\A[A-Za-z0-9+=_-]+\z")] | None
+        Annotated[str, Field(min_length=1, max_length=LIMITS.cache_salt_chars, pattern=r"^[A-Za-z0-9+=_-]+$")] | None
     ) = None
     add_special_tokens: bool | None = None
     response_format: ResponseFormat | None = None
@@ -172,7 +172,7 @@ class ToolCall(Strict):
 class FunctionDefinition(Strict):
     """A function that the model may call; `parameters` is the JSON schema of its arguments."""
 
-    name: Annotated[str, Field(pattern=rf"\A[A-Za-z0-9_.-]{{1,{LIMITS.tool_name_chars}}}\z")]
+    name: Annotated[str, Field(pattern=rf"^[A-Za-z0-9_.-]{{1,{LIMITS.tool_name_chars}}}$")]
     description: str | None = None
     parameters: dict[str, Any] | None = None
     strict: bool | None = None
@@ -261,12 +261,21 @@ class ChatCompletionRequest(GenerationRequest):
 
 
 Prompt = str | list[int]
+_TOKENS_SCHEMA = {"type": "array", "items": {"type": "integer", "minimum": 0}, "minItems": 1}
+_TEXT_SCHEMA = {"type": "string", "minLength": 1}
+_PROMPT_SCHEMA = {
+    "anyOf": [
+        _TEXT_SCHEMA,
+        _TOKENS_SCHEMA,
+        {"type": "array", "items": {"anyOf": [_TEXT_SCHEMA, _TOKENS_SCHEMA]}, "minItems": 1},
+    ]
+}
 
 
 class CompletionRequest(GenerationRequest):
     """POST /v1/completions. `prompt` is a string, token ids, or a list of either; `prompts` is always a list."""
 
-    prompt: Any
+    prompt: Annotated[Any, WithJsonSchema(_PROMPT_SCHEMA)]
     echo: bool | None = None
     logprobs: Annotated[int, Field(ge=0)] | None = None
     best_of: int | None = None

@@ -15,6 +15,8 @@ from fastapi import APIRouter, Request
 from starlette.responses import Response
 
 from qengine.request import RequestOutput, RequestProgress
+from qengine.serving.api_answers import ResponseEvent, ResponseObject
+from qengine.serving.api_schema import described
 from qengine.serving.body import read_json_object
 from qengine.serving.chat_call import ChatCall
 from qengine.serving.chat_form import ChatChoice
@@ -33,9 +35,15 @@ PROGRESS_EVENT = "qengine:progress"
 router = APIRouter()
 
 
-@router.post("/v1/responses")
+@router.post(
+    "/v1/responses",
+    **described(tag="Generate", body=ResponsesRequest, answer=ResponseObject, event=ResponseEvent),
+)
 async def create_response(http: Request) -> Response:
-    """Answer a conversation, as a list of output items."""
+    """Answer a conversation, as a list of output items.
+
+    Nothing is kept: what came before is sent as input each time.
+    """
     engine = service_of(http).ready_engine()
     request = parse_request(ResponsesRequest, await read_json_object(http))
     with in_own_words():

@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 from typing import Annotated, Any, Literal
 
-from pydantic import Discriminator, Field, Tag
+from pydantic import ConfigDict, Discriminator, Field, Tag
 
 from qengine.serving.errors import invalid, shorten
 from qengine.serving.limits import LIMITS
@@ -257,8 +257,15 @@ _MetadataKey = Annotated[str, Field(max_length=LIMITS.metadata_key_chars)]
 _MetadataText = Annotated[str, Field(max_length=LIMITS.metadata_value_chars)]
 
 
+def _without_refused(schema: dict[str, Any]) -> None:
+    for name in _REFUSED:
+        schema["properties"].pop(name)
+
+
 class ResponsesRequest(GenerationRequest):
     """POST /v1/responses."""
+
+    model_config = ConfigDict(json_schema_extra=_without_refused)
 
     input: str | Annotated[list[InputItem], Field(min_length=1, max_length=LIMITS.num_messages)]
     instructions: str | None = None
