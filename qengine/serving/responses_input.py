@@ -78,7 +78,8 @@ def chat_request(request: ResponsesRequest, tokenizer: Tokenizer) -> ChatComplet
     """
     tools, choice = _tools(request)
     more = {name: getattr(request, name) for name in GenerationRequest.model_fields if name not in _OWN}
-    chat = ChatCompletionRequest(
+    # Not validated again: its parts have been, and some (logit_bias) are no longer as they were sent.
+    chat = ChatCompletionRequest.model_construct(
         **more,
         messages=messages_of(request),
         max_completion_tokens=request.max_output_tokens,

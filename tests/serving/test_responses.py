@@ -260,11 +260,19 @@ def test_thoughts_reach_a_template_that_shows_them(server: Running) -> None:
 
 
 def test_sampling_fields_and_extras_arrive(server: Running) -> None:
-    more = {"temperature": 0.3, "top_p": 0.5, "top_k": 7, "min_p": 0.1, "seed": 5, "stop": ["zzz"]}
+    more = {
+        "temperature": 0.3,
+        "top_p": 0.5,
+        "top_k": 7,
+        "min_p": 0.1,
+        "seed": 5,
+        "logit_bias": {"5": -100},
+        "stop": ["zzz"],
+    }
     server.post(URL, body(max_output_tokens=9, **more))
     params = server.engine.prepared[-1].params
     found = {name: getattr(params, name) for name in more}
-    assert {**found, "stop": list(params.stop_strings)} == more
+    assert {**found, "stop": list(params.stop_strings)} == {**more, "logit_bias": {5: -100.0}}
     assert params.max_tokens == 9
 
 
