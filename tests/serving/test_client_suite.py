@@ -192,7 +192,7 @@ def test_parallel_calls_whole_and_streamed(client: openai.OpenAI, server: Runnin
         "tools": [{"type": "function", "function": WEATHER}],
         "tool_choice": "required",
         "temperature": 1.0,
-        "max_tokens": 90,
+        "max_tokens": 70,
         # Encourages another call after the first.
         "logit_bias": {str(token_id): -100 for token_id in server.engine.tokenizer.eos_token_ids},
     }
@@ -213,7 +213,7 @@ def test_parallel_calls_whole_and_streamed(client: openai.OpenAI, server: Runnin
     flat = {"input": body["messages"], "tools": [FLAT], "logit_bias": body["logit_bias"], "seed": 3}
     response = client.responses.create(
         model="smol", input=body["messages"], tools=[FLAT], tool_choice="required", temperature=1.0,
-        max_output_tokens=90, extra_body={name: flat[name] for name in ("logit_bias", "seed")},
+        max_output_tokens=70, extra_body={name: flat[name] for name in ("logit_bias", "seed")},
     )  # fmt: skip
     calls = [item.arguments for item in response.output if item.type == "function_call"]
     assert calls == [call.function.arguments for call in whole if call.type == "function"]
