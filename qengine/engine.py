@@ -16,7 +16,7 @@ import itertools
 import threading
 import time
 from collections import deque
-from collections.abc import Sequence
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
@@ -30,6 +30,7 @@ from qengine.request import (
     PositionLogprobs,
     Request,
     RequestOutput,
+    RequestProgress,
     SamplingParams,
     TokenLogprobs,
 )
@@ -76,6 +77,7 @@ class Engine:
 
     Attributes:
         observer: hears of every step, end and abort; the engine's owner may set one.
+        on_scheduled: called within `step`, when it is chosen what is computed next and before it is; the same.
     """
 
     def __init__(self, parts: EngineParts) -> None:
@@ -83,6 +85,7 @@ class Engine:
         self.tokenizer = parts.tokenizer
         self.scheduler = parts.scheduler
         self.observer: StepObserver | None = None
+        self.on_scheduled: Callable[[], None] | None = None
         self._executor = parts.executor
         self._eos_token_ids = parts.eos_token_ids
         self._grammars: GrammarCompiler | None = None
@@ -144,6 +147,24 @@ class Engine:
         """Whether a request has left the queue, if only with one of its choices, or is not here at all."""
         group = self._groups.get(request_id)
         return group is None or any(choice.request.scheduled_time for choice in group.choices)
+
+    def progress(self, request_ids: Collection[str]) -> list[RequestProgress]:
+        """How far those of `request_ids` are that wait or have their prompt computed; one pass over the queue."""
+        positions: dict[str, int] = {}
+        for request in self.scheduler.waiting():
+            owner, _ = self._owners[request.request_id]
+            positions.setdefault(owner.request_id, len(positions) + 1)
+        found = []
+        for request_id in request_ids:
+            group = self._groups.get(request_id)
+            if group is None or group.choices[0].request.first_token_time:
+                continue
+            first = group.choices[0].request
+            # Its other choices may wait, for the first one's prompt or for room: the first tells how far it is.
+            position = None if first.block_ids else positions.get(request_id)
+            num_computed = min(first.num_computed_tokens, first.num_prompt_tokens)
+            found.append(RequestProgress(request_id, position, first.num_prompt_tokens, num_computed))
+        return found
 
     def check_integrity(self) -> None:
         """Assert that scheduler, pool and this engine agree; for tests."""
@@ -408,6 +429,8 @@ class Engine:
             self.scheduler.discard(batch)
             return None
         self._stamp_admitted()
+        if self.on_scheduled is not None:
+            self.on_scheduled()
         return batch
 
     def _stamp_admitted(self) -> None:

@@ -365,3 +365,18 @@ class RequestOutput:
     finished: bool = False
     error: str | None = None
     times: RequestTimes | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class RequestProgress:
+    """How far a request is that has no token yet.
+
+    Attributes:
+        queue_position: its place among the requests that wait, from 1; None once it is being computed.
+        num_computed_tokens: tokens of its prompt that are computed, or were found in the prefix cache.
+    """
+
+    request_id: str
+    queue_position: int | None
+    num_prompt_tokens: int
+    num_computed_tokens: int

@@ -14,6 +14,7 @@ It neither runs models nor detokenizes, and is not thread-safe: its owner calls 
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import replace
 
 from qengine.errors import GrammarError, RequestError
@@ -106,6 +107,10 @@ class Scheduler:
     @property
     def num_deferred(self) -> int:
         return self._waiting.num_deferred
+
+    def waiting(self) -> Iterator[Request]:
+        """The requests that hold no blocks, in the order in which they will be admitted; deferred ones come last."""
+        return (track.request for track in self._waiting)
 
     @property
     def num_in_flight(self) -> int:

@@ -17,7 +17,9 @@ from starlette.responses import Response
 from starlette.types import ASGIApp
 
 from qengine import __version__
-from qengine.serving import chat, completions, page
+from qengine.serving import api_docs, chat, completions, page, responses
+from qengine.serving.api_answers import Health, Model, ModelList, Version
+from qengine.serving.api_schema import described
 from qengine.serving.auth import OPEN_PATHS, ApiKeyGate, HeaderCountGate, LoopbackGate
 from qengine.serving.body import ClientGoneError
 from qengine.serving.errors import ApiError, install_error_handlers, json_response
@@ -32,7 +34,8 @@ CLIENT_GONE_STATUS = 499
 router = APIRouter()
 
 
-@router.api_route("/health", methods=["GET", "HEAD"])
+@router.get("/health", **described(tag="Server", answer=Health))
+@router.head("/health", include_in_schema=False)
 async def health(http: Request) -> Response:
     """200 if requests can be answered now, else 503; "status" says why."""
     service = service_of(http)
@@ -42,7 +45,8 @@ async def health(http: Request) -> Response:
     return json_response({"status": problem.code, **problem.body()}, problem.status, problem.headers)
 
 
-@router.api_route("/metrics", methods=["GET", "HEAD"])
+@router.get("/metrics", **described(tag="Server", media_type="text/plain"))
+@router.head("/metrics", include_in_schema=False)
 async def metrics(http: Request) -> Response:
     """Metrics for Prometheus, in any state."""
     monitoring = service_of(http).monitoring
@@ -51,13 +55,13 @@ async def metrics(http: Request) -> Response:
     return Response(content, headers={"Content-Type": content_type})
 
 
-@router.get("/version")
+@router.get("/version", **described(tag="Server", answer=Version))
 async def version() -> Response:
     """The version of qengine."""
     return json_response({"version": __version__})
 
 
-@router.get("/v1/models")
+@router.get("/v1/models", **described(tag="Model", answer=ModelList))
 async def list_models(http: Request) -> Response:
     """Every name of the model."""
     service = service_of(http)
@@ -65,7 +69,7 @@ async def list_models(http: Request) -> Response:
     return json_response({"object": "list", "data": [_model(service, name) for name in service.model_names]})
 
 
-@router.get("/v1/models/{name:path}")
+@router.get("/v1/models/{name:path}", **described(tag="Model", answer=Model))
 async def get_model(http: Request, name: str) -> Response:
     """One name of the model."""
     service = service_of(http)
@@ -86,7 +90,7 @@ def _model(service: Service, name: str) -> dict[str, Any]:
 
 
 #: Everything that can be asked for.
-ROUTERS = (router, chat.router, completions.router, page.router)
+ROUTERS = (router, chat.router, completions.router, responses.router, api_docs.router, page.router)
 
 
 async def _client_gone(request: Request, error: Exception) -> Response:
@@ -101,6 +105,7 @@ def make_app(service: Service, options: ServerOptions) -> ASGIApp:
     """
     app = FastAPI(docs_url=None, redoc_url=None, openapi_url=None, redirect_slashes=False)
     app.state.service = service
+    app.state.api = api_docs.ApiDocs(app, needs_key=bool(options.api_keys), open_paths=_open_paths(options))
     for routes in ROUTERS:
         app.include_router(routes)
     install_error_handlers(app, lambda error: _count_rejection(service, error))
@@ -114,13 +119,16 @@ def _count_rejection(service: Service, error: ApiError) -> None:
         service.monitoring.rejected(error.code or "")
 
 
+def _open_paths(options: ServerOptions) -> frozenset[str]:
+    return OPEN_PATHS | {"/metrics"} if options.metrics_no_auth else OPEN_PATHS
+
+
 def _gated(app: ASGIApp, service: Service, options: ServerOptions) -> ASGIApp:
     if options.api_keys:
-        open_paths = OPEN_PATHS | {"/metrics"} if options.metrics_no_auth else OPEN_PATHS
         return ApiKeyGate(
             app,
             options.api_keys,
-            open_paths=open_paths,
+            open_paths=_open_paths(options),
             max_concurrency=options.max_concurrency_per_key,
             monitoring=service.monitoring,
         )

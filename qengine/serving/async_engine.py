@@ -16,7 +16,7 @@ import asyncio
 import logging
 import threading
 import time
-from collections.abc import AsyncGenerator, Callable, Sequence
+from collections.abc import AsyncGenerator, Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import aclosing, suppress
 from dataclasses import dataclass, field
@@ -27,7 +27,7 @@ from qengine.errors import EngineDeadError, QEngineError, RequestError
 from qengine.grammars.compiler import CompiledGrammar
 from qengine.grammars.sources import GrammarSource
 from qengine.grammars.trial import NUM_PROCESSES
-from qengine.request import RequestOutput, SamplingParams
+from qengine.request import RequestOutput, RequestProgress, SamplingParams
 from qengine.serving.admission import Admission, QueueTimeoutError, RequestTimeoutError
 from qengine.serving.limits import LIMITS
 from qengine.serving.metrics.recorder import Recorder
@@ -39,11 +39,14 @@ logger = logging.getLogger(__name__)
 NUM_TOKENIZER_THREADS = 2
 _STOPPING = "the server is shutting down"
 _T = TypeVar("_T")
+#: What one request tells its caller. Progress comes before all outputs.
+Report = RequestOutput | RequestProgress
 
 
 @dataclass(frozen=True, slots=True)
 class _Add:
     pending: tuple[PendingRequest, ...]
+    is_watched: bool
 
 
 @dataclass(frozen=True, slots=True)
@@ -73,7 +76,7 @@ class Timeouts:
 class _Mailbox:
     """What one caller has not taken yet. Touched in the event loop only."""
 
-    latest: dict[str, RequestOutput] = field(default_factory=dict)
+    latest: dict[str, Report] = field(default_factory=dict)
     error: QEngineError | None = None
     is_expired: bool = False
     filled: asyncio.Event = field(default_factory=asyncio.Event)
@@ -87,8 +90,8 @@ class _Mailbox:
         self.is_expired = True
         self.fail(error)
 
-    async def take(self) -> list[RequestOutput]:
-        """All outputs that arrived since the last call, waiting for at least one.
+    async def take(self) -> list[Report]:
+        """The latest of each request that told something since the last call, waiting for at least one.
 
         Raises:
             RequestError: the engine refused a request. EngineDeadError: the engine stopped.
@@ -99,8 +102,8 @@ class _Mailbox:
                 raise self.error
             self.filled.clear()
             await self.filled.wait()
-        outputs, self.latest = list(self.latest.values()), {}
-        return outputs
+        reports, self.latest = list(self.latest.values()), {}
+        return reports
 
 
 class AsyncEngine:
@@ -134,6 +137,7 @@ class AsyncEngine:
         self.model_name = model_name or engine.info.model
         self._engine = engine
         engine.observer = recorder
+        engine.on_scheduled = self._tell_progress
         self._recorder = recorder
         self._on_death = on_death
         self._timeouts = timeouts
@@ -145,7 +149,7 @@ class AsyncEngine:
         # Guarded by _wakeup: the inbox, the stop flag, and the outbox on its way to the event loop.
         self._wakeup = threading.Condition()
         self._inbox: list[_Command] = []
-        self._outbox: dict[str, RequestOutput | QEngineError] = {}
+        self._outbox: dict[str, Report | QEngineError] = {}
         self._failure: str | None = None  # Why the devices failed, in whatever thread that was noticed.
         self._death: str | None = None  # Why the engine stopped; each caller gets an exception of its own.
         self._should_stop = False
@@ -153,6 +157,8 @@ class AsyncEngine:
         # Touched in the event loop only.
         self._loop: asyncio.AbstractEventLoop | None = None
         self._mailboxes: dict[str, _Mailbox] = {}
+        # Touched in the engine thread only: what was last told of requests that are watched and have no token yet.
+        self._watched: dict[str, RequestProgress | None] = {}
         self._thread = threading.Thread(target=self._run, name="qengine-engine", daemon=True)
         self._thread.start()
         engine.on_failure(self._note_failure)
@@ -246,6 +252,15 @@ class AsyncEngine:
             RequestError: refused. EngineDeadError: the engine stopped.
             QueueTimeoutError, RequestTimeoutError: it took too long.
         """
+        async with aclosing(self.watch(pending, wants_progress=False)) as reports:
+            async for report in reports:
+                assert isinstance(report, RequestOutput)
+                yield report
+
+    async def watch(
+        self, pending: Sequence[PendingRequest], *, wants_progress: bool = True
+    ) -> AsyncGenerator[Report, None]:
+        """The same with the progress of each request before its outputs, whenever it has changed. Raises as `run`."""
         self._check_alive()
         loop = self._bind_loop()
         mailbox = _Mailbox()
@@ -253,17 +268,17 @@ class AsyncEngine:
         if len(unfinished) != len(pending) or not unfinished.isdisjoint(self._mailboxes):
             raise RequestError("a request id is already in use; give each request its own", param="request_id")
         self._mailboxes.update(dict.fromkeys(unfinished, mailbox))
-        self._send(_Add(tuple(pending)))
+        self._send(_Add(tuple(pending), wants_progress))
         if self.is_dead:
             # It died between the check and the registration; nobody else will tell this mailbox.
             loop.call_soon(self._deliver)
         timers = self._set_timers(loop, mailbox, tuple(unfinished))
         try:
             while unfinished:
-                for output in await mailbox.take():
-                    if output.finished:
-                        self._forget(unfinished, output.request_id)
-                    yield output
+                for report in await mailbox.take():
+                    if isinstance(report, RequestOutput) and report.finished:
+                        self._forget(unfinished, report.request_id)
+                    yield report
         finally:
             for timer in timers:
                 timer.cancel()
@@ -315,7 +330,7 @@ class AsyncEngine:
             mailbox = self._mailboxes.get(request_id)
             if mailbox is None:
                 continue
-            if isinstance(item, RequestOutput):
+            if isinstance(item, Report):
                 mailbox.latest[request_id] = item
                 mailbox.filled.set()
             else:
@@ -334,6 +349,7 @@ class AsyncEngine:
                     self._recorder.tell_load(self._engine.load(), self._engine.totals)
                 if outputs:
                     self._post({output.request_id: output for output in outputs})
+                    self._unwatch([output.request_id for output in outputs])
         except BaseException as error:  # Whatever it was, every waiting client must hear of it.
             logger.critical("the engine stopped after an internal failure", exc_info=error)
             if self._recorder is not None:
@@ -363,7 +379,7 @@ class AsyncEngine:
             commands, self._inbox = self._inbox, []
         for command in commands:
             if isinstance(command, _Add):
-                self._add(command.pending)
+                self._add(command)
             elif isinstance(command, _Abort):
                 self._drop(command.request_ids)
             else:
@@ -376,14 +392,30 @@ class AsyncEngine:
             self._failure = reason
             self._wakeup.notify()
 
-    def _add(self, pending: Sequence[PendingRequest]) -> None:
-        for request in pending:
+    def _add(self, command: _Add) -> None:
+        for request in command.pending:
             try:
                 self._engine.add(request)
             except RequestError as error:
-                self._drop([other.request_id for other in pending if other is not request])
+                self._drop([other.request_id for other in command.pending if other is not request])
                 self._post({request.request_id: error})
                 return
+        if command.is_watched:
+            self._watched.update(dict.fromkeys([request.request_id for request in command.pending]))
+
+    def _tell_progress(self) -> None:
+        """Before a step is computed, which may take long. Nothing to do where nobody watches."""
+        if not self._watched:
+            return
+        changed = [found for found in self._engine.progress(self._watched) if found != self._watched[found.request_id]]
+        self._watched.update({found.request_id: found for found in changed})
+        if changed:
+            self._post({found.request_id: found for found in changed})
+
+    def _unwatch(self, request_ids: Sequence[str]) -> None:
+        if self._watched:
+            for request_id in request_ids:
+                self._watched.pop(request_id, None)
 
     def _expire(self, request_ids: Sequence[str]) -> None:
         if any(self._engine.has_started(request_id) for request_id in request_ids):
@@ -394,10 +426,11 @@ class AsyncEngine:
         self._post({request_ids[0]: error})
 
     def _drop(self, request_ids: Sequence[str]) -> None:
+        self._unwatch(request_ids)
         for request_id in request_ids:
             self._engine.abort(request_id)
 
-    def _post(self, items: dict[str, RequestOutput | QEngineError]) -> None:
+    def _post(self, items: Mapping[str, Report | QEngineError]) -> None:
         with self._wakeup:
             self._outbox.update(items)
             self._schedule_delivery()

@@ -37,15 +37,20 @@ def template_message(message: ChatMessage, index: int) -> dict[str, Any]:
     shown: dict[str, Any] = message.model_dump(exclude_none=True)
     for position, call in enumerate(shown.get("tool_calls", ())):
         where = f"messages[{index}].tool_calls[{position}].function.arguments"
-        try:
-            arguments = json.loads(call["function"]["arguments"] or "{}")
-        except (ValueError, RecursionError) as error:
-            raise invalid(f"{where} is not JSON: {error}", param=where) from error
-        if not isinstance(arguments, dict):
-            raise invalid(f"{where} is JSON, but no object", param=where)
-        call["function"]["arguments"] = arguments
+        call["function"]["arguments"] = parsed_arguments(call["function"]["arguments"], where)
     shown.setdefault("content", "")
     return shown
+
+
+def parsed_arguments(text: str, where: str) -> dict[str, Any]:
+    """The arguments of an earlier call; none if `text` is empty. Raises ApiError, which names `where`."""
+    try:
+        arguments = json.loads(text or "{}")
+    except (ValueError, RecursionError) as error:
+        raise invalid(f"{where} is not JSON: {error}", param=where) from error
+    if not isinstance(arguments, dict):
+        raise invalid(f"{where} is JSON, but no object", param=where)
+    return arguments
 
 
 class ChatForm:
@@ -157,12 +162,12 @@ class ChatChoice:
 
     def deltas(self, delta: Delta) -> list[dict[str, Any]]:
         """What a stream gains with new text."""
-        return [self._delta(piece) for piece in self._feed(delta)]
+        return [self._delta(piece) for piece in self.pieces(delta)]
 
     def message(self, delta: Delta) -> dict[str, Any]:
         """The whole message of an answer that came at once."""
-        pieces = self._feed(delta)
-        calls = _calls(pieces, self._new_id)
+        pieces = self.pieces(delta)
+        calls = _calls(pieces, self.new_call_id)
         content = _text(pieces, "content")
         message: dict[str, Any] = {"role": "assistant", "content": content or (None if calls else ""), "refusal": None}
         if self._has_reasoning:
@@ -170,7 +175,8 @@ class ChatChoice:
             message |= {"reasoning_content": thoughts, "reasoning": thoughts}
         return {**message, "tool_calls": calls} if calls else message
 
-    def _feed(self, delta: Delta) -> list[Piece]:
+    def pieces(self, delta: Delta) -> list[Piece]:
+        """The parts that new text makes certain. For each delta either this is called, or one of the two above."""
         pieces = self._parser.feed(delta.text, is_last=delta.finish_reason is not None)
         return pieces if self._shows_reasoning else [piece for piece in pieces if piece.kind != "reasoning"]
 
@@ -180,10 +186,11 @@ class ChatChoice:
         if piece.kind == "reasoning":
             return {"reasoning_content": piece.text, "reasoning": piece.text}
         if piece.kind == "call":
-            return {"tool_calls": [{"index": piece.call, **_call(self._new_id(), piece.text)}]}
+            return {"tool_calls": [{"index": piece.call, **_call(self.new_call_id(), piece.text)}]}
         return {"tool_calls": [{"index": piece.call, "function": {"arguments": piece.text}}]}
 
-    def _new_id(self) -> str:
+    def new_call_id(self) -> str:
+        """What the result of a call will refer to it by."""
         if self._is_mistral:  # Its template accepts no other ids.
             return "".join(secrets.choice(_MISTRAL_ID_CHARS) for _ in range(9))
         return f"call_{secrets.token_hex(12)}"

@@ -14,19 +14,22 @@ from typing import Any
 from fastapi import APIRouter, Request
 from starlette.responses import Response
 
-from qengine.request import CompletionOutput, PositionLogprobs, RequestOutput
+from qengine.request import CompletionOutput, PositionLogprobs, RequestOutput, RequestProgress
+from qengine.serving.api_answers import Completion
+from qengine.serving.api_schema import described
 from qengine.serving.async_engine import AsyncEngine
 from qengine.serving.body import read_json_object
 from qengine.serving.errors import json_response
 from qengine.serving.generation import (
     Job,
     Progress,
-    answer,
     cache_salt,
     check_num_logprobs,
     check_prompt_chars,
     final_outputs,
+    follow,
     new_id,
+    progress_body,
     sampling_params,
     trace_parent,
     usage,
@@ -42,7 +45,9 @@ router = APIRouter()
 DEFAULT_MAX_TOKENS = 16
 
 
-@router.post("/v1/completions")
+@router.post(
+    "/v1/completions", **described(tag="Generate", body=CompletionRequest, answer=Completion, event=Completion)
+)
 async def create_completion(http: Request) -> Response:
     """Continue prompts."""
     service = service_of(http)
@@ -126,8 +131,12 @@ class _CompletionCall:
         """The answer as it comes, the prompts' pieces mixed, and the token counts if wanted."""
         states: dict[int, list[_ChoiceState]] = {}
         latest: dict[int, RequestOutput] = {}
-        async with aclosing(answer(self._engine, self._job)) as outputs:
-            async for prompt_index, output in outputs:
+        wants_progress = self._request.include_progress
+        async with aclosing(follow(self._engine, self._job, wants_progress=wants_progress)) as reports:
+            async for prompt_index, output in reports:
+                if isinstance(output, RequestProgress):
+                    yield [self._progress_chunk(prompt_index, output)]
+                    continue
                 if prompt_index not in states:
                     states[prompt_index] = [self._new_state(output) for _ in output.outputs]
                 latest[prompt_index] = output
@@ -178,6 +187,11 @@ class _CompletionCall:
             end = _Piece("", None, piece.finish_reason, piece.stop_reason)
             chunks.append(self._chunk(self._choice(prompt_index, index, end)))
         return chunks
+
+    def _progress_chunk(self, prompt_index: int, progress: RequestProgress) -> dict[str, Any]:
+        """A chunk without choices, like that of the token counts, which clients know how to pass over."""
+        chunk = {**self._head(), "choices": [], "progress": {"prompt_index": prompt_index, **progress_body(progress)}}
+        return {**chunk, "usage": None} if self._request.include_usage else chunk
 
     def _chunk(self, choice: dict[str, Any]) -> dict[str, Any]:
         chunk = {**self._head(), "choices": [choice]}

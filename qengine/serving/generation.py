@@ -18,7 +18,7 @@ from starlette.requests import Request
 from qengine.engine import PendingRequest
 from qengine.errors import RequestError
 from qengine.grammars.compiler import CompiledGrammar
-from qengine.request import CompletionOutput, PositionLogprobs, RequestOutput, SamplingParams
+from qengine.request import CompletionOutput, PositionLogprobs, RequestOutput, RequestProgress, SamplingParams
 from qengine.serving.admission import RequestTimeoutError
 from qengine.serving.async_engine import AsyncEngine
 from qengine.serving.errors import ApiError, invalid
@@ -86,9 +86,9 @@ class Job:
     arrival_time: float = field(default_factory=time.monotonic)
 
 
-def new_id(prefix: str) -> str:
+def new_id(prefix: str, separator: str = "-") -> str:
     """A fresh id such as "chatcmpl-0123...": answers carry it."""
-    return f"{prefix}-{uuid.uuid4().hex}"
+    return f"{prefix}{separator}{uuid.uuid4().hex}"
 
 
 def check_prompt_chars(num_chars: int, max_model_len: int, param: str) -> None:
@@ -133,8 +133,7 @@ def _prepare(
                 grammar=grammar,
             )
         except RequestError as error:
-            param = job.prompt_param if error.param == "prompt" else error.param
-            raise RequestError(str(error), param=param, code=error.code) from error
+            raise _named(error, job) from error
         _check_token_limit(len(request.prompt_token_ids), job, engine.info.max_model_len)
         pending.append(request)
     return pending
@@ -156,6 +155,16 @@ async def answer(engine: AsyncEngine, job: Job) -> AsyncGenerator[tuple[int, Req
     Raises:
         RequestError, ApiError, QueueFullError, NotAcceptingError: refused. EngineDeadError: the engine stopped.
     """
+    async with aclosing(follow(engine, job, wants_progress=False)) as reports:
+        async for index, report in reports:
+            assert isinstance(report, RequestOutput)
+            yield index, report
+
+
+async def follow(
+    engine: AsyncEngine, job: Job, *, wants_progress: bool
+) -> AsyncGenerator[tuple[int, RequestOutput | RequestProgress], None]:
+    """The same, with the progress of each prompt before its outputs if it is wanted."""
     with engine.admission.reserve(job.num_prompts * job.params.n):
         prompts = await engine.offload(job.prompts)
         grammar = await _compile(engine, job, prompts)
@@ -163,14 +172,23 @@ async def answer(engine: AsyncEngine, job: Job) -> AsyncGenerator[tuple[int, Req
         indices = {request.request_id: index for index, request in enumerate(pending)}
         latest: dict[str, RequestOutput] = {}
         try:
-            async with aclosing(engine.run(pending)) as outputs:
-                async for output in outputs:
-                    latest[output.request_id] = output
-                    if output.error is not None:
-                        raise ApiError(500, f"the request failed: {output.error}", code="generation_failed")
-                    yield indices[output.request_id], output
+            async with aclosing(engine.watch(pending, wants_progress=wants_progress)) as reports:
+                async for report in reports:
+                    if isinstance(report, RequestOutput):
+                        latest[report.request_id] = report
+                        if report.error is not None:
+                            raise ApiError(500, f"the request failed: {report.error}", code="generation_failed")
+                    yield indices[report.request_id], report
+        except RequestError as error:
+            raise _named(error, job) from error
         finally:
             _trace(engine, job, list(latest.values()))
+
+
+def _named(error: RequestError, job: Job) -> RequestError:
+    """The same error with the prompt called what it is called in the request."""
+    param = job.prompt_param if error.param == "prompt" else error.param
+    return RequestError(str(error), param=param, code=error.code)
 
 
 def _trace(engine: AsyncEngine, job: Job, outputs: list[RequestOutput]) -> None:
@@ -207,6 +225,16 @@ async def final_outputs(engine: AsyncEngine, job: Job) -> list[RequestOutput]:
 def _cut_short(output: RequestOutput) -> RequestOutput:
     choices = [choice if choice.finished else replace(choice, finish_reason="abort") for choice in output.outputs]
     return replace(output, outputs=choices, finished=True)
+
+
+def progress_body(progress: RequestProgress) -> dict[str, Any]:
+    """What clients see of it."""
+    return {
+        "state": "running" if progress.queue_position is None else "waiting",
+        "queue_position": progress.queue_position,
+        "prompt_tokens": progress.num_prompt_tokens,
+        "computed_tokens": progress.num_computed_tokens,
+    }
 
 
 def usage(outputs: Sequence[RequestOutput]) -> dict[str, Any]:

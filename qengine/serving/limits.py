@@ -51,6 +51,9 @@ class Limits:
     seed: int = 2**63 - 1
     template_kwargs_bytes: int = 4096
     cache_salt_chars: int = 128
+    num_metadata: int = 16
+    metadata_key_chars: int = 64
+    metadata_value_chars: int = 512
     shown_chars: int = 200
     stalled_stream_seconds: float = 60.0
     #: A reader that takes less than this in `stalled_stream_seconds` counts as stalled.

@@ -12,7 +12,7 @@ from collections.abc import Mapping
 from functools import cached_property
 from typing import Annotated, Any, Literal, TypeVar
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, WithJsonSchema
 
 from qengine.request import REPETITION_PENALTIES
 from qengine.serving.errors import ApiError, invalid, shorten
@@ -42,7 +42,7 @@ def _bias_map(value: Any) -> Any:
 StopStrings = Annotated[
     list[Annotated[str, Field(min_length=1, max_length=LIMITS.stop_chars)]],
     Field(max_length=LIMITS.num_stop_strings),
-    BeforeValidator(_stop_list),
+    BeforeValidator(_stop_list, json_schema_input_type=str | list[str]),
 ]
 TokenIds = Annotated[list[TokenId], Field(max_length=LIMITS.num_token_ids)]
 Penalty = Annotated[float, Field(ge=-LIMITS.penalty, le=LIMITS.penalty)]
@@ -50,17 +50,23 @@ Bias = Annotated[float, Field(ge=-LIMITS.logit_bias_magnitude, le=LIMITS.logit_b
 LogitBias = Annotated[dict[TokenId, Bias], BeforeValidator(_bias_map)]
 
 
-class _Strict(BaseModel):
+class Strict(BaseModel):
+    """What every part of a request is: numbers are no strings, and fields that nobody knows are left out."""
+
     model_config = ConfigDict(strict=True, extra="ignore", allow_inf_nan=False)
 
 
-class StreamOptions(_Strict):
-    """`include_usage` adds a last chunk that counts tokens."""
+class StreamOptions(Strict):
+    """`include_usage` adds a last chunk that counts tokens.
+
+    `include_progress` adds chunks until the first token comes: the place in the queue, how much of the prompt is read.
+    """
 
     include_usage: bool | None = None
+    include_progress: bool | None = None
 
 
-class JsonSchemaFormat(_Strict):
+class JsonSchemaFormat(Strict):
     """A named schema. It is enforced whatever `strict` says."""
 
     name: str | None = None
@@ -69,14 +75,14 @@ class JsonSchemaFormat(_Strict):
     strict: bool | None = None
 
 
-class ResponseFormat(_Strict):
+class ResponseFormat(Strict):
     """OpenAI's way to ask for JSON."""
 
     type: Literal["text", "json_object", "json_schema"]
     json_schema: JsonSchemaFormat | None = None
 
 
-class StructuredOutputsField(_Strict):
+class StructuredOutputsField(Strict):
     """vLLM's way to ask for a form. Its further options are refused: they would change the answer."""
 
     model_config = ConfigDict(strict=True, extra="forbid")
@@ -88,7 +94,7 @@ class StructuredOutputsField(_Strict):
     grammar: str | None = None
 
 
-class GenerationRequest(_Strict):
+class GenerationRequest(Strict):
     """The fields that chat and completions share. None is "not given" everywhere."""
 
     model: Annotated[str, Field(min_length=1, max_length=LIMITS.model_name_chars)]
@@ -113,7 +119,7 @@ class GenerationRequest(_Strict):
     stream: bool | None = None
     stream_options: StreamOptions | None = None
     cache_salt: (
-        Annotated[str, Field(min_length=1, max_length=LIMITS.cache_salt_chars, pattern=r"\A[A-Za-z0-9+=_-]+\z")] | None
+        Annotated[str, Field(min_length=1, max_length=LIMITS.cache_salt_chars, pattern=r"^[A-Za-z0-9+=_-]+$")] | None
     ) = None
     add_special_tokens: bool | None = None
     response_format: ResponseFormat | None = None
@@ -127,27 +133,35 @@ class GenerationRequest(_Strict):
     def include_usage(self) -> bool:
         return bool(self.stream_options and self.stream_options.include_usage)
 
+    @property
+    def include_progress(self) -> bool:
+        return bool(self.stream_options and self.stream_options.include_progress)
+
+    @classmethod
+    def check_body(cls, body: Mapping[str, Any]) -> None:
+        """Refuse what is not supported, before anything is made of `body`. Raises ApiError."""
+
     def check_together(self) -> None:
         """What fields mean to each other. Raises ApiError."""
         if self.stream_options is not None and not self.stream:
             raise invalid("stream_options is given but stream is not true", param="stream_options")
 
 
-class TextPart(_Strict):
+class TextPart(Strict):
     """A piece of a message's text; other kinds of parts are refused."""
 
     type: Literal["text"]
     text: str
 
 
-class FunctionCall(_Strict):
+class FunctionCall(Strict):
     """What an earlier turn called; `arguments` is JSON text."""
 
     name: str
     arguments: str
 
 
-class ToolCall(_Strict):
+class ToolCall(Strict):
     """A call of an earlier turn."""
 
     id: str | None = None
@@ -155,36 +169,36 @@ class ToolCall(_Strict):
     function: FunctionCall
 
 
-class FunctionDefinition(_Strict):
+class FunctionDefinition(Strict):
     """A function that the model may call; `parameters` is the JSON schema of its arguments."""
 
-    name: Annotated[str, Field(pattern=rf"\A[A-Za-z0-9_.-]{{1,{LIMITS.tool_name_chars}}}\z")]
+    name: Annotated[str, Field(pattern=rf"^[A-Za-z0-9_.-]{{1,{LIMITS.tool_name_chars}}}$")]
     description: str | None = None
     parameters: dict[str, Any] | None = None
     strict: bool | None = None
 
 
-class Tool(_Strict):
+class Tool(Strict):
     """A tool; functions are the only ones."""
 
     type: Literal["function"]
     function: FunctionDefinition
 
 
-class FunctionName(_Strict):
+class FunctionName(Strict):
     """The name of a function."""
 
     name: str
 
 
-class NamedToolChoice(_Strict):
+class NamedToolChoice(Strict):
     """The one function that must be called."""
 
     type: Literal["function"]
     function: FunctionName
 
 
-class ChatMessage(_Strict):
+class ChatMessage(Strict):
     """One message. Calls of earlier turns reach the template with their arguments as objects."""
 
     role: Role
@@ -247,12 +261,21 @@ class ChatCompletionRequest(GenerationRequest):
 
 
 Prompt = str | list[int]
+_TOKENS_SCHEMA = {"type": "array", "items": {"type": "integer", "minimum": 0}, "minItems": 1}
+_TEXT_SCHEMA = {"type": "string", "minLength": 1}
+_PROMPT_SCHEMA = {
+    "anyOf": [
+        _TEXT_SCHEMA,
+        _TOKENS_SCHEMA,
+        {"type": "array", "items": {"anyOf": [_TEXT_SCHEMA, _TOKENS_SCHEMA]}, "minItems": 1},
+    ]
+}
 
 
 class CompletionRequest(GenerationRequest):
     """POST /v1/completions. `prompt` is a string, token ids, or a list of either; `prompts` is always a list."""
 
-    prompt: Any
+    prompt: Annotated[Any, WithJsonSchema(_PROMPT_SCHEMA)]
     echo: bool | None = None
     logprobs: Annotated[int, Field(ge=0)] | None = None
     best_of: int | None = None
@@ -311,6 +334,7 @@ def parse_request(kind: type[_Request], body: Mapping[str, Any]) -> _Request:
         ApiError: 400, naming the first field that is wrong, what was found and what was expected.
     """
     refuse_unsupported(body)
+    kind.check_body(body)
     try:
         request = kind.model_validate(body)
     except ValidationError as error:
@@ -320,8 +344,11 @@ def parse_request(kind: type[_Request], body: Mapping[str, Any]) -> _Request:
 
 
 def _first_problem(error: ValidationError) -> ApiError:
-    # Of a union, the branch that got furthest says most.
-    detail = max(error.errors(include_url=False, include_context=False), key=lambda found: len(found["loc"]))
+    # Of a union, the branch that got furthest says most, and "too short" more than "no string".
+    detail = max(
+        error.errors(include_url=False, include_context=False),
+        key=lambda found: (len(found["loc"]), not found["type"].endswith("_type")),
+    )
     param = _param_name(detail["loc"])
     if detail["type"] == "missing":
         return invalid(f"{param} is missing", param=param)

@@ -1,9 +1,9 @@
 """Answers that take a while: server-sent events, and noticing that the client went away.
 
 Invariants: whatever produces an answer is cancelled as soon as its client has gone, streaming or not, and is always
-closed; a stream ends with ``data: [DONE]`` exactly when it is complete. Producers are asynchronous generators whose
-closing frees what they hold; what they produce is not this module's business, nor are clients that do not read:
-http_server drops them.
+closed; a stream of unnamed events ends with ``data: [DONE]`` exactly when it is complete. Producers are asynchronous
+generators whose closing frees what they hold; what they produce is not this module's business, nor are clients that do
+not read: http_server drops them.
 """
 
 from __future__ import annotations
@@ -52,11 +52,27 @@ async def event_stream(request: Request, chunks: AsyncGenerator[Chunks, None]) -
     Raises:
         ClientGoneError: the client left before. Anything that `chunks` raises before its first item.
     """
+    return EventStream(_events(await while_connected(request, _first(chunks)), chunks))
 
-    async def first() -> Chunks:
-        return await anext(chunks)
 
-    return EventStream(_events(await while_connected(request, first()), chunks))
+async def named_event_stream(request: Request, chunks: AsyncGenerator[Chunks, None]) -> Response:
+    """The same for an API whose events have names: each chunk's "type". They tell of the end and of errors themselves.
+
+    Raises:
+        ClientGoneError, and what `chunks` raises: as `event_stream`.
+    """
+    return EventStream(_named_events(await while_connected(request, _first(chunks)), chunks))
+
+
+async def _first(chunks: AsyncGenerator[Chunks, None]) -> Chunks:
+    return await anext(chunks)
+
+
+async def _named_events(first: Chunks, chunks: AsyncGenerator[Chunks, None]) -> AsyncGenerator[bytes, None]:
+    async with aclosing(chunks):
+        yield _encode_named(first)
+        async for more in chunks:
+            yield _encode_named(more)
 
 
 async def _events(first: Chunks, chunks: AsyncGenerator[Chunks, None]) -> AsyncGenerator[bytes, None]:
@@ -72,8 +88,15 @@ async def _events(first: Chunks, chunks: AsyncGenerator[Chunks, None]) -> AsyncG
 
 
 def _encode(chunks: Chunks) -> bytes:
-    texts = (json.dumps(chunk, ensure_ascii=False, allow_nan=False, separators=(",", ":")) for chunk in chunks)
-    return "".join(f"data: {text}\n\n" for text in texts).encode()
+    return "".join(f"data: {_json(chunk)}\n\n" for chunk in chunks).encode()
+
+
+def _encode_named(chunks: Chunks) -> bytes:
+    return "".join(f"event: {chunk['type']}\ndata: {_json(chunk)}\n\n" for chunk in chunks).encode()
+
+
+def _json(chunk: Mapping[str, Any]) -> str:
+    return json.dumps(chunk, ensure_ascii=False, allow_nan=False, separators=(",", ":"))
 
 
 class EventStream(StreamingResponse):

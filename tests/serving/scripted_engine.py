@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import math
 import threading
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -18,7 +18,7 @@ from qengine.errors import RequestError
 from qengine.grammars.compiler import CompiledGrammar, GrammarCompiler
 from qengine.grammars.sources import GrammarSource
 from qengine.grammars.vocabulary import Vocabulary
-from qengine.request import CompletionOutput, Logprob, RequestOutput, SamplingParams
+from qengine.request import CompletionOutput, Logprob, RequestOutput, RequestProgress, SamplingParams
 from qengine.scheduling.records import SchedulerStats
 from qengine.step_stats import EngineLoad, StepObserver
 from qengine.tokenizer import IncrementalDetokenizer, load_tokenizer
@@ -50,6 +50,7 @@ class ScriptedRequest:
     cache_salt: str
     max_tokens: int
     choices: list[_Choice]
+    num_computed_tokens: int = 0
 
     def contains(self, words: str) -> bool:
         return self.prompt is not None and words in self.prompt
@@ -68,6 +69,7 @@ class ScriptedEngine:
         num_steps: steps so far.
         answers: words of a prompt -> the answer to it.
         grammars: what was compiled.
+        num_prefill_tokens: of a prompt that one step computes; None: all, in the step of the first token.
     """
 
     def __init__(self, *, max_num_seqs: int = 8, max_model_len: int = 256) -> None:
@@ -100,6 +102,8 @@ class ScriptedEngine:
         self._compiler = GrammarCompiler(self._vocabulary, seconds=60)
         self.is_shut_down = False
         self.observer: StepObserver | None = None
+        self.on_scheduled: Callable[[], None] | None = None
+        self.num_prefill_tokens: int | None = None
         self.totals = SchedulerStats()
         self._thread: int | None = None
 
@@ -181,6 +185,8 @@ class ScriptedEngine:
 
     def step(self) -> list[RequestOutput]:
         self._check_thread()
+        if self.on_scheduled is not None:
+            self.on_scheduled()
         with self._may_step:
             self._may_step.wait_for(lambda: self.num_permits > 0)
             self.num_permits -= 1
@@ -188,7 +194,29 @@ class ScriptedEngine:
         running = self._running()
         if any(request.contains(DIE_PROMPT) for request in running):
             raise RuntimeError("a scripted failure of the device")
-        return [self._advance(request) for request in running]
+        return [self._advance(request) for request in running if self._is_prefilled(request)]
+
+    def _is_prefilled(self, request: ScriptedRequest) -> bool:
+        """Compute the next part of a prompt; whether that was all of it."""
+        num_tokens = len(request.prompt_token_ids)
+        request.num_computed_tokens += self.num_prefill_tokens or num_tokens
+        return request.num_computed_tokens >= num_tokens
+
+    def progress(self, request_ids: Collection[str]) -> list[RequestProgress]:
+        self._check_thread()
+        waiting = [request_id for request_id in self.requests if not self.has_started(request_id)]
+        found = [
+            self.requests[i] for i in request_ids if i in self.requests and not self.requests[i].choices[0].token_ids
+        ]
+        return [
+            RequestProgress(
+                request.request_id,
+                waiting.index(request.request_id) + 1 if request.request_id in waiting else None,
+                len(request.prompt_token_ids),
+                request.num_computed_tokens,
+            )
+            for request in found
+        ]
 
     @property
     def has_unfinished(self) -> bool:

@@ -215,7 +215,7 @@ def test_unknown_routes_and_methods(server: Running) -> None:
     response = server.get(CHAT)
     assert_error(response, 405, code="method_not_allowed")
     assert response.headers["allow"] == "POST"
-    assert_error(server.get("/docs"), 404)
+    assert_error(server.get("/redoc"), 404)
     assert_error(server.get("/v1/models/../../etc/passwd"), 404)
 
 

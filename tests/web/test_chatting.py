@@ -64,6 +64,43 @@ def test_tokens_are_seen_as_they_arrive(server: Running, open_page: OpenPage) ->
     assert re.search(rf"to first token.*\b{len(server.engine.script)} tokens", stats(page))
 
 
+def test_the_place_in_the_queue_and_the_reading_of_the_prompt_are_shown(open_page: OpenPage) -> None:
+    with talking(ANSWER * 4, max_num_seqs=1) as server:
+        server.engine.num_prefill_tokens = 10
+        page = open_page(server.url)
+        state = page.locator(".answer .state").last
+        server.engine.hold()
+
+        def is_told() -> bool:
+            """A request is taken in between two steps: let one run, and see whether it came in time for that."""
+            server.engine.allow(1)
+            page.wait_for_timeout(100)
+            return bool(state.inner_text())
+
+        for text in ("I am first", "I am second", "word " * 40):
+            page.get_by_role("button", name="New chat", exact=True).click()
+            ask(page, text)
+            expect(page.locator(".answer.waiting")).to_have_count(1)
+            wait_until(is_told)
+        expect(state).to_have_text("Waiting, 2nd in line")
+        numbers: set[int] = set()
+
+        def read_on() -> bool:
+            server.engine.allow(1)
+            page.wait_for_timeout(20)
+            found = re.fullmatch(r"Reading the prompt, (\d+) %", state.inner_text())
+            numbers.update([int(found[1])] if found else [])
+            return page.locator(".answer .prose").last.inner_text() != ""
+
+        wait_until(read_on)
+        assert len(numbers) >= 3
+        expect(state).to_be_hidden()
+        server.engine.allow()
+        stats(page)
+        page.reload()
+        expect(page.locator(".answer .state")).to_be_hidden()
+
+
 def test_the_speed_is_tokens_over_time(server: Running, open_page: OpenPage) -> None:
     page = open_page(server.url)
     server.engine.hold()

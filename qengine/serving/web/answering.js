@@ -8,11 +8,13 @@ import { streamChat } from "./api.js";
 const MIN_SECONDS = 0.02;
 
 export class Run {
-  /** `makeBody()` gives the request; `message` is the answer to fill; `onChange()` is called after each piece. */
+  /** `makeBody()` gives the request; `message` is the answer to fill; `onChange()` is called after each piece.
+   * Until the first one `progress` is what the server says of the queue and of the prompt. */
   constructor(makeBody, message, onChange) {
     this.makeBody = makeBody;
     this.message = message;
     this.onChange = onChange;
+    this.progress = null;
     this.controller = new AbortController();
   }
 
@@ -27,6 +29,7 @@ export class Run {
     let problem = null;
     try {
       for await (const part of streamChat(await this.makeBody(), this.controller.signal)) {
+        if (part.progress) this.progress = part.progress;
         if (part.text) message.content += part.text;
         if (part.reasoning) message.reasoning = (message.reasoning ?? "") + part.reasoning;
         if (part.text || part.reasoning) meter.onPiece();

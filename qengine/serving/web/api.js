@@ -94,14 +94,14 @@ function timeoutIsDown(error) {
 }
 
 /**
- * Ask for an answer and yield what comes: {text}, {reasoning}, {finish}, {usage}.
+ * Ask for an answer and yield what comes: {progress} until there is a token, then {text}, {reasoning}, {finish}, {usage}.
  * Throws a Problem, or an AbortError after `signal`.
  */
 export async function* streamChat(body, signal) {
   const response = await request("v1/chat/completions", {
     method: "POST",
     headers: { "Content-Type": "application/json" },
-    body: JSON.stringify({ ...body, stream: true, stream_options: { include_usage: true } }),
+    body: JSON.stringify({ ...body, stream: true, stream_options: { include_usage: true, include_progress: true } }),
     signal,
   });
   for await (const data of eventData(response.body)) {
@@ -128,6 +128,7 @@ function* partsOf(chunk) {
   if (choice?.delta?.content) yield { text: String(choice.delta.content) };
   if (choice?.finish_reason) yield { finish: choice.finish_reason };
   if (chunk.usage) yield { usage: chunk.usage };
+  if (chunk.progress) yield { progress: chunk.progress };
 }
 
 /** The data of each server-sent event. */

@@ -136,7 +136,7 @@ class Page {
       return view.root;
     });
     $("messages").replaceChildren(...nodes);
-    for (const [message, view] of this.views) view.update?.(message, this.runOf(current)?.message === message);
+    for (const [message, view] of this.views) view.update?.(message, this.runOf(current)?.message === message ? this.runOf(current) : null);
     this.drawProblem();
     this.drawState();
     this.scrollToEnd();
@@ -288,7 +288,7 @@ class Page {
     this.isDrawing = true;
     requestAnimationFrame(() => {
       this.isDrawing = false;
-      this.views.get(run.message)?.update(run.message, this.runs.get(this.current.id) === run);
+      this.views.get(run.message)?.update(run.message, this.runs.get(this.current.id) === run ? run : null);
       this.scrollToEnd();
     });
   }
@@ -310,7 +310,7 @@ class Page {
 
   showEnd(run, problem) {
     const view = this.views.get(run.message);
-    if (this.current.messages.includes(run.message)) view?.update(run.message, false);
+    if (this.current.messages.includes(run.message)) view?.update(run.message, null);
     else view?.root.remove();
     this.drawProblem();
     this.drawState();

@@ -6,6 +6,7 @@ import { pieces } from "./highlight.js";
 import { element, renderMarkdown } from "./markdown.js";
 
 const SVG = "http://www.w3.org/2000/svg";
+const ORDINALS = new Intl.PluralRules("en", { type: "ordinal" });
 
 export function icon(name) {
   const svg = document.createElementNS(SVG, "svg");
@@ -88,22 +89,40 @@ function seconds(milliseconds) {
   return milliseconds < 1_000 ? `${Math.round(milliseconds)} ms` : `${(milliseconds / 1_000).toFixed(2)} s`;
 }
 
-/** An answer: `update(message, isRunning)` draws what has changed since. */
+/** What the server does before the first token, in words; empty where it said nothing. */
+export function progressText(progress) {
+  if (!progress) return "";
+  const { queue_position: position, prompt_tokens: total, computed_tokens: computed } = progress;
+  if (position === 1) return "Waiting, next in line";
+  if (position > 1) return `Waiting, ${ordinal(position)} in line`;
+  return total > 0 ? `Reading the prompt, ${Math.floor((100 * computed) / total)} %` : "";
+}
+
+function ordinal(number) {
+  const ending = { one: "st", two: "nd", few: "rd", other: "th" }[ORDINALS.select(number)];
+  return `${number}${ending}`;
+}
+
+/** An answer: `update(message, run)` draws what has changed since; `run` is null once it has ended. */
 export class AnswerView {
   constructor(actions) {
     this.thinking = element("details", { class: "thinking" }, element("summary", {}, "Thinking"), element("div", { class: "thoughts" }));
     this.thinking.hidden = true;
     this.text = element("div", { class: "prose" });
+    this.state = element("p", { class: "state" });
     this.stats = element("p", { class: "stats" });
     this.copyButton = iconButton("copy", "Copy the answer", actions.copy);
     this.againButton = iconButton("again", "Answer again", actions.again);
     this.bottom = element("div", { class: "bottom" }, this.stats, element("div", { class: "actions" }, this.copyButton, this.againButton));
-    this.root = element("article", { class: "message answer", "aria-label": "Answer" }, this.thinking, this.text, this.bottom);
+    this.root = element("article", { class: "message answer", "aria-label": "Answer" }, this.thinking, this.text, this.state, this.bottom);
   }
 
-  update(message, isRunning) {
+  update(message, run) {
+    const isRunning = run !== null;
+    const isWaiting = isRunning && !message.content && !message.reasoning;
     this.root.classList.toggle("running", isRunning);
-    this.root.classList.toggle("waiting", isRunning && !message.content && !message.reasoning);
+    this.root.classList.toggle("waiting", isWaiting);
+    this.state.textContent = isWaiting ? progressText(run.progress) : "";
     this.root.setAttribute("aria-busy", String(isRunning));
     this.thinking.hidden = !message.reasoning;
     if (message.reasoning) {
