@@ -2,9 +2,10 @@
 
 `begin` queues a step and `finish` waits for its tokens; on a GPU nothing in between waits for the device, so the host
 is free while it works. Invariant: only rows that are sampled, or a few at a time for prompt log-probabilities, get
-logits, so a step's memory does not grow with the vocabulary times the chunk; of rows that are pooled only the vectors. A sequence whose logits are not finite
-fails alone: its bad blocks are zeroed and the others are unaffected. Where ranks share the model, all of them run each
-step, and one draws the tokens. It does not schedule and does not stop sequences.
+logits, and of rows that are pooled only the vectors remain, so a step's memory does not grow with the vocabulary times
+the chunk. A sequence whose logits or vector are not finite fails alone: its bad blocks are zeroed and the others are
+unaffected. Where ranks share the model, all of them run each step, and one draws the tokens. It does not schedule and
+does not stop sequences.
 """
 
 from __future__ import annotations

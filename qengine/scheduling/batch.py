@@ -1,8 +1,9 @@
 """Batch: what one engine step runs, a frozen value handed from the scheduler to the runner.
 
-There is no prefill and no decode here: an entry says which tokens of one sequence to compute next and whether a new
-token is to be sampled after them, or what becomes of their hidden states. Invariant: `token_ids[i]` sits at position `start + i`, and `block_ids` covers every
-position up to and including the last. It does not own memory and holds no tensors.
+There is no prefill and no decode here: an entry says which tokens of one sequence to compute next, and whether a new
+token is to be sampled after them or their hidden states are pooled. Invariant: `token_ids[i]` sits at position
+`start + i`, and `block_ids` covers every position up to and including the last. It does not own memory and holds no
+tensors.
 """
 
 from __future__ import annotations

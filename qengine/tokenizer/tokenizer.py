@@ -133,6 +133,10 @@ class Tokenizer:
                 self._bytes_cache[token_id] = data
         return data
 
+    def token_spelling(self, token_id: int) -> str:
+        """The token as the vocabulary writes it, such as "Ġworld"; empty if it is no token."""
+        return self._spelling(token_id)
+
     def _spelling(self, token_id: int) -> str:
         if not 0 <= token_id < self.vocab_size:
             return ""
