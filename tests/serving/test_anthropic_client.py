@@ -77,7 +77,12 @@ def test_a_message_says_what_chat_says(server: Running, client: anthropic.Anthro
     chat = server.post("/v1/chat/completions", body, headers={"x-api-key": KEY}).json()
     assert "Paris" in texts(message)
     assert [block.text for block in message.content] == [chat["choices"][0]["message"]["content"]]
-    assert (message.type, message.role, message.model, message.stop_reason) == ("message", "assistant", "smol", "end_turn")
+    assert (message.type, message.role, message.model, message.stop_reason) == (
+        "message",
+        "assistant",
+        "smol",
+        "end_turn",
+    )
     assert message.id.startswith("msg_")
     usage = message.usage
     assert usage.input_tokens + usage.cache_read_input_tokens == chat["usage"]["prompt_tokens"]
