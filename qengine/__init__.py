@@ -13,12 +13,20 @@ from qengine.imports import import_late
 
 if TYPE_CHECKING:
     from qengine.llm import LLM
-    from qengine.request import CompletionOutput, Logprob, RequestOutput, SamplingParams, StructuredOutputs
+    from qengine.request import (
+        CompletionOutput,
+        EmbeddingRequestOutput,
+        Logprob,
+        RequestOutput,
+        SamplingParams,
+        StructuredOutputs,
+    )
 
 __version__ = "0.1.0"
 __all__ = [
     "LLM",
     "CompletionOutput",
+    "EmbeddingRequestOutput",
     "Logprob",
     "RequestOutput",
     "SamplingParams",
@@ -29,6 +37,7 @@ __all__ = [
 _HOMES = {
     "LLM": "qengine.llm",
     "CompletionOutput": "qengine.request",
+    "EmbeddingRequestOutput": "qengine.request",
     "Logprob": "qengine.request",
     "RequestOutput": "qengine.request",
     "SamplingParams": "qengine.request",

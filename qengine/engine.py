@@ -24,9 +24,11 @@ from qengine.config import EngineConfig
 from qengine.errors import EngineDeadError, RequestError
 from qengine.grammars.sources import GrammarSource, source_of
 from qengine.imports import import_late
+from qengine.pooling import embedding_of
 from qengine.request import (
     CompletionOutput,
     Logprob,
+    Pooling,
     PositionLogprobs,
     Request,
     RequestOutput,
@@ -62,7 +64,7 @@ class _Choice:
 
 @dataclass(slots=True)
 class PendingRequest:
-    """A request that is tokenized and checked but not yet in the engine."""
+    """A request that is tokenized and checked but not yet in the engine. `normalizes` is of an embedding."""
 
     request_id: str
     prompt: str | None
@@ -70,6 +72,7 @@ class PendingRequest:
     params: SamplingParams
     choices: list[_Choice]
     prompt_logprobs: list[PositionLogprobs | None] | None = None
+    normalizes: bool = False
 
 
 class Engine:
@@ -198,12 +201,8 @@ class Engine:
             RequestError: naming the field, what was found and what was expected.
         """
         arrival_time = time.monotonic() if arrival_time is None else arrival_time
-        text = prompt if isinstance(prompt, str) else None
-        if isinstance(prompt, str):
-            token_ids = self.tokenizer.encode(prompt, add_special_tokens=add_special_tokens)
-        else:
-            token_ids = list(prompt)
-        self._check_prompt(token_ids)
+        text, token_ids = self._read_prompt(prompt, add_special_tokens)
+        self._check_prompt(token_ids, num_output=1)
         self._check_token_params(params)
         if grammar is None and params.structured_outputs is not None:
             grammar = self.compile_grammar(source_of(params.structured_outputs))
@@ -231,6 +230,45 @@ class Engine:
             choices.append(self._make_choice(request))
         prompt_logprobs: list[PositionLogprobs | None] | None = [None] if params.prompt_logprobs is not None else None
         return PendingRequest(request_id, text, token_ids, params, choices, prompt_logprobs)
+
+    def make_embedding_request(
+        self,
+        request_id: str,
+        prompt: str | Sequence[int],
+        *,
+        pooling: Pooling = "last",
+        normalize: bool = True,
+        cache_salt: str = "",
+        add_special_tokens: bool = True,
+        arrival_time: float | None = None,
+    ) -> PendingRequest:
+        """A request for the vector of a text, the hidden states after the final norm pooled. It never samples.
+
+        Thread-safe; the other arguments are those of `make_request`.
+
+        Args:
+            pooling: the last token's state, or the mean over all tokens.
+            normalize: scale the vector to length 1.
+
+        Raises:
+            RequestError: naming the field, what was found and what was expected.
+        """
+        if pooling not in ("last", "mean"):
+            raise RequestError(f"pooling is {pooling!r}, expected 'last' or 'mean'", param="pooling")
+        text, token_ids = self._read_prompt(prompt, add_special_tokens)
+        self._check_prompt(token_ids, num_output=0)
+        params = SamplingParams(detokenize=False)
+        request = Request(
+            request_id=request_id,
+            prompt_token_ids=token_ids,
+            params=params,
+            max_tokens=0,
+            cache_salt=cache_salt,
+            arrival_time=time.monotonic() if arrival_time is None else arrival_time,
+            pooling=pooling,
+        )
+        choices = [self._make_choice(request)]
+        return PendingRequest(request_id, text, token_ids, params, choices, normalizes=normalize)
 
     def compile_grammar(self, source: GrammarSource) -> CompiledGrammar:
         """A grammar for `make_request`. Thread-safe; may take seconds, so neither for the event loop nor for a step.
@@ -267,7 +305,13 @@ class Engine:
         wants_logprobs = params.logprobs is not None
         return _Choice(request, detokenizer, 0, [] if wants_logprobs else None, 0.0 if wants_logprobs else None)
 
-    def _check_prompt(self, token_ids: Sequence[int]) -> None:
+    def _read_prompt(self, prompt: str | Sequence[int], add_special_tokens: bool) -> tuple[str | None, list[int]]:
+        """A prompt's text, if it is one, and its token ids."""
+        if isinstance(prompt, str):
+            return prompt, self.tokenizer.encode(prompt, add_special_tokens=add_special_tokens)
+        return None, list(prompt)
+
+    def _check_prompt(self, token_ids: Sequence[int], *, num_output: int) -> None:
         if not token_ids:
             raise RequestError("the prompt is empty; give at least one token", param="prompt")
         vocab = self.info.vocab_size
@@ -278,10 +322,11 @@ class Engine:
                     param="prompt",
                 )
         limit = self.info.max_model_len
-        if len(token_ids) >= limit:
+        if len(token_ids) + num_output > limit:
+            output = " including at least one generated token" if num_output else ""
             raise RequestError(
-                f"the prompt has {len(token_ids)} tokens, but the context holds {limit} including at least one "
-                "generated token; shorten the prompt or raise --max-model-len",
+                f"the prompt has {len(token_ids)} tokens, but the context holds {limit}{output}; "
+                "shorten the prompt or raise --max-model-len",
                 param="prompt",
                 code="context_length_exceeded",
             )
@@ -501,12 +546,13 @@ class Engine:
             request_id=group.request_id,
             prompt=group.prompt,
             prompt_token_ids=group.prompt_token_ids,
-            outputs=[_completion(i, c) for i, c in enumerate(group.choices)],
+            outputs=[] if first.pooling else [_completion(i, c) for i, c in enumerate(group.choices)],
             prompt_logprobs=group.prompt_logprobs,
             num_cached_tokens=first.num_cached_tokens,
             finished=finished,
             error=next((c.request.error for c in group.choices if c.request.error is not None), None),
             times=times_of([c.request for c in group.choices]) if finished else None,
+            embedding=embedding_of(first, normalize=group.normalizes) if first.finish_reason == "stop" else None,
         )
 
 

@@ -19,7 +19,7 @@ from tqdm import tqdm
 from qengine.config import EngineConfig
 from qengine.engine import Engine, PendingRequest
 from qengine.errors import EngineDeadError, RequestError
-from qengine.request import RequestOutput, SamplingParams
+from qengine.request import EmbeddingOutput, EmbeddingRequestOutput, Pooling, RequestOutput, SamplingParams
 
 Prompt = str | Sequence[int] | Mapping[str, Any]
 Message = Mapping[str, Any]
@@ -151,6 +151,35 @@ class LLM:
         items = _prompt_list(prompts)
         return self._run([self._pending(p, s) for p, s in self._pair(items, sampling_params)], use_tqdm)
 
+    def embed(
+        self,
+        prompts: Prompt | Sequence[Prompt],
+        *,
+        pooling: Pooling = "last",
+        normalize: bool = True,
+        use_tqdm: bool = True,
+    ) -> list[EmbeddingRequestOutput]:
+        """A vector for every prompt: the model's hidden states after its final norm, pooled.
+
+        Args:
+            prompts: as of `generate`.
+            pooling: the last token's state, as models made for embedding want it, or the mean over all tokens.
+            normalize: scale vectors to length 1.
+            use_tqdm: show progress.
+
+        Returns:
+            One output per prompt, in order; ``output.outputs.embedding`` is a list of floats [hidden].
+
+        Raises:
+            RequestError: a prompt or option is refused, or a vector would not be finite.
+        """
+        self._check_open()
+        pending = [
+            self.engine.make_embedding_request(str(next(self._ids)), _plain(p), pooling=pooling, normalize=normalize)
+            for p in _prompt_list(prompts)
+        ]
+        return [_embedded(output) for output in self._run(pending, use_tqdm, "Embedding")]
+
     def chat(
         self,
         messages: Sequence[Message] | Sequence[Sequence[Message]],
@@ -198,14 +227,17 @@ class LLM:
         return list(zip(items, params, strict=True))
 
     def _pending(self, prompt: Prompt, params: SamplingParams, *, add_special_tokens: bool = True) -> PendingRequest:
+        self._check_open()
+        request_id = str(next(self._ids))
+        return self.engine.make_request(request_id, _plain(prompt), params, add_special_tokens=add_special_tokens)
+
+    def _check_open(self) -> None:
         if not self._is_open:
             raise EngineDeadError("this LLM has been shut down; make a new one")
-        content: str | Sequence[int] = _content(prompt) if isinstance(prompt, Mapping) else prompt
-        return self.engine.make_request(str(next(self._ids)), content, params, add_special_tokens=add_special_tokens)
 
-    def _run(self, pending: list[PendingRequest], use_tqdm: bool) -> list[RequestOutput]:
+    def _run(self, pending: list[PendingRequest], use_tqdm: bool, doing: str = "Generating") -> list[RequestOutput]:
         finished: dict[str, RequestOutput] = {}
-        bar = tqdm(total=len(pending), desc="Generating", unit=" prompts", disable=not use_tqdm)
+        bar = tqdm(total=len(pending), desc=doing, unit=" prompts", disable=not use_tqdm)
         num_tokens = 0
         try:
             for request in pending:
@@ -214,7 +246,7 @@ class LLM:
                 for output in self.engine.step():
                     if output.finished:
                         finished[output.request_id] = output
-                        num_tokens += sum(len(choice.token_ids) for choice in output.outputs)
+                        num_tokens += _num_tokens(output)
                         bar.set_postfix_str(f"{num_tokens / max(bar.format_dict['elapsed'], 1e-9):.0f} tok/s")
                         bar.update()
         finally:
@@ -242,6 +274,24 @@ def _prompt_list(prompts: Prompt | Sequence[Prompt]) -> list[Prompt]:
                 f"prompts holds {type(item).__name__}, expected strings, lists of token ids or dicts", param="prompts"
             )
     return items  # type: ignore[return-value]
+
+
+def _num_tokens(output: RequestOutput) -> int:
+    """What an output's speed is counted in: tokens that were generated, or read."""
+    if output.embedding is not None:
+        return len(output.prompt_token_ids)
+    return sum(len(choice.token_ids) for choice in output.outputs)
+
+
+def _embedded(output: RequestOutput) -> EmbeddingRequestOutput:
+    if output.embedding is None:
+        raise RequestError(f"a prompt has no embedding: {output.error}", param="prompts")
+    embedding = EmbeddingOutput(output.embedding)
+    return EmbeddingRequestOutput(output.request_id, output.prompt, output.prompt_token_ids, embedding)
+
+
+def _plain(prompt: Prompt) -> str | Sequence[int]:
+    return _content(prompt) if isinstance(prompt, Mapping) else prompt
 
 
 def _content(prompt: Mapping[str, Any]) -> str | Sequence[int]:

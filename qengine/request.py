@@ -15,6 +15,8 @@ from typing import Any, Literal, Protocol
 from qengine.errors import RequestError
 
 FinishReason = Literal["stop", "length", "abort", "error"]
+#: How one vector is made of a text's hidden states: that of the last token, or the mean over all of them.
+Pooling = Literal["last", "mean"]
 
 #: Below this temperature sampling is greedy (the argmax), as in vLLM.
 GREEDY_TEMPERATURE = 1e-5
@@ -265,6 +267,8 @@ class Request:
     `cache_salt` goes into the first block's hash: requests with different salts never share blocks.
     `follows` is a sibling (another choice of the same prompt) whose prompt blocks this request waits to share.
     `grammar` says which tokens may come next; it is this request's own and outlives preemption.
+    With `pooling` it is no sequence to continue: its prompt is computed, `pooled` gathers what its steps give (float32
+    [hidden] in bytes: one vector, or for the mean the sum over each chunk), and it ends without a token.
     Times are seconds of `time.monotonic`, 0 until it happens; the engine sets them. `scheduled_time` is the last time
     that it was given blocks before its first token.
     """
@@ -283,10 +287,12 @@ class Request:
     first_token_time: float = 0.0
     last_token_time: float = 0.0
     grammar: TokenGrammar | None = None
+    pooling: Pooling | None = None
 
     output_token_ids: list[int] = field(default_factory=list)
     output_logprobs: list[TokenLogprobs] = field(default_factory=list)
     prompt_logprobs: list[TokenLogprobs] = field(default_factory=list)
+    pooled: list[bytes] = field(default_factory=list)
     num_computed_tokens: int = 0
     num_cached_tokens: int = 0
     num_preemptions: int = 0
@@ -354,7 +360,10 @@ class RequestTimes:
 
 @dataclass(frozen=True, slots=True)
 class RequestOutput:
-    """An answer, whole or so far. `error` is set when the request failed inside the engine, `times` at its end."""
+    """An answer, whole or so far. `error` is set when the request failed inside the engine, `times` at its end.
+
+    `embedding` is what a request with pooling ends in; it has no `outputs`.
+    """
 
     request_id: str
     prompt: str | None
@@ -365,6 +374,25 @@ class RequestOutput:
     finished: bool = False
     error: str | None = None
     times: RequestTimes | None = None
+    embedding: list[float] | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class EmbeddingOutput:
+    """The vector of a text: float [hidden], of length 1 if it was normalized."""
+
+    embedding: list[float]
+
+
+@dataclass(frozen=True, slots=True)
+class EmbeddingRequestOutput:
+    """What `LLM.embed` gives for one prompt. Names are vLLM's."""
+
+    request_id: str
+    prompt: str | None
+    prompt_token_ids: list[int]
+    outputs: EmbeddingOutput
+    finished: bool = True
 
 
 @dataclass(frozen=True, slots=True)

@@ -50,6 +50,7 @@ class EngineInfo:
     device: str
     max_model_len: int
     vocab_size: int
+    hidden_size: int
     block_size: int
     num_blocks: int
     max_num_seqs: int
@@ -272,6 +273,7 @@ def _info(
         device=str(target.device),
         max_model_len=plan.max_model_len,
         vocab_size=model.vocab_size,
+        hidden_size=model.hidden_size,
         block_size=plan.block_size,
         num_blocks=plan.num_blocks,
         max_num_seqs=config.scheduler.max_num_seqs,

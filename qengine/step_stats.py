@@ -21,7 +21,8 @@ class StepStats:
 
     Attributes:
         began, scheduled, executed, ended: the step's three phases lie between them.
-        num_prompt_tokens: of the prompts that got their first token; `num_cached_tokens` of them came from the cache.
+        num_prompt_tokens: of the prompts that got their first token or their embedding; `num_cached_tokens` of them came
+            from the cache.
         first_token_seconds: from arrival to first token, one for each such prompt.
         gaps: time between two tokens of a sequence -> how many sequences had just that.
         finished: sequences that ended in this step, for whatever reason.
@@ -51,6 +52,9 @@ class StepStats:
                 self.num_cached_tokens += request.num_cached_tokens
             request.last_token_time = self.executed
             self.num_generated_tokens += num_new_tokens
+        elif request.pooling is not None:
+            self.num_prompt_tokens += request.num_prompt_tokens
+            self.num_cached_tokens += request.num_cached_tokens
         if request.finished:
             self.finished.append(request)
 

@@ -85,6 +85,7 @@ class Entry(_Record, frozen=True):
         sampling: with the first step that samples.
         output_ids: what was added to the output since the last step that sampled.
         allowed: a bit for each token that the sequence's grammar allows next; None for all.
+        pool: what is wanted of the hidden states, instead of a token.
     """
 
     slot: Count
@@ -99,6 +100,7 @@ class Entry(_Record, frozen=True):
     num_prompt_logprobs: Count | None = None
     prompt_targets: Ids = ()
     allowed: bytes | None = None
+    pool: Literal["last", "sum"] | None = None
 
 
 class Step(_Message, frozen=True):
@@ -153,12 +155,14 @@ class Result(_Message, frozen=True):
     Attributes:
         token_ids: one for each entry that samples, `NO_TOKEN` for one that failed.
         logprobs: none, or one for each of those.
+        pooled: float32 [hidden] of each entry that pools, and did not fail.
     """
 
     token_ids: tuple[Annotated[int, msgspec.Meta(ge=NO_TOKEN, lt=2**31)], ...]
     logprobs: tuple[TokenLogprobs | None, ...] = ()
     prompt_logprobs: dict[Count, tuple[TokenLogprobs, ...]] = {}  # frozen, and msgspec copies it
     failed: dict[Count, str] = {}
+    pooled: dict[Count, bytes] = {}
 
 
 class Failed(_Message, frozen=True):

@@ -2,9 +2,10 @@
 
 `begin` queues a step and `finish` waits for its tokens; on a GPU nothing in between waits for the device, so the host
 is free while it works. Invariant: only rows that are sampled, or a few at a time for prompt log-probabilities, get
-logits, so a step's memory does not grow with the vocabulary times the chunk. A sequence whose logits are not finite
-fails alone: its bad blocks are zeroed and the others are unaffected. Where ranks share the model, all of them run each
-step, and one draws the tokens. It does not schedule and does not stop sequences.
+logits, and of rows that are pooled only the vectors remain, so a step's memory does not grow with the vocabulary times
+the chunk. A sequence whose logits or vector are not finite fails alone: its bad blocks are zeroed and the others are
+unaffected. Where ranks share the model, all of them run each step, and one draws the tokens. It does not schedule and
+does not stop sequences.
 """
 
 from __future__ import annotations
@@ -22,12 +23,21 @@ from qengine.runtime.kv_cache import KVCache
 from qengine.runtime.links import Links
 from qengine.runtime.sampler import PendingSamples, Sampler
 from qengine.runtime.sampling.logprobs import PendingPromptLogprobs
-from qengine.runtime.sampling.transfer import Arrival
-from qengine.scheduling.batch import Batch, BatchEntry, SampledToken, StepResult
+from qengine.runtime.sampling.transfer import Arrival, to_host
+from qengine.scheduling.batch import Batch, BatchEntry, PooledRows, SampledToken, StepResult
 
 #: Prompt positions whose logits are held at once.
 _LOGPROB_ROWS = 32
 NOT_FINITE = "the model produced logits that are not finite (NaN or infinity)"
+NOT_FINITE_STATES = "the model produced hidden states that are not finite (NaN or infinity)"
+
+
+@dataclass(frozen=True, slots=True)
+class PendingPooled:
+    """Pooled hidden states on their way to the host: float32 [entries, hidden]."""
+
+    entries: Sequence[BatchEntry]
+    vectors: torch.Tensor
 
 
 @dataclass(frozen=True, slots=True)
@@ -37,6 +47,7 @@ class PendingStep:
     entries: Sequence[BatchEntry]
     samples: PendingSamples | None
     prompt_logprobs: Mapping[str, PendingPromptLogprobs]
+    pooled: PendingPooled | None
     cache: KVCache
     arrival: Arrival
 
@@ -54,7 +65,19 @@ class PendingStep:
                 failed[entry.request_id] = NOT_FINITE
             else:
                 sampled[entry.request_id] = token
-        return StepResult(sampled, prompt_logprobs, failed)
+        pooled = {} if self.pooled is None else self._take_pooled(self.pooled, failed)
+        return StepResult(sampled, prompt_logprobs, failed, pooled)
+
+    def _take_pooled(self, pending: PendingPooled, failed: dict[str, str]) -> dict[str, bytes]:
+        """The vectors; those that are not finite are noted in `failed`."""
+        found: dict[str, bytes] = {}
+        for entry, vector in zip(pending.entries, pending.vectors, strict=True):
+            if bool(torch.isfinite(vector).all()):
+                found[entry.request_id] = vector.numpy().tobytes()
+            else:
+                self.cache.clear_not_finite(entry.block_ids)
+                failed[entry.request_id] = NOT_FINITE_STATES
+        return found
 
 
 class Graphs(Protocol):
@@ -108,17 +131,18 @@ class ModelRunner:
     def _begin(self, batch: Batch) -> PendingStep:
         hidden = None if self._graphs is None else self._graphs.try_run(batch.entries)
         if hidden is not None and self._graphs is not None:
-            pending = self._pending(batch.entries, self._sample(batch.entries, hidden), {})
+            pending = self._pending(batch.entries, self._sample(batch.entries, hidden), {}, None)
             self._graphs.foresee(batch.entries)
             return pending
         step = self.steps.prepare(batch)
         hidden = self.model.forward(self.stage_input(step), self.cache.layers, step.inputs)
         if not self.links.is_last:
             self.hand_on(hidden)
-            return self._pending((), None, {})
+            return self._pending((), None, {}, None)
         entries = step.sample_entries
         samples = self._sample(entries, _rows(hidden, step.sample_rows)) if entries else None
-        return self._pending(entries if samples else (), samples, self._prompt_logprobs(step, hidden))
+        prompt_logprobs, pooled = self._prompt_logprobs(step, hidden), self._pooled(step, hidden)
+        return self._pending(entries if samples else (), samples, prompt_logprobs, pooled)
 
     def stage_input(self, step: PreparedStep) -> torch.Tensor:
         """Token ids for the first stage, what the stage before computed for the others."""
@@ -137,8 +161,9 @@ class ModelRunner:
         entries: Sequence[BatchEntry],
         samples: PendingSamples | None,
         prompt_logprobs: Mapping[str, PendingPromptLogprobs],
+        pooled: PendingPooled | None,
     ) -> PendingStep:
-        return PendingStep(entries, samples, prompt_logprobs, self.cache, Arrival(self.cache.device))
+        return PendingStep(entries, samples, prompt_logprobs, pooled, self.cache, Arrival(self.cache.device))
 
     def _sample(self, entries: Sequence[BatchEntry], hidden: torch.Tensor) -> PendingSamples | None:
         """Draw a token for every row; None on ranks that only have their part of the logits to give."""
@@ -164,6 +189,19 @@ class ModelRunner:
                 logits, entry.prompt_targets, entry.num_prompt_logprobs
             )
         return pending
+
+    def _pooled(self, step: PreparedStep, hidden: torch.Tensor) -> PendingPooled | None:
+        """What entries want of their hidden states; None if none does, or another rank answers."""
+        rows = [(entry, row) for entry, row in zip(step.entries, step.first_rows, strict=True) if entry.pool]
+        if not rows or not self.links.samples:
+            return None
+        vectors = [_pool(hidden[row : row + entry.num_tokens], entry.pool) for entry, row in rows]
+        return PendingPooled([entry for entry, _ in rows], to_host(torch.stack(vectors)))
+
+
+def _pool(hidden: torch.Tensor, pool: PooledRows | None) -> torch.Tensor:
+    """[rows, hidden] in the model's dtype to float32 [hidden]."""
+    return hidden.float().sum(0) if pool == "sum" else hidden[-1].float()
 
 
 def _current(device: torch.device) -> AbstractContextManager[object]:

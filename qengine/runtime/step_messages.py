@@ -10,10 +10,9 @@ from __future__ import annotations
 
 import itertools
 from collections import OrderedDict
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
-from qengine.request import TokenLogprobs
 from qengine.runtime.channel import ProtocolError
 from qengine.runtime.messages import NO_TOKEN, Entry, Result, Sampling, Step
 from qengine.scheduling.batch import Batch, BatchEntry, SampledToken, SampleSpec, StepResult
@@ -67,6 +66,7 @@ class StepWriter:
             entry.num_prompt_logprobs,
             entry.prompt_targets,
             entry.allowed,
+            entry.pool,
         )
 
     def _open(self, request_id: str) -> _Sent:
@@ -138,6 +138,7 @@ class StepReader:
             entry.num_prompt_logprobs,
             entry.prompt_targets,
             entry.allowed,
+            entry.pool,
         )
 
     def _sample(self, known: _Known, entry: Entry) -> SampleSpec:
@@ -167,6 +168,7 @@ def write_result(batch: Batch, result: StepResult) -> Result:
         tuple(logprobs) if any(logprob is not None for logprob in logprobs) else (),
         {places[request_id]: tuple(records) for request_id, records in result.prompt_logprobs.items()},
         {places[request_id]: reason for request_id, reason in result.failed.items()},
+        {places[request_id]: vector for request_id, vector in result.pooled.items()},
     )
 
 
@@ -180,7 +182,7 @@ def read_result(batch: Batch, message: Result) -> StepResult:
     sampling = [entry for entry in entries if entry.sample is not None]
     if len(message.token_ids) != len(sampling) or len(message.logprobs) not in (0, len(sampling)):
         raise ProtocolError(f"{len(message.token_ids)} tokens for {len(sampling)} sequences that sample")
-    places = [*message.failed, *message.prompt_logprobs]
+    places = [*message.failed, *message.prompt_logprobs, *message.pooled]
     if any(place >= len(entries) for place in places):
         raise ProtocolError(f"a result speaks of sequence {max(places)} of {len(entries)}")
     logprobs = message.logprobs or (None,) * len(sampling)
@@ -191,20 +193,20 @@ def read_result(batch: Batch, message: Result) -> StepResult:
         if token_id != NO_TOKEN
     }
     prompt_logprobs = {entries[place].request_id: records for place, records in message.prompt_logprobs.items()}
-    _check_complete(entries, sampled, prompt_logprobs, failed)
-    return StepResult(sampled, prompt_logprobs, failed)
+    pooled = {entries[place].request_id: vector for place, vector in message.pooled.items()}
+    result = StepResult(sampled, prompt_logprobs, failed, pooled)
+    _check_complete(entries, result)
+    return result
 
 
-def _check_complete(
-    entries: Sequence[BatchEntry],
-    sampled: Mapping[str, SampledToken],
-    prompt_logprobs: Mapping[str, Sequence[TokenLogprobs]],
-    failed: Mapping[str, str],
-) -> None:
+def _check_complete(entries: Sequence[BatchEntry], result: StepResult) -> None:
     for entry in entries:
-        if entry.request_id in failed:
+        if entry.request_id in result.failed:
             continue
-        if entry.sample is not None and entry.request_id not in sampled:
+        if entry.sample is not None and entry.request_id not in result.sampled:
             raise ProtocolError("a sequence has neither a token nor a reason why there is none")
-        if len(prompt_logprobs.get(entry.request_id, ())) != len(entry.prompt_targets):
+        if len(result.prompt_logprobs.get(entry.request_id, ())) != len(entry.prompt_targets):
             raise ProtocolError("log-probabilities of a prompt are not those that were asked for")
+        vector = result.pooled.get(entry.request_id)
+        if (vector is None) != (entry.pool is None) or (vector is not None and (not vector or len(vector) % 4)):
+            raise ProtocolError("hidden states are not pooled as they were asked for")

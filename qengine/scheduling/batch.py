@@ -1,16 +1,21 @@
 """Batch: what one engine step runs, a frozen value handed from the scheduler to the runner.
 
-There is no prefill and no decode here: an entry says which tokens of one sequence to compute next and whether a new
-token is to be sampled after them. Invariant: `token_ids[i]` sits at position `start + i`, and `block_ids` covers every
-position up to and including the last. It does not own memory and holds no tensors.
+There is no prefill and no decode here: an entry says which tokens of one sequence to compute next, and whether a new
+token is to be sampled after them or their hidden states are pooled. Invariant: `token_ids[i]` sits at position
+`start + i`, and `block_ids` covers every position up to and including the last. It does not own memory and holds no
+tensors.
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from typing import Literal
 
 from qengine.request import SamplingParams, TokenLogprobs
+
+#: What an entry's hidden states are made into: the last one alone, or the sum of all of them.
+PooledRows = Literal["last", "sum"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -51,6 +56,8 @@ class BatchEntry:
     num_prompt_logprobs: int | None = None
     prompt_targets: tuple[int, ...] = ()
     allowed: bytes | None = None
+    # What is wanted of the hidden states after the final norm, instead of a token.
+    pool: PooledRows | None = None
 
     @property
     def num_tokens(self) -> int:
@@ -86,8 +93,12 @@ class SampledToken:
 
 @dataclass(frozen=True, slots=True)
 class StepResult:
-    """Answers of one step by request id. A request in `failed` produced no token (NaN logits): the reason is given."""
+    """Answers of one step by request id. A request in `failed` produced no token (NaN logits): the reason is given.
+
+    `pooled` has float32 [hidden] in bytes for each entry that pools.
+    """
 
     sampled: Mapping[str, SampledToken]
     prompt_logprobs: Mapping[str, Sequence[TokenLogprobs]] = field(default_factory=dict)
     failed: Mapping[str, str] = field(default_factory=dict)
+    pooled: Mapping[str, bytes] = field(default_factory=dict)

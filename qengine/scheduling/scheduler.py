@@ -69,7 +69,7 @@ class Scheduler:
         leader = self._live_leader(request)
         worst_blocks = self._check_admissible(request)
         self._num_arrivals += 1
-        max_output_len = min(request.max_tokens, self.limits.max_model_len - request.num_prompt_tokens)
+        max_output_len = max(0, min(request.max_tokens, self.limits.max_model_len - request.num_prompt_tokens))
         track = Track(
             request=request,
             arrival=self._num_arrivals,
@@ -142,6 +142,8 @@ class Scheduler:
         num_prompt, max_len = request.num_prompt_tokens, self.limits.max_model_len
         if not num_prompt:
             raise RequestError("the prompt is empty, expected at least 1 token", param="prompt")
+        if request.pooling is not None:
+            return self._check_pooled(num_prompt)
         if num_prompt >= max_len:
             raise RequestError(
                 f"the prompt has {num_prompt} tokens, but the context of {max_len} tokens must also hold at least "
@@ -160,6 +162,18 @@ class Scheduler:
                 code="context_length_exceeded",
             )
         return worst_blocks
+
+    def _check_pooled(self, num_prompt: int) -> int:
+        """The same for a request that is only read: it needs no room for output."""
+        num_blocks, max_len = self.pool.num_blocks_for(num_prompt), self.limits.max_model_len
+        if num_prompt > max_len or num_blocks > self.pool.num_blocks:
+            raise RequestError(
+                f"the text has {num_prompt} tokens, but the context holds {max_len} and the KV cache "
+                f"{self.pool.num_blocks * self.pool.block_size}; shorten the text",
+                param="prompt",
+                code="context_length_exceeded",
+            )
+        return num_blocks
 
     def _live_leader(self, request: Request) -> Track | None:
         """The sibling that a request follows, unless it has ended."""
@@ -224,6 +238,11 @@ class Scheduler:
             if entry.sample is not None:
                 self._accept_token(track, result)
                 changed.append(track.request)
+            elif entry.pool is not None:
+                track.request.pooled.append(result.pooled[entry.request_id])
+                if entry.context_len == track.request.num_tokens:
+                    self._end(track, "stop")
+                    changed.append(track.request)
         return changed
 
     def discard(self, batch: Batch) -> None:
@@ -287,6 +306,7 @@ class Scheduler:
         self._policy.on_preempted(request.num_computed_tokens)
         self._running.release(track)
         request.num_computed_tokens = track.num_planned = 0
+        request.pooled.clear()
         request.num_preemptions += 1
         self.stats.num_preemptions += 1
         self._waiting.push(track)
@@ -396,7 +416,8 @@ class Scheduler:
         del self._live[request.request_id]
         request.finish_reason = reason
         request.stop_reason = stop_reason
-        self._policy.on_ended(len(request.output_token_ids))
+        if request.pooling is None:
+            self._policy.on_ended(len(request.output_token_ids))
         self._waiting.release(request.request_id)
 
     # ---- proof

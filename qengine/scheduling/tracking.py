@@ -10,7 +10,7 @@ from dataclasses import dataclass, field
 
 from qengine.request import FinishReason, Request
 from qengine.scheduling.admission import GrowthForecast
-from qengine.scheduling.batch import BatchEntry, SampleSpec
+from qengine.scheduling.batch import BatchEntry, PooledRows, SampleSpec
 
 #: A request that was preempted this often is never chosen again.
 MAX_PREEMPTIONS = 2
@@ -88,8 +88,10 @@ class Track:
         """Leading tokens that may come from the prefix cache.
 
         Never all of them, as something must be computed to sample from; and where prompt log-probabilities are owed
-        only positions whose own are in already.
+        only positions whose own are in already. A mean needs the hidden states of all of them, and no block has those.
         """
+        if self.request.pooling == "mean":
+            return 0
         if self.collects_prompt_logprobs:
             return len(self.request.prompt_logprobs)
         return self.request.num_tokens - 1
@@ -112,7 +114,7 @@ class Track:
         targets: tuple[int, ...] = ()
         if self.collects_prompt_logprobs and end > len(request.prompt_logprobs):
             targets = tuple(request.prompt_token_ids[start + 1 : end + 1])
-        samples = end == request.num_tokens
+        samples = end == request.num_tokens and request.pooling is None
         return BatchEntry(
             request_id=request.request_id,
             token_ids=request.tokens_between(start, end),
@@ -122,7 +124,14 @@ class Track:
             num_prompt_logprobs=request.params.prompt_logprobs if targets else None,
             prompt_targets=targets,
             allowed=request.grammar.allowed if samples and request.grammar is not None else None,
+            pool=self._pooled_rows(end),
         )
+
+    def _pooled_rows(self, end: int) -> PooledRows | None:
+        """What is wanted of a chunk that ends before `end`."""
+        if self.request.pooling == "mean":
+            return "sum"
+        return "last" if self.request.pooling is not None and end == self.request.num_tokens else None
 
 
 def end_after_token(track: Track, max_model_len: int) -> tuple[FinishReason, int | None] | None:

@@ -45,6 +45,11 @@ class AnswerParser:
     def num_calls(self) -> int:
         return 0 if self._tools is None else self._tools.num_calls
 
+    @property
+    def is_thinking(self) -> bool:
+        """Whether thoughts have begun and not ended."""
+        return self._reasoning.is_thinking
+
     def feed(self, text: str, *, is_last: bool) -> list[Piece]:
         """The pieces that new text makes certain; `is_last` if the answer ends with it."""
         if self._is_plain:

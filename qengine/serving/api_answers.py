@@ -310,3 +310,118 @@ class ResponseEvent(BaseModel):
     part: OutputPart | None = None
     delta: str | None = Field(None, description="what a text or the arguments of a call gained")
     progress: ProgressReport | None = None
+
+
+# Anthropic's API
+
+
+class AnthropicErrorDetail(_Answer):
+    """What went wrong: of which kind, and in words."""
+
+    type: str
+    message: str
+
+
+class AnthropicErrorBody(_Answer):
+    """Every answer of Anthropic's API that is an error."""
+
+    type: Literal["error"]
+    error: AnthropicErrorDetail
+
+
+class AnthropicUsage(_Answer):
+    """Counts of tokens. Those of the prompt that were in the prefix cache are in `cache_read_input_tokens` alone."""
+
+    input_tokens: int
+    cache_creation_input_tokens: Literal[0]
+    cache_read_input_tokens: int
+    output_tokens: int
+
+
+class MessageBlock(_Answer):
+    """A part of a message: text, thoughts, or a tool call; its type says which fields it has."""
+
+    type: Literal["text", "thinking", "tool_use"]
+    text: str | None = None
+    thinking: str | None = None
+    signature: Literal[""] | None = None
+    id: str | None = None
+    name: str | None = None
+    input: dict[str, Any] | None = None
+
+
+StopReason = Literal["end_turn", "max_tokens", "stop_sequence", "tool_use", "model_context_window_exceeded"]
+
+
+class AnthropicMessage(_Answer):
+    """A message."""
+
+    id: str
+    type: Literal["message"]
+    role: Literal["assistant"]
+    model: str
+    content: list[MessageBlock]
+    stop_reason: StopReason | None
+    stop_sequence: str | None
+    usage: AnthropicUsage
+
+
+class MessageEvent(_Answer):
+    """One event of a message's stream, named by its type; further fields depend on it."""
+
+    type: str
+    message: AnthropicMessage | None = None
+    index: int | None = None
+    content_block: MessageBlock | None = None
+    delta: dict[str, Any] | None = None
+    usage: AnthropicUsage | None = None
+    error: AnthropicErrorDetail | None = None
+    progress: ProgressReport | None = None
+
+
+class TokenCount(_Answer):
+    """Tokens of a prompt."""
+
+    input_tokens: int
+
+
+# Texts
+
+
+class Embedding(_Answer):
+    """The vector of one text: numbers, or base64 of float32 in little-endian order."""
+
+    object: Literal["embedding"]
+    index: int
+    embedding: list[float] | str
+
+
+class EmbeddingUsage(_Answer):
+    """Counts of tokens."""
+
+    prompt_tokens: int
+    total_tokens: int
+
+
+class EmbeddingList(_Answer):
+    """The vectors, in the order of the texts."""
+
+    object: Literal["list"]
+    data: list[Embedding]
+    model: str
+    usage: EmbeddingUsage
+
+
+class Tokenized(_Answer):
+    """Token ids, and as the vocabulary writes them if that was asked for."""
+
+    count: int
+    max_model_len: int
+    tokens: list[int]
+    token_strs: list[str] | None
+
+
+class Detokenized(_Answer):
+    """A text."""
+
+    prompt: str

@@ -20,7 +20,7 @@ from qengine.serving.errors import json_response
 from qengine.serving.page import HEADERS
 
 _TEMPLATE = "docs.html.jinja"
-_TAGS = ("Generate", "Model", "Server")
+_TAGS = ("Generate", "Text", "Model", "Server")
 _LARGE = 2**31 - 1
 
 router = APIRouter()

@@ -24,8 +24,9 @@ _KEYS: dict[str, Any] = {
     "x-api-key": {"type": "apiKey", "in": "header", "name": "x-api-key"},
 }
 ABOUT = (
-    "OpenAI's API for one language model. Fields that would change an answer and are not supported are refused with "
-    "status 400; unknown fields are ignored. Errors have one shape. With `stream`, answers are server-sent events."
+    "OpenAI's and Anthropic's API for one language model. Fields that would change an answer and are not supported are "
+    "refused with status 400; unknown fields are ignored. Errors have one shape per API. With `stream`, answers are "
+    "server-sent events."
 )
 
 
@@ -35,6 +36,7 @@ def described(
     body: type[BaseModel] | None = None,
     answer: type[BaseModel] | None = None,
     event: type[BaseModel] | None = None,
+    error: type[BaseModel] = ErrorBody,
     media_type: str = "application/json",
 ) -> dict[str, Any]:
     """Arguments for a route's decorator.
@@ -44,15 +46,16 @@ def described(
         body: what it takes.
         answer: what it answers; None for text of `media_type`.
         event: the data of each server-sent event, if it can stream.
+        error: every answer that is one.
     """
     content: dict[str, Any] = {media_type: {"schema": {"type": "string"} if answer is None else _schema(answer)}}
     if event is not None:
         content["text/event-stream"] = {"schema": _schema(event)}
-    error = {"description": "An error", "content": {"application/json": {"schema": _schema(ErrorBody)}}}
+    failure = {"description": "An error", "content": {"application/json": {"schema": _schema(error)}}}
     found: dict[str, Any] = {
         "tags": [tag],
         "response_class": Response,  # It has no schema of its own that would be mixed with these.
-        "responses": {200: {"description": "The answer", "content": content}, "default": error},
+        "responses": {200: {"description": "The answer", "content": content}, "default": failure},
     }
     if body is not None:
         request = {"required": True, "content": {"application/json": {"schema": _schema(body)}}}

@@ -1,6 +1,6 @@
 """The web application: its routes and the layers around them.
 
-    request -> counted -> CORS, if asked for -> keys or loopback guard -> header count -> routes, errors as OpenAI's
+    request -> counted -> CORS, if asked for -> keys or loopback guard -> header count -> routes, errors as their API's
 
 Invariant: there is no route that the outer layers do not see, and no answer that is not JSON, an event stream of it, or
 a file of the web page. It starts and stops nothing; server does.
@@ -17,7 +17,7 @@ from starlette.responses import Response
 from starlette.types import ASGIApp
 
 from qengine import __version__
-from qengine.serving import api_docs, chat, completions, page, responses
+from qengine.serving import api_docs, chat, completions, embeddings, messages, page, responses, text_routes
 from qengine.serving.api_answers import Health, Model, ModelList, Version
 from qengine.serving.api_schema import described
 from qengine.serving.auth import OPEN_PATHS, ApiKeyGate, HeaderCountGate, LoopbackGate
@@ -90,7 +90,10 @@ def _model(service: Service, name: str) -> dict[str, Any]:
 
 
 #: Everything that can be asked for.
-ROUTERS = (router, chat.router, completions.router, responses.router, api_docs.router, page.router)
+ROUTERS = (
+    *(router, chat.router, completions.router, responses.router, messages.router, embeddings.router),
+    *(text_routes.router, api_docs.router, page.router),
+)
 
 
 async def _client_gone(request: Request, error: Exception) -> Response:

@@ -27,7 +27,7 @@ from qengine.errors import EngineDeadError, QEngineError, RequestError
 from qengine.grammars.compiler import CompiledGrammar
 from qengine.grammars.sources import GrammarSource
 from qengine.grammars.trial import NUM_PROCESSES
-from qengine.request import RequestOutput, RequestProgress, SamplingParams
+from qengine.request import Pooling, RequestOutput, RequestProgress, SamplingParams
 from qengine.serving.admission import Admission, QueueTimeoutError, RequestTimeoutError
 from qengine.serving.limits import LIMITS
 from qengine.serving.metrics.recorder import Recorder
@@ -144,6 +144,8 @@ class AsyncEngine:
         self._step_began: float | None = None
         self.admission = Admission(engine.info.max_num_seqs + max_queue)
         self._pool = ThreadPoolExecutor(NUM_TOKENIZER_THREADS, thread_name_prefix="qengine-tokenizer")
+        # What takes long because its client wants much; it holds up its own kind alone.
+        self._long_pool = ThreadPoolExecutor(1, thread_name_prefix="qengine-long")
         # Apart from the tokenizer's threads, so that a grammar that takes its time holds up other grammars alone.
         self._grammar_pool = ThreadPoolExecutor(NUM_PROCESSES, thread_name_prefix="qengine-grammar")
         # Guarded by _wakeup: the inbox, the stop flag, and the outbox on its way to the event loop.
@@ -183,9 +185,34 @@ class AsyncEngine:
 
     # For callers in the event loop
 
-    async def offload(self, work: Callable[[], _T]) -> _T:
-        """Run `work` (tokenization, templates) in the pool, so that the event loop goes on."""
-        return await asyncio.get_running_loop().run_in_executor(self._pool, work)
+    async def offload(self, work: Callable[[], _T], *, is_long: bool = False) -> _T:
+        """Run `work` (tokenization, templates) in a thread, so that the event loop goes on.
+
+        `is_long` is for what may take seconds: then it waits for others of its kind, and nobody else for it.
+        """
+        return await asyncio.get_running_loop().run_in_executor(self._long_pool if is_long else self._pool, work)
+
+    def make_embedding_request(
+        self,
+        request_id: str,
+        prompt: str | Sequence[int],
+        *,
+        pooling: Pooling,
+        normalize: bool,
+        cache_salt: str,
+        add_special_tokens: bool,
+        arrival_time: float,
+    ) -> PendingRequest:
+        """`Engine.make_embedding_request`, like `make_request`."""
+        return self._engine.make_embedding_request(
+            request_id,
+            prompt,
+            pooling=pooling,
+            normalize=normalize,
+            cache_salt=cache_salt,
+            add_special_tokens=add_special_tokens,
+            arrival_time=arrival_time,
+        )
 
     async def compile_grammar(self, source: GrammarSource) -> CompiledGrammar:
         """`Engine.compile_grammar`, while the event loop goes on."""
@@ -460,7 +487,7 @@ class AsyncEngine:
             self._should_stop = True
             self._wakeup.notify()
         self._thread.join(timeout)
-        for pool in (self._pool, self._grammar_pool):
+        for pool in (self._pool, self._long_pool, self._grammar_pool):
             pool.shutdown(wait=False, cancel_futures=True)
         if self._thread.is_alive():
             self._die(_STOPPING)

@@ -62,7 +62,7 @@ class ApiKeyGate:
             return
         digest = self._matching_digest(scope)
         if digest is None:
-            await error_response(self._no_key())(scope, receive, send)
+            await error_response(self._no_key(), scope["path"])(scope, receive, send)
             return
         if len(self._digests) > 1:
             salt = hmac.new(self._salt_secret, digest, hashlib.sha256).hexdigest()
@@ -71,7 +71,7 @@ class ApiKeyGate:
             await self._app(scope, receive, send)
             return
         if self._num_under_way[digest] >= self._max_concurrency:
-            await error_response(self._too_many())(scope, receive, send)
+            await error_response(self._too_many(), scope["path"])(scope, receive, send)
             return
         self._num_under_way[digest] += 1
         try:
@@ -84,7 +84,7 @@ class ApiKeyGate:
             self._monitoring.auth_failed()
         return ApiError(
             401,
-            "the API key is missing or wrong; send it as 'Authorization: Bearer <key>'",
+            "the API key is missing or wrong; send it as 'Authorization: Bearer <key>' or 'x-api-key: <key>'",
             code="invalid_api_key",
             headers={"WWW-Authenticate": "Bearer"},
         )
@@ -137,7 +137,7 @@ class LoopbackGate:
         if scope["type"] == "http":
             problem = self._problem(scope)
             if problem is not None:
-                await error_response(ApiError(403, problem, code="forbidden"))(scope, receive, send)
+                await error_response(ApiError(403, problem, code="forbidden"), scope["path"])(scope, receive, send)
                 return
         await self._app(scope, receive, send)
 
@@ -173,7 +173,7 @@ class HeaderCountGate:
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] == "http" and len(scope["headers"]) > LIMITS.num_headers:
             message = f"the request has {len(scope['headers'])} headers, expected at most {LIMITS.num_headers}"
-            await error_response(ApiError(431, message))(scope, receive, send)
+            await error_response(ApiError(431, message), scope["path"])(scope, receive, send)
             return
         await self._app(scope, receive, send)
 

@@ -33,6 +33,7 @@ class ChatCall:
         http: the HTTP request; whose key, trace and application count.
         request: what it asks.
         id: of the answer.
+        is_cut_to_fit: fewer tokens than were asked for, where the context holds no more, are no error.
 
     Attributes:
         model: the name that answers carry.
@@ -42,7 +43,7 @@ class ChatCall:
         ApiError, RequestError: it asks for another model, or what this one cannot do. ApiError (503): not now.
     """
 
-    def __init__(self, http: Request, request: ChatCompletionRequest, *, id: str) -> None:
+    def __init__(self, http: Request, request: ChatCompletionRequest, *, id: str, is_cut_to_fit: bool = False) -> None:
         service = service_of(http)
         service.check_model(request.model)
         engine = service.ready_engine()
@@ -65,9 +66,9 @@ class ChatCall:
                 logprobs=self.num_top if request.logprobs else None,
                 **self.form.sampling,
             ),
-            token_limit=request.token_limit,
+            token_limit=None if is_cut_to_fit else request.token_limit,
             add_special_tokens=bool(request.add_special_tokens),
-            cache_salt=cache_salt(http, request),
+            cache_salt=cache_salt(http, request.cache_salt),
             traceparent=trace_parent(http),
             id=id,
             form=lambda prompts: self.form.at(prompts[0]),
@@ -92,6 +93,15 @@ class ChatCall:
             template_options=self.request.chat_template_kwargs,
         )
         return [text]
+
+    def count_prompt_tokens(self) -> int:
+        """Tokens of the prompt. May be slow."""
+        adds_special = self.job.add_special_tokens
+        return sum(
+            len(self.engine.tokenizer.encode(text, add_special_tokens=adds_special))
+            for text in self.job.prompts()
+            if isinstance(text, str)
+        )
 
     def logprobs(self, delta: Delta) -> dict[str, Any] | None:
         """Log-probabilities of the new tokens in chat's shape, if they were asked for."""

@@ -136,6 +136,11 @@ class ChatForm:
             return None
         return Form(grammar.free(self._tools, is_parallel=is_parallel, content=content, lead=lead), "tools")
 
+    @property
+    def thoughts_end(self) -> str:
+        """What the model writes after its thoughts; nothing if it does not think."""
+        return "" if self._tags is None else self._tags.closer
+
     def new_choice(self) -> ChatChoice:
         """The parts of a new answer; the prompt must be known, see `at`."""
         return ChatChoice(
@@ -154,6 +159,11 @@ class ChatChoice:
         self._shows_reasoning = shows_reasoning
         self._is_named = is_named
         self._is_mistral = form.dialect is not None and form.dialect.style in (CallStyle.LIST, CallStyle.NAMED)
+
+    @property
+    def is_thinking(self) -> bool:
+        """Whether what comes next are thoughts."""
+        return self._parser.is_thinking
 
     def finish_reason(self, reason: str | None) -> str | None:
         """OpenAI's: an answer that ends with calls says so, unless the one call was the client's own choice."""

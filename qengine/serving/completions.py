@@ -55,7 +55,9 @@ async def create_completion(http: Request) -> Response:
     request = parse_request(CompletionRequest, await read_json_object(http))
     service.check_model(request.model)
     # Again: reading the body may have taken long enough for the server's state to change.
-    call = _CompletionCall(service, service.ready_engine(), request, cache_salt(http, request), trace_parent(http))
+    call = _CompletionCall(
+        service, service.ready_engine(), request, cache_salt(http, request.cache_salt), trace_parent(http)
+    )
     if request.stream:
         return await event_stream(http, call.chunks())
     return json_response(await while_connected(http, call.whole()))

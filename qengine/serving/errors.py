@@ -1,5 +1,6 @@
 """Every error a client can see, in OpenAI's shape: ``{"error": {"message", "type", "param", "code"}}``.
 
+On the routes of Anthropic's API it is ``{"type": "error", "error": {"type", "message"}}`` instead.
 Invariant: whatever goes wrong, the body has this shape and names no file, stack or secret of the server. Validation is
 always status 400. This module decides status and wording; whether a stream has begun is streaming's business.
 """
@@ -31,6 +32,18 @@ _TYPES = {
     429: "rate_limit_error",
     503: "service_unavailable_error",
 }
+#: Anthropic's names for the kinds of errors.
+_ANTHROPIC_TYPES = {
+    400: "invalid_request_error",
+    401: "authentication_error",
+    403: "permission_error",
+    404: "not_found_error",
+    413: "request_too_large",
+    429: "rate_limit_error",
+    503: "overloaded_error",
+    504: "timeout_error",
+}
+_ANTHROPIC_ROUTES = ("/v1/messages", "/v1/messages/")
 _SHOWN_ITEMS = 8
 
 
@@ -67,6 +80,12 @@ class ApiError(QEngineError):
     def body(self) -> dict[str, Any]:
         """OpenAI's error object."""
         return {"error": {"message": str(self), "type": self.type, "param": self.param, "code": self.code}}
+
+
+def anthropic_error(error: ApiError) -> dict[str, Any]:
+    """Anthropic's error object."""
+    default = "api_error" if error.status >= 500 else "invalid_request_error"
+    return {"type": "error", "error": {"type": _ANTHROPIC_TYPES.get(error.status, default), "message": str(error)}}
 
 
 def invalid(message: str, *, param: str | None = None, code: str | None = None) -> ApiError:
@@ -131,20 +150,22 @@ def json_response(content: Mapping[str, Any], status: int = 200, headers: Mappin
     return Response(body, status, headers=dict(headers or {}), media_type="application/json")
 
 
-def error_response(error: BaseException) -> Response:
-    """The whole HTTP answer for an exception."""
+def error_response(error: BaseException, path: str) -> Response:
+    """The whole HTTP answer for an exception, in the shape of the API that `path` belongs to."""
     api_error = as_api_error(error)
-    return json_response(api_error.body(), api_error.status, api_error.headers)
+    is_anthropic = path == _ANTHROPIC_ROUTES[0] or path.startswith(_ANTHROPIC_ROUTES[1])
+    body = anthropic_error(api_error) if is_anthropic else api_error.body()
+    return json_response(body, api_error.status, api_error.headers)
 
 
 def install_error_handlers(app: FastAPI, on_error: Callable[[ApiError], None] | None = None) -> None:
-    """Make every exception that leaves a route an answer in OpenAI's shape, and tell `on_error` of it."""
+    """Make every exception that leaves a route an answer in its API's shape, and tell `on_error` of it."""
 
     async def handle(request: Request, error: Exception) -> Response:
         api_error = as_api_error(error)
         if on_error is not None:
             on_error(api_error)
-        return error_response(api_error)
+        return error_response(api_error, request.scope["path"])
 
     for kind in (QEngineError, HTTPException, Exception):
         app.add_exception_handler(kind, handle)

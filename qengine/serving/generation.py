@@ -49,9 +49,9 @@ def check_num_logprobs(found: int | None, param: str, limit: int) -> None:
         raise invalid(f"{param} is {found}, expected at most {limit} (--max-logprobs)", param=param)
 
 
-def cache_salt(http: Request, request: GenerationRequest) -> str:
+def cache_salt(http: Request, own: str | None) -> str:
     """What separates this request's prefix cache from others': its API key's salt and the one it brings."""
-    parts = [getattr(http.state, "cache_salt", ""), request.cache_salt or ""]
+    parts = [getattr(http.state, "cache_salt", ""), own or ""]
     return "/".join(parts) if any(parts) else ""
 
 

@@ -103,7 +103,7 @@ class GuardedProtocol(H11Protocol):
 
     def send_400_response(self, msg: str) -> None:
         """What is no HTTP gets an answer in the shape of every other error."""
-        response = error_response(ApiError(400, "the request is not valid HTTP, or its head is too large"))
+        response = error_response(ApiError(400, "the request is not valid HTTP, or its head is too large"), "")
         head = h11.Response(status_code=400, headers=[*response.raw_headers, (b"connection", b"close")])
         for event in (head, h11.Data(data=bytes(response.body)), h11.EndOfMessage()):
             self.transport.write(self.conn.send(event) or b"")

@@ -28,6 +28,8 @@ class Limits:
     model_name_chars: int = 1024
     prompt_chars_per_token: int = 16
     num_prompts: int = 256
+    #: Longer texts are tokenized apart from the others, which they would hold up.
+    long_text_chars: int = 256 * 1024
     num_messages: int = 2048
     num_tools: int = 128
     tool_name_chars: int = 64

@@ -45,6 +45,8 @@ StopStrings = Annotated[
     BeforeValidator(_stop_list, json_schema_input_type=str | list[str]),
 ]
 TokenIds = Annotated[list[TokenId], Field(max_length=LIMITS.num_token_ids)]
+CacheSalt = Annotated[str, Field(min_length=1, max_length=LIMITS.cache_salt_chars, pattern=r"^[A-Za-z0-9+=_-]+$")]
+ToolName = Annotated[str, Field(pattern=rf"^[A-Za-z0-9_.-]{{1,{LIMITS.tool_name_chars}}}$")]
 Penalty = Annotated[float, Field(ge=-LIMITS.penalty, le=LIMITS.penalty)]
 Bias = Annotated[float, Field(ge=-LIMITS.logit_bias_magnitude, le=LIMITS.logit_bias_magnitude)]
 LogitBias = Annotated[dict[TokenId, Bias], BeforeValidator(_bias_map)]
@@ -54,6 +56,17 @@ class Strict(BaseModel):
     """What every part of a request is: numbers are no strings, and fields that nobody knows are left out."""
 
     model_config = ConfigDict(strict=True, extra="ignore", allow_inf_nan=False)
+
+
+class CheckedRequest(Strict):
+    """A whole body, which `parse_request` makes."""
+
+    @classmethod
+    def check_body(cls, body: Mapping[str, Any]) -> None:
+        """Refuse what is not supported, before anything is made of `body`. Raises ApiError."""
+
+    def check_together(self) -> None:
+        """What fields mean to each other. Raises ApiError."""
 
 
 class StreamOptions(Strict):
@@ -94,7 +107,7 @@ class StructuredOutputsField(Strict):
     grammar: str | None = None
 
 
-class GenerationRequest(Strict):
+class GenerationRequest(CheckedRequest):
     """The fields that chat and completions share. None is "not given" everywhere."""
 
     model: Annotated[str, Field(min_length=1, max_length=LIMITS.model_name_chars)]
@@ -118,9 +131,7 @@ class GenerationRequest(Strict):
     allowed_token_ids: Annotated[TokenIds, Field(min_length=1)] | None = None
     stream: bool | None = None
     stream_options: StreamOptions | None = None
-    cache_salt: (
-        Annotated[str, Field(min_length=1, max_length=LIMITS.cache_salt_chars, pattern=r"^[A-Za-z0-9+=_-]+$")] | None
-    ) = None
+    cache_salt: CacheSalt | None = None
     add_special_tokens: bool | None = None
     response_format: ResponseFormat | None = None
     structured_outputs: StructuredOutputsField | None = None
@@ -137,12 +148,8 @@ class GenerationRequest(Strict):
     def include_progress(self) -> bool:
         return bool(self.stream_options and self.stream_options.include_progress)
 
-    @classmethod
-    def check_body(cls, body: Mapping[str, Any]) -> None:
-        """Refuse what is not supported, before anything is made of `body`. Raises ApiError."""
-
     def check_together(self) -> None:
-        """What fields mean to each other. Raises ApiError."""
+        super().check_together()
         if self.stream_options is not None and not self.stream:
             raise invalid("stream_options is given but stream is not true", param="stream_options")
 
@@ -172,7 +179,7 @@ class ToolCall(Strict):
 class FunctionDefinition(Strict):
     """A function that the model may call; `parameters` is the JSON schema of its arguments."""
 
-    name: Annotated[str, Field(pattern=rf"^[A-Za-z0-9_.-]{{1,{LIMITS.tool_name_chars}}}$")]
+    name: ToolName
     description: str | None = None
     parameters: dict[str, Any] | None = None
     strict: bool | None = None
@@ -263,7 +270,7 @@ class ChatCompletionRequest(GenerationRequest):
 Prompt = str | list[int]
 _TOKENS_SCHEMA = {"type": "array", "items": {"type": "integer", "minimum": 0}, "minItems": 1}
 _TEXT_SCHEMA = {"type": "string", "minLength": 1}
-_PROMPT_SCHEMA = {
+PROMPT_SCHEMA = {
     "anyOf": [
         _TEXT_SCHEMA,
         _TOKENS_SCHEMA,
@@ -275,7 +282,7 @@ _PROMPT_SCHEMA = {
 class CompletionRequest(GenerationRequest):
     """POST /v1/completions. `prompt` is a string, token ids, or a list of either; `prompts` is always a list."""
 
-    prompt: Annotated[Any, WithJsonSchema(_PROMPT_SCHEMA)]
+    prompt: Annotated[Any, WithJsonSchema(PROMPT_SCHEMA)]
     echo: bool | None = None
     logprobs: Annotated[int, Field(ge=0)] | None = None
     best_of: int | None = None
@@ -288,16 +295,7 @@ class CompletionRequest(GenerationRequest):
         Raises:
             ApiError: `prompt` is of no such form, empty, or has too many items.
         """
-        value = self.prompt
-        if isinstance(value, str):
-            value = [value]
-        if not isinstance(value, list):
-            raise invalid(f"prompt is {shorten(value)}, expected text, token ids, or a list of these", param="prompt")
-        if value and all(_is_token_id(item) for item in value):
-            value = [value]
-        if not 0 < len(value) <= LIMITS.num_prompts:
-            raise invalid(f"prompt has {len(value)} items, expected from 1 to {LIMITS.num_prompts}", param="prompt")
-        return [_check_prompt(item, index) for index, item in enumerate(value)]
+        return checked_prompts(self.prompt, "prompt")
 
     def check_together(self) -> None:
         super().check_together()
@@ -313,18 +311,35 @@ def _is_token_id(value: object) -> bool:
     return isinstance(value, int) and not isinstance(value, bool) and 0 <= value <= LIMITS.token_id
 
 
-def _check_prompt(value: Any, index: int) -> Prompt:
+def checked_prompts(value: Any, param: str) -> list[Prompt]:
+    """The prompts of a field that may hold one or several.
+
+    Raises:
+        ApiError: it is of no such form, empty, or has too many items.
+    """
+    if isinstance(value, str):
+        value = [value]
+    if not isinstance(value, list):
+        raise invalid(f"{param} is {shorten(value)}, expected text, token ids, or a list of these", param=param)
+    if value and all(_is_token_id(item) for item in value):
+        value = [value]
+    if not 0 < len(value) <= LIMITS.num_prompts:
+        raise invalid(f"{param} has {len(value)} items, expected from 1 to {LIMITS.num_prompts}", param=param)
+    return [_check_prompt(item, index, param) for index, item in enumerate(value)]
+
+
+def _check_prompt(value: Any, index: int, param: str) -> Prompt:
     if isinstance(value, str) and value:
         return value
     if isinstance(value, list) and value and all(_is_token_id(item) for item in value):
         return list(value)
     raise invalid(
-        f"prompt[{index}] is {shorten(value)}, expected text or token ids, and not empty",
-        param="prompt",
+        f"{param}[{index}] is {shorten(value)}, expected text or token ids, and not empty",
+        param=param,
     )
 
 
-_Request = TypeVar("_Request", bound=GenerationRequest)
+_Request = TypeVar("_Request", bound=CheckedRequest)
 
 
 def parse_request(kind: type[_Request], body: Mapping[str, Any]) -> _Request:

@@ -46,6 +46,11 @@ class ReasoningSplitter:
         else:
             self._phase = _Phase.THINKING if phase else _Phase.BEFORE
 
+    @property
+    def is_thinking(self) -> bool:
+        """Whether thoughts have begun and not ended."""
+        return self._phase is _Phase.THINKING
+
     def feed(self, char: str) -> list[Piece]:
         """Take one character."""
         if self._phase is _Phase.ANSWER:

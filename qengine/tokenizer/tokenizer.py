@@ -24,6 +24,8 @@ DEFAULT_TEMPLATE = "default"
 TOOL_TEMPLATE = "tool_use"
 #: Files of a tokenizer that only transformers can convert.
 _SLOW_FILES = ("tokenizer.model", "spiece.model", "vocab.json", "tekken.json")
+#: Longer texts are encoded as a batch: then the library lets other threads run, which it does not for a single text.
+_LONG_CHARS = 8192
 _NAMED_TOKENS = ("bos_token", "eos_token", "unk_token", "sep_token", "pad_token", "cls_token", "mask_token")
 _ADDED_TOKEN_FLAGS = ("single_word", "lstrip", "rstrip", "normalized", "special")
 
@@ -100,7 +102,11 @@ class Tokenizer:
             return RequestError(f"the prompt cannot be tokenized, expected Unicode text: {reason}", param="prompt")
 
         with library_errors(refuse):
-            ids: list[int] = self._backend.encode(text, add_special_tokens=add_special_tokens).ids
+            if len(text) > _LONG_CHARS:
+                (encoding,) = self._backend.encode_batch_fast([text], add_special_tokens=add_special_tokens)
+            else:
+                encoding = self._backend.encode(text, add_special_tokens=add_special_tokens)
+            ids: list[int] = encoding.ids
         return ids
 
     # Ids to text
@@ -126,6 +132,10 @@ class Tokenizer:
             if 0 <= token_id < self.vocab_size:
                 self._bytes_cache[token_id] = data
         return data
+
+    def token_spelling(self, token_id: int) -> str:
+        """The token as the vocabulary writes it, such as "Ġworld"; empty if it is no token."""
+        return self._spelling(token_id)
 
     def _spelling(self, token_id: int) -> str:
         if not 0 <= token_id < self.vocab_size:

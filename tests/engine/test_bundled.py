@@ -15,6 +15,7 @@ import transformers
 
 from qengine import LLM, SamplingParams
 from qengine.config import LoadConfig
+from qengine.request import Pooling
 from qengine.runtime.locate import locate_model
 
 QUESTION = [{"role": "user", "content": "What is the capital of France?"}]
@@ -111,6 +112,23 @@ def test_float32_equals_transformers(exact: LLM, oracle: transformers.PreTrained
     expected = [float(theirs[i, token]) for i, token in enumerate(ids[1:])]
     assert len(ids) > 20
     assert max(abs(a - b) for a, b in zip(mine, expected, strict=True)) < 1e-3
+
+
+@pytest.mark.parametrize("pooling", ["last", "mean"])
+def test_embeddings_are_transformers_hidden_states(
+    exact: LLM, oracle: transformers.PreTrainedModel, pooling: Pooling
+) -> None:
+    """In float32, batched and in chunks of one prompt, not normalized: so their length is right, too."""
+    texts = [TEXT, "Paris", TEXT * 3]
+    outputs = exact.embed(texts, pooling=pooling, normalize=False, use_tqdm=False)
+    for output in outputs:
+        with torch.inference_mode():
+            states = oracle(torch.tensor([output.prompt_token_ids]), output_hidden_states=True).hidden_states[-1][0]
+        expected = states[-1] if pooling == "last" else states.mean(0)
+        mine = torch.tensor(output.outputs.embedding)
+        assert mine.shape == (576,)
+        assert float((mine - expected).abs().max()) < 1e-3 * float(expected.abs().max())
+        assert float(torch.cosine_similarity(mine, expected, dim=0)) > 1 - 1e-6
 
 
 def test_bfloat16_on_the_int4_kernel_stays_close(exact: LLM, fast: LLM) -> None:

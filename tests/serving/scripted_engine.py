@@ -18,7 +18,7 @@ from qengine.errors import RequestError
 from qengine.grammars.compiler import CompiledGrammar, GrammarCompiler
 from qengine.grammars.sources import GrammarSource
 from qengine.grammars.vocabulary import Vocabulary
-from qengine.request import CompletionOutput, Logprob, RequestOutput, RequestProgress, SamplingParams
+from qengine.request import CompletionOutput, Logprob, Pooling, RequestOutput, RequestProgress, SamplingParams
 from qengine.scheduling.records import SchedulerStats
 from qengine.step_stats import EngineLoad, StepObserver
 from qengine.tokenizer import IncrementalDetokenizer, load_tokenizer
@@ -50,6 +50,7 @@ class ScriptedRequest:
     cache_salt: str
     max_tokens: int
     choices: list[_Choice]
+    embedding: list[float] | None = None
     num_computed_tokens: int = 0
 
     def contains(self, words: str) -> bool:
@@ -83,6 +84,7 @@ class ScriptedEngine:
             device="cpu",
             max_model_len=max_model_len,
             vocab_size=self.tokenizer.vocab_size,
+            hidden_size=4,
             block_size=16,
             num_blocks=1000,
             max_num_seqs=max_num_seqs,
@@ -159,6 +161,22 @@ class ScriptedEngine:
             request_id, text, ids, params, cache_salt, min(params.max_tokens or room, room), choices
         )
         self.prepared.append(request)
+        return request
+
+    def make_embedding_request(
+        self,
+        request_id: str,
+        prompt: str | Sequence[int],
+        *,
+        pooling: Pooling,
+        normalize: bool,
+        cache_salt: str,
+        add_special_tokens: bool,
+        arrival_time: float,
+    ) -> ScriptedRequest:
+        """Its vector holds the number of tokens, and what was asked."""
+        request = self.make_request(request_id, prompt, SamplingParams(), cache_salt=cache_salt)
+        request.embedding = [len(request.prompt_token_ids), float(pooling == "mean"), float(normalize), 0.1]
         return request
 
     def on_failure(self, callback: Callable[[str], None]) -> None:
@@ -261,6 +279,16 @@ class ScriptedEngine:
 
     def _advance(self, request: ScriptedRequest) -> RequestOutput:
         error = "the logits are NaN" if request.contains(NAN_PROMPT) else None
+        if request.embedding is not None and error is None:
+            del self.requests[request.request_id]
+            return RequestOutput(
+                request_id=request.request_id,
+                prompt=request.prompt,
+                prompt_token_ids=request.prompt_token_ids,
+                outputs=[],
+                finished=True,
+                embedding=request.embedding,
+            )
         for choice in request.choices:
             if error is not None:
                 choice.finish_reason = "error"

@@ -106,6 +106,15 @@ def locked() -> Iterator[Running]:
     "path",
     [
         *("/v1/models", "//v1/models", "/v1/models/", "/V1/MODELS", "/v1/%6dodels", "/v1/../health", "/health/"),
+        *(
+            "/v1/messages",
+            "//v1/messages",
+            "/v1/messages/",
+            "/V1/Messages",
+            "/v1/messages/count_tokens",
+            "/v1/messages?x=1",
+        ),
+        *("/v1/embeddings", "/tokenize", "/TOKENIZE", "//tokenize", "/detokenize", "/detokenize/", "/v1/tokenize"),
         *("/v1/chat/completions", "/v1/completions", "/version", "/docs", "/openapi.json", "/redoc", "/nothing", "//"),
         *("/web", "/web/", "/web/nothing.js", "/web/../v1/models", "/web/index.html", "/index.html", "/favicon.ico"),
         *("/v1/models?api_key=first-key", "/metrics", "/%2e%2e/health", "/health%2f..%2fv1/models"),
@@ -127,6 +136,29 @@ def test_every_route_but_health_is_behind_the_gate(locked: Running) -> None:
     headers = {"authorization": "Bearer second-key"}
     assert locked.get("/v1/models", headers=headers).status_code == 200
     assert locked.get("/nothing", headers=headers).status_code == 404
+
+
+@pytest.mark.parametrize(
+    "headers", [{}, {"x-api-key": "wrong"}, {"x-api-key": ""}, {"authorization": "Basic first-key"}]
+)
+def test_anthropics_routes_say_so_in_its_shape(locked: Running, headers: dict[str, str]) -> None:
+    for path in ("/v1/messages", "/v1/messages/count_tokens"):
+        response = locked.post(path, {}, headers=headers)
+        assert response.status_code == 401
+        assert response.json()["type"] == "error"
+        assert response.json()["error"]["type"] == "authentication_error"
+        assert locked.post(path, {}, headers={"x-api-key": "first-key"}).status_code == 400
+
+
+@pytest.mark.parametrize("path", ["/v1/messages", "/v1/embeddings"])
+def test_each_key_has_its_own_prefix_cache_by_every_route(locked: Running, path: str) -> None:
+    salts = []
+    body = {"model": "scripted", "input": "hi", "messages": [{"role": "user", "content": "hi"}], "max_tokens": 1}
+    for key in ("first-key", "first-key", "second-key"):
+        assert locked.post(path, body, headers={"x-api-key": key}).status_code == 200
+        salts.append(locked.engine.prepared[-1].cache_salt)
+    assert salts[0] == salts[1] != ""
+    assert salts[2] not in ("", salts[0])
 
 
 def test_each_key_has_its_own_prefix_cache(locked: Running) -> None:

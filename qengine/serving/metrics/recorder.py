@@ -40,7 +40,7 @@ class Recorder:
             if num_tokens:
                 metrics.iteration_tokens.observe(num_tokens)
                 metrics.generation_tokens.inc(stats.num_generated_tokens)
-            if stats.first_token_seconds:
+            if stats.num_prompt_tokens:
                 self._count_prompts(stats)
             for gap, count in stats.gaps.items():
                 metrics.inter_token.observe(gap, count=count)
@@ -84,7 +84,7 @@ class Recorder:
         metrics.request_preemptions.observe(sequence.num_preemptions)
         metrics.queue_time.observe(sequence.scheduled_time - sequence.queued_time)
         if not num_output:
-            return  # It failed in its first step: nothing of it ever came.
+            return  # It failed in its first step, or gave an embedding: there are no times of tokens.
         first, last = sequence.first_token_time, sequence.last_token_time
         metrics.e2e.observe(last - sequence.arrival_time)
         metrics.inference_time.observe(last - sequence.scheduled_time)

@@ -20,6 +20,7 @@ _INFO = EngineInfo(
     dtype="",
     device="",
     max_model_len=1,
+    hidden_size=0,
     vocab_size=1,
     block_size=1,
     num_blocks=1,

@@ -1,0 +1,148 @@
+"""POST /tokenize and /detokenize: text and token ids into each other, as vLLM does it.
+
+Invariant: the event loop never waits for a long text. It is tokenized in a thread of its own kind, by a library call
+that lets other threads run, and its answer is written piece by piece for the same reason.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import json
+from collections.abc import Sequence
+from typing import Annotated, Any
+
+from fastapi import APIRouter, Request
+from pydantic import Field
+from starlette.responses import Response
+
+from qengine.serving.api_answers import Detokenized, Tokenized
+from qengine.serving.api_schema import described
+from qengine.serving.async_engine import AsyncEngine
+from qengine.serving.body import read_json_object
+from qengine.serving.chat_call import ChatCall
+from qengine.serving.errors import invalid, json_response
+from qengine.serving.generation import new_id
+from qengine.serving.limits import LIMITS
+from qengine.serving.protocol import ChatCompletionRequest, ChatMessage, CheckedRequest, Tool, parse_request
+from qengine.serving.service import Service, service_of
+from qengine.serving.streaming import while_connected
+from qengine.tokenizer import Tokenizer
+
+router = APIRouter()
+_ModelName = Annotated[str, Field(min_length=1, max_length=LIMITS.model_name_chars)]
+#: Tokens that are written at once.
+_SLICE = 8192
+
+
+class TokenizeRequest(CheckedRequest):
+    """POST /tokenize: a text, or a conversation as chat would render it."""
+
+    model: _ModelName | None = None
+    prompt: str | None = None
+    messages: Annotated[list[ChatMessage], Field(min_length=1, max_length=LIMITS.num_messages)] | None = None
+    add_special_tokens: bool | None = None
+    return_token_strs: bool | None = None
+    add_generation_prompt: bool | None = None
+    continue_final_message: bool | None = None
+    chat_template_kwargs: dict[str, Any] | None = None
+    tools: Annotated[list[Tool], Field(max_length=LIMITS.num_tools)] | None = None
+
+    def check_together(self) -> None:
+        super().check_together()
+        if (self.prompt is None) == (self.messages is None):
+            found = "both given" if self.prompt is not None else "both missing"
+            raise invalid(f"prompt and messages are {found}, expected one of them", param="prompt")
+        if self.prompt is None:
+            return
+        for name in ("add_generation_prompt", "continue_final_message", "chat_template_kwargs", "tools"):
+            if getattr(self, name):
+                raise invalid(f"{name} is given, but it belongs to messages and not to a prompt", param=name)
+
+
+class DetokenizeRequest(CheckedRequest):
+    """POST /detokenize."""
+
+    model: _ModelName | None = None
+    tokens: list[int]
+
+
+@router.post("/tokenize", **described(tag="Text", body=TokenizeRequest, answer=Tokenized))
+async def tokenize(http: Request) -> Response:
+    """The token ids of a text, or of a conversation's prompt.
+
+    A text may be as long as a body may be, longer than the context.
+    """
+    service = service_of(http)
+    service.ready_engine()
+    request = parse_request(TokenizeRequest, await read_json_object(http))
+    engine = _engine(service, request.model)
+    if request.prompt is not None:
+        text = request.prompt
+        adds_special = request.add_special_tokens is not False
+    else:
+        call = ChatCall(http, _chat_request(request, service), id=new_id("tokenize"))
+        (text,) = await while_connected(http, engine.offload(lambda: [str(prompt) for prompt in call.job.prompts()]))
+        adds_special = bool(request.add_special_tokens)
+
+    def work() -> bytes:
+        ids = engine.tokenizer.encode(text, add_special_tokens=adds_special)
+        return _body(engine.tokenizer, ids, engine.info.max_model_len, bool(request.return_token_strs))
+
+    is_long = len(text) > LIMITS.long_text_chars
+    body = await while_connected(http, engine.offload(work, is_long=is_long))
+    return Response(body, media_type="application/json")
+
+
+@router.post("/detokenize", **described(tag="Text", body=DetokenizeRequest, answer=Detokenized))
+async def detokenize(http: Request) -> Response:
+    """The text of token ids, special tokens and all."""
+    service = service_of(http)
+    service.ready_engine()
+    body = await read_json_object(http)
+    request = await asyncio.to_thread(parse_request, DetokenizeRequest, body)
+    engine = _engine(service, request.model)
+    is_long = len(request.tokens) > LIMITS.long_text_chars
+
+    def work() -> str:
+        _check_ids(request.tokens, engine.info.vocab_size)
+        return engine.tokenizer.decode(request.tokens, skip_special_tokens=False)
+
+    return json_response({"prompt": await while_connected(http, engine.offload(work, is_long=is_long))})
+
+
+def _engine(service: Service, model: str | None) -> AsyncEngine:
+    if model is not None:
+        service.check_model(model)
+    return service.ready_engine()
+
+
+def _chat_request(request: TokenizeRequest, service: Service) -> ChatCompletionRequest:
+    chat = ChatCompletionRequest(
+        model=request.model or service.model_names[0],
+        messages=request.messages or [],
+        add_generation_prompt=request.add_generation_prompt,
+        continue_final_message=request.continue_final_message,
+        chat_template_kwargs=request.chat_template_kwargs,
+        tools=request.tools,
+    )
+    chat.check_together()
+    return chat
+
+
+def _check_ids(tokens: Sequence[int], vocab_size: int) -> None:
+    for index, token_id in enumerate(tokens):
+        if not 0 <= token_id < vocab_size:
+            where = f"tokens[{index}]"
+            raise invalid(f"{where} is {token_id}, expected token ids from 0 to {vocab_size - 1}", param=where)
+
+
+def _body(tokenizer: Tokenizer, ids: list[int], max_model_len: int, wants_strings: bool) -> bytes:
+    """The answer, a slice of the ids at a time: a single call for all would hold every other thread up."""
+    slices = [ids[start : start + _SLICE] for start in range(0, len(ids), _SLICE)]
+    tokens = ",".join(json.dumps(part)[1:-1] for part in slices)
+    strings = "null"
+    if wants_strings:
+        spelled = (json.dumps([tokenizer.token_spelling(i) for i in part])[1:-1] for part in slices)
+        strings = f"[{','.join(spelled)}]"
+    head = f'"count":{len(ids)},"max_model_len":{max_model_len}'
+    return f'{{{head},"tokens":[{tokens}],"token_strs":{strings}}}'.encode()
