@@ -16,6 +16,9 @@ from qengine.errors import RequestError
 
 FinishReason = Literal["stop", "length", "abort", "error"]
 
+#: `error_code` of a request for which there was no memory.
+OUT_OF_MEMORY = "out_of_memory"
+
 #: Below this temperature sampling is greedy (the argmax), as in vLLM.
 GREEDY_TEMPERATURE = 1e-5
 MAX_SEED = 2**63
@@ -295,6 +298,7 @@ class Request:
     finish_reason: FinishReason | None = None
     stop_reason: int | str | None = None
     error: str | None = None
+    error_code: str | None = None
 
     @property
     def num_tokens(self) -> int:
@@ -354,7 +358,10 @@ class RequestTimes:
 
 @dataclass(frozen=True, slots=True)
 class RequestOutput:
-    """An answer, whole or so far. `error` is set when the request failed inside the engine, `times` at its end."""
+    """An answer, whole or so far. `error` is set when the request failed inside the engine, `times` at its end.
+
+    `error_code` says of some errors what they are: `OUT_OF_MEMORY`.
+    """
 
     request_id: str
     prompt: str | None
@@ -364,4 +371,5 @@ class RequestOutput:
     num_cached_tokens: int = 0
     finished: bool = False
     error: str | None = None
+    error_code: str | None = None
     times: RequestTimes | None = None

@@ -3,7 +3,8 @@
 `begin` queues a step and `finish` waits for its tokens; on a GPU nothing in between waits for the device, so the host
 is free while it works. Invariant: only rows that are sampled, or a few at a time for prompt log-probabilities, get
 logits, so a step's memory does not grow with the vocabulary times the chunk. A sequence whose logits are not finite
-fails alone: its bad blocks are zeroed and the others are unaffected. Where ranks share the model, all of them run each
+fails alone: its bad blocks are zeroed and the others are unaffected. A step that runs out of memory leaves nothing
+behind that the next one would notice. Where ranks share the model, all of them run each
 step, and one draws the tokens. It does not schedule and does not stop sequences.
 """
 
@@ -20,6 +21,7 @@ from qengine.models.decoder import Decoder
 from qengine.runtime.inputs import PreparedStep, Steps
 from qengine.runtime.kv_cache import KVCache
 from qengine.runtime.links import Links
+from qengine.runtime.out_of_memory import memory_guard
 from qengine.runtime.sampler import PendingSamples, Sampler
 from qengine.runtime.sampling.logprobs import PendingPromptLogprobs
 from qengine.runtime.sampling.transfer import Arrival
@@ -42,7 +44,15 @@ class PendingStep:
 
     @torch.inference_mode()
     def finish(self) -> StepResult:
-        """Wait for the tokens."""
+        """Wait for the tokens.
+
+        Raises:
+            StepMemoryError: as `ModelRunner.begin`.
+        """
+        with memory_guard(self.cache.device):
+            return self._finish()
+
+    def _finish(self) -> StepResult:
         self.arrival.wait()
         prompt_logprobs = {name: pending.records() for name, pending in self.prompt_logprobs.items()}
         tokens = [] if self.samples is None else self.samples.finish()
@@ -101,8 +111,13 @@ class ModelRunner:
 
     @torch.inference_mode()
     def begin(self, batch: Batch) -> PendingStep:
-        """Queue a step. The next one may be queued only after this one is finished."""
-        with _current(self.cache.device):
+        """Queue a step. The next one may be queued only after this one is finished.
+
+        Raises:
+            StepMemoryError: there is no memory for it. It may be begun again, whole or in parts: what it has stored
+                is stored again, the same. Ranks that share it stand at different places then, and cannot go on.
+        """
+        with memory_guard(self.cache.device), _current(self.cache.device):
             return self._begin(batch)
 
     def _begin(self, batch: Batch) -> PendingStep:

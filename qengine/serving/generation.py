@@ -167,7 +167,8 @@ async def answer(engine: AsyncEngine, job: Job) -> AsyncGenerator[tuple[int, Req
                 async for output in outputs:
                     latest[output.request_id] = output
                     if output.error is not None:
-                        raise ApiError(500, f"the request failed: {output.error}", code="generation_failed")
+                        code = output.error_code or "generation_failed"
+                        raise ApiError(500, f"the request failed: {output.error}", code=code)
                     yield indices[output.request_id], output
         finally:
             _trace(engine, job, list(latest.values()))
