@@ -1,8 +1,8 @@
 """Memory pressure: how small steps must be after one for which there was no memory.
 
-What a step takes grows with its tokens, so a step that fails halves the budget of those after it, and every few that run
-double it until it is whole again. Invariant: the budget is at least one token, so that something always runs. It counts
-steps alone: whom to drop is the scheduler's choice.
+What a step takes grows with its tokens. So a step that fails halves the budget of those after it, and every few that
+run double it, until it is whole again. Invariant: the budget is at least one token, so that something always runs. It
+counts steps alone: whom to drop is the scheduler's choice.
 """
 
 from __future__ import annotations

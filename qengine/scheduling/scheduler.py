@@ -1,8 +1,8 @@
 """Scheduler: which tokens of which requests the next step computes, and in which blocks. No phases, no torch.
 
 Every request has computed tokens that catch up with its known tokens; decode, chunked prefill, prefix hits and
-recomputation after preemption are that one sum. Each step is a `schedule`, a run, and an `update`, or it is taken back by
-`discard` or `back_off`. Up to `max_in_flight` steps may be between the first and the last, whose results come in the
+recomputation after preemption are that one sum. Each step is a `schedule`, a run, and an `update`, or it is taken back
+by `discard` or `back_off`. Up to `max_in_flight` steps may be between the first and the last, whose results come in the
 order they were begun. A request whose next token is awaited sits out; the parts of a long prompt follow each other
 without waiting.
 

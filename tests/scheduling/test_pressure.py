@@ -1,4 +1,4 @@
-"""Steps that run out of memory: the next ones are smaller, few are preempted, one gives way, and it gets better again."""
+"""Steps that run out of memory: the next ones are smaller, some are preempted, one gives way, and all gets better."""
 
 from __future__ import annotations
 
