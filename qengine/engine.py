@@ -22,10 +22,11 @@ from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
 from qengine.config import EngineConfig
-from qengine.errors import EngineDeadError, RequestError, StepMemoryError
+from qengine.errors import EngineDeadError, GrammarError, RequestError, StepMemoryError
 from qengine.grammars.sources import GrammarSource, source_of
 from qengine.imports import import_late
 from qengine.request import (
+    GRAMMAR_FAILED,
     CompletionOutput,
     Logprob,
     PositionLogprobs,
@@ -524,7 +525,11 @@ class Engine:
 
 
 def _begin(grammar: CompiledGrammar, params: SamplingParams) -> GrammarState:
-    return grammar.start(stop_token_ids=frozenset(params.stop_token_ids or ()), min_tokens=params.min_tokens)
+    try:
+        return grammar.start(stop_token_ids=frozenset(params.stop_token_ids or ()), min_tokens=params.min_tokens)
+    except GrammarError as error:
+        # It could be begun when it was compiled, but what has been found out since counts against its limits.
+        raise RequestError(str(error), code=GRAMMAR_FAILED) from error
 
 
 def _completion(index: int, choice: _Choice) -> CompletionOutput:

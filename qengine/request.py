@@ -16,8 +16,9 @@ from qengine.errors import RequestError
 
 FinishReason = Literal["stop", "length", "abort", "error"]
 
-#: `error_code` of a request for which there was no memory.
+#: `error_code` of a request for which there was no memory, and of one whose grammar could not be followed to its end.
 OUT_OF_MEMORY = "out_of_memory"
+GRAMMAR_FAILED = "grammar_failed"
 
 #: Below this temperature sampling is greedy (the argmax), as in vLLM.
 GREEDY_TEMPERATURE = 1e-5
@@ -360,7 +361,7 @@ class RequestTimes:
 class RequestOutput:
     """An answer, whole or so far. `error` is set when the request failed inside the engine, `times` at its end.
 
-    `error_code` says of some errors what they are: `OUT_OF_MEMORY`.
+    `error_code` says of some errors what they are: `OUT_OF_MEMORY` or `GRAMMAR_FAILED`.
     """
 
     request_id: str

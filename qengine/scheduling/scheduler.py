@@ -19,7 +19,7 @@ from collections.abc import Sequence
 from dataclasses import replace
 
 from qengine.errors import GrammarError, RequestError
-from qengine.request import OUT_OF_MEMORY, FinishReason, Request
+from qengine.request import GRAMMAR_FAILED, OUT_OF_MEMORY, FinishReason, Request
 from qengine.scheduling.admission import AdmissionPolicy, GrowthForecast
 from qengine.scheduling.batch import Batch, BatchEntry, StepResult
 from qengine.scheduling.block_pool import BlockPool
@@ -415,7 +415,7 @@ class Scheduler:
                 request.grammar.accept(sampled.token_id)
         except GrammarError as error:
             # Its blocks hold what the model computed and are as good as any.
-            request.error = str(error)
+            request.error, request.error_code = str(error), GRAMMAR_FAILED
             self._end(track, "error")
             return
         end = end_after_token(track, self.limits.max_model_len)

@@ -18,7 +18,7 @@ from starlette.requests import Request
 from qengine.engine import PendingRequest
 from qengine.errors import RequestError
 from qengine.grammars.compiler import CompiledGrammar
-from qengine.request import CompletionOutput, PositionLogprobs, RequestOutput, SamplingParams
+from qengine.request import GRAMMAR_FAILED, CompletionOutput, PositionLogprobs, RequestOutput, SamplingParams
 from qengine.serving.admission import RequestTimeoutError
 from qengine.serving.async_engine import AsyncEngine
 from qengine.serving.errors import ApiError, invalid
@@ -167,11 +167,16 @@ async def answer(engine: AsyncEngine, job: Job) -> AsyncGenerator[tuple[int, Req
                 async for output in outputs:
                     latest[output.request_id] = output
                     if output.error is not None:
-                        code = output.error_code or "generation_failed"
-                        raise ApiError(500, f"the request failed: {output.error}", code=code)
+                        raise _failure(output)
                     yield indices[output.request_id], output
         finally:
             _trace(engine, job, list(latest.values()))
+
+
+def _failure(output: RequestOutput) -> ApiError:
+    """What a request that failed in the engine is told; a grammar that nobody can follow is its own fault."""
+    status = 400 if output.error_code == GRAMMAR_FAILED else 500
+    return ApiError(status, f"the request failed: {output.error}", code=output.error_code or "generation_failed")
 
 
 def _trace(engine: AsyncEngine, job: Job, outputs: list[RequestOutput]) -> None:

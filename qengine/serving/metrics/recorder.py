@@ -11,7 +11,7 @@ import logging
 from collections.abc import Sequence
 from itertools import pairwise
 
-from qengine.request import OUT_OF_MEMORY, Request
+from qengine.request import Request
 from qengine.scheduling.records import SchedulerStats
 from qengine.serving.metrics.catalog import STEP_PHASES, EngineMetrics
 from qengine.step_stats import EngineLoad, StepStats
@@ -75,7 +75,7 @@ class Recorder:
     def _count_end(self, sequence: Request) -> None:
         metrics, num_output = self.metrics, len(sequence.output_token_ids)
         metrics.success.inc(1, str(sequence.finish_reason))
-        if sequence.finish_reason == "error" and sequence.error_code != OUT_OF_MEMORY:
+        if sequence.finish_reason == "error" and sequence.error_code is None:
             metrics.corrupted.inc()
         metrics.request_prompt_tokens.observe(sequence.num_prompt_tokens)
         metrics.request_generation_tokens.observe(num_output)
