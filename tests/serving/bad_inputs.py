@@ -1,14 +1,14 @@
 """Bad inputs over HTTP, as data: what is sent, and which answers are right. `test_bad_inputs` sends all of them.
 
-A new route that generates needs one line in ROUTES: every row of SHARED is then sent there too. Rows come in families,
-a fault and its neighbours on both sides of the line, so good ones are among them.
+A new route needs a good body in ROUTES and the families of fields that it has in SHARED. Each family is a fault and its
+neighbours on both sides of the line, so good requests are among them.
 """
 
 from __future__ import annotations
 
 import gzip
 import json
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -207,13 +207,9 @@ def _forms() -> Iterator[Fields]:
     yield Fields("a good form", 200, {outputs: {"choice": ["a", "b"]}})
 
 
-SHARED: tuple[Fields, ...] = (
-    *_sampling(),
-    *_stops_and_tokens(),
-    *_streams_and_salts(),
-    *_models_and_unknown_fields(),
-    *_forms(),
-)
+_EVERYTHING = (_sampling, _stops_and_tokens, _streams_and_salts, _models_and_unknown_fields, _forms)
+#: Path -> the families of fields that mean there what they mean everywhere.
+SHARED: Mapping[str, Sequence[Callable[[], Iterator[Fields]]]] = {CHAT: _EVERYTHING, TEXT: _EVERYTHING}
 
 
 # Fields of one route
@@ -329,7 +325,8 @@ def _prompts() -> Iterator[Fields]:
     yield Fields("tools", 400, {"tools": [_tool()]}, "tools")
 
 
-OWN: Mapping[str, tuple[Fields, ...]] = {CHAT: tuple(_chat_fields()), TEXT: tuple(_prompts())}
+#: The families of one route alone.
+OWN: Mapping[str, Sequence[Callable[[], Iterator[Fields]]]] = {CHAT: (_chat_fields,), TEXT: (_prompts,)}
 
 
 # Bodies
@@ -430,8 +427,9 @@ def _heads() -> Iterator[Case]:
 
 
 def _by_route(path: str) -> Iterator[Case]:
-    for row in (*SHARED, *OWN.get(path, ())):
-        yield row.on(path)
+    for family in (*SHARED.get(path, ()), *OWN.get(path, ())):
+        for row in family():
+            yield row.on(path)
     for number in _NAN:
         for name in ("temperature", "top_p", "min_p", "presence_penalty", "repetition_penalty", "seed", "max_tokens"):
             yield post(f"{path}: {name} {number}", 400, path, {**ROUTES[path], name: number})
