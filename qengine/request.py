@@ -18,6 +18,10 @@ FinishReason = Literal["stop", "length", "abort", "error"]
 #: How one vector is made of a text's hidden states: that of the last token, or the mean over all of them.
 Pooling = Literal["last", "mean"]
 
+#: `error_code` of a request for which there was no memory, and of one whose grammar could not be followed to its end.
+OUT_OF_MEMORY = "out_of_memory"
+GRAMMAR_FAILED = "grammar_failed"
+
 #: Below this temperature sampling is greedy (the argmax), as in vLLM.
 GREEDY_TEMPERATURE = 1e-5
 MAX_SEED = 2**63
@@ -301,6 +305,7 @@ class Request:
     finish_reason: FinishReason | None = None
     stop_reason: int | str | None = None
     error: str | None = None
+    error_code: str | None = None
 
     @property
     def num_tokens(self) -> int:
@@ -363,6 +368,7 @@ class RequestOutput:
     """An answer, whole or so far. `error` is set when the request failed inside the engine, `times` at its end.
 
     `embedding` is what a request with pooling ends in; it has no `outputs`.
+    `error_code` says of some errors what they are: `OUT_OF_MEMORY` or `GRAMMAR_FAILED`.
     """
 
     request_id: str
@@ -373,6 +379,7 @@ class RequestOutput:
     num_cached_tokens: int = 0
     finished: bool = False
     error: str | None = None
+    error_code: str | None = None
     times: RequestTimes | None = None
     embedding: list[float] | None = None
 

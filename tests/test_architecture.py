@@ -21,7 +21,7 @@ PACKAGES = ("qengine", "converters", "quant_kernels")
 
 #: Where each part of qengine lives; a later entry of the same floor may import an earlier one, never the reverse.
 FLOORS: tuple[tuple[str, ...], ...] = (
-    ("errors", "environment", "imports", "config", "logs", "request"),
+    ("errors", "environment", "imports", "interrupts", "config", "logs", "request"),
     ("scheduling",),
     ("parallel",),
     ("layers",),

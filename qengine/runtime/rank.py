@@ -16,7 +16,7 @@ from collections.abc import Sequence
 
 import torch
 
-from qengine.errors import ConfigError, LoadError
+from qengine.errors import ConfigError, LoadError, StepMemoryError
 from qengine.logs import set_up_logging
 from qengine.runtime.channel import Channel, ChannelClosedError, ProtocolError
 from qengine.runtime.links import Links, connect_links
@@ -46,6 +46,11 @@ from qengine.runtime.step_messages import StepReader, write_result
 from qengine.runtime.worker import Worker
 
 logger = logging.getLogger(__name__)
+
+#: The other ranks wait in the middle of the same step for what this one will not give them.
+_NO_WAY_BACK = (
+    "; ranks cannot take a step back. Start with a lower --gpu-memory-utilization or --max-num-batched-tokens"
+)
 
 
 def main(argv: Sequence[str]) -> int:
@@ -140,6 +145,8 @@ def _report_failure(channel: Channel, error: Exception) -> None:
         failed = Failed("config", str(error))
     elif isinstance(error, LoadError):
         failed = Failed("load", str(error))
+    elif isinstance(error, StepMemoryError):
+        failed = Failed("internal", f"out of memory in a step: {error}{_NO_WAY_BACK}")
     else:
         logger.error("%s", "".join(traceback.format_exception(error)).rstrip())
         failed = Failed("internal", f"{type(error).__name__}: {error}")

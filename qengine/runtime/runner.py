@@ -4,8 +4,8 @@
 is free while it works. Invariant: only rows that are sampled, or a few at a time for prompt log-probabilities, get
 logits, and of rows that are pooled only the vectors remain, so a step's memory does not grow with the vocabulary times
 the chunk. A sequence whose logits or vector are not finite fails alone: its bad blocks are zeroed and the others are
-unaffected. Where ranks share the model, all of them run each step, and one draws the tokens. It does not schedule and
-does not stop sequences.
+unaffected. A step that runs out of memory leaves nothing behind that the next one would notice. Where ranks share the
+model, all of them run each step, and one draws the tokens. It does not schedule and does not stop sequences.
 """
 
 from __future__ import annotations
@@ -21,6 +21,7 @@ from qengine.models.decoder import Decoder
 from qengine.runtime.inputs import PreparedStep, Steps
 from qengine.runtime.kv_cache import KVCache
 from qengine.runtime.links import Links
+from qengine.runtime.out_of_memory import memory_guard
 from qengine.runtime.sampler import PendingSamples, Sampler
 from qengine.runtime.sampling.logprobs import PendingPromptLogprobs
 from qengine.runtime.sampling.transfer import Arrival, to_host
@@ -53,7 +54,15 @@ class PendingStep:
 
     @torch.inference_mode()
     def finish(self) -> StepResult:
-        """Wait for the tokens."""
+        """Wait for the tokens.
+
+        Raises:
+            StepMemoryError: as `ModelRunner.begin`.
+        """
+        with memory_guard(self.cache.device):
+            return self._finish()
+
+    def _finish(self) -> StepResult:
         self.arrival.wait()
         prompt_logprobs = {name: pending.records() for name, pending in self.prompt_logprobs.items()}
         tokens = [] if self.samples is None else self.samples.finish()
@@ -124,8 +133,13 @@ class ModelRunner:
 
     @torch.inference_mode()
     def begin(self, batch: Batch) -> PendingStep:
-        """Queue a step. The next one may be queued only after this one is finished."""
-        with _current(self.cache.device):
+        """Queue a step. The next one may be queued only after this one is finished.
+
+        Raises:
+            StepMemoryError: there is no memory for it. It may be begun again, whole or in parts: what it has stored
+                is stored again, the same. Ranks that share it stand at different places then, and cannot go on.
+        """
+        with memory_guard(self.cache.device), _current(self.cache.device):
             return self._begin(batch)
 
     def _begin(self, batch: Batch) -> PendingStep:

@@ -39,13 +39,17 @@ class SchedulerLimits:
 
 @dataclass(slots=True)
 class SchedulerStats:
-    """Running totals. The prefix cache is counted in tokens, once per request, at its first admission."""
+    """Running totals. The prefix cache is counted in tokens, once per request, at its first admission.
+
+    `num_oom_steps` counts steps that were taken back because there was no memory for them.
+    """
 
     num_preemptions: int = 0
     num_scheduled_tokens: int = 0
     num_recomputed_tokens: int = 0
     prefix_cache_queries: int = 0
     prefix_cache_hits: int = 0
+    num_oom_steps: int = 0
 
 
 @dataclass(frozen=True, slots=True)

@@ -1,9 +1,10 @@
 """Scheduler: which tokens of which requests the next step computes, and in which blocks. No phases, no torch.
 
 Every request has computed tokens that catch up with its known tokens; decode, chunked prefill, prefix hits and
-recomputation after preemption are that one sum. Each step is a `schedule`, a run, and an `update` (or `discard`); up to
-`max_in_flight` steps may be between the first and the last, whose results come in the order they were begun. A request
-whose next token is awaited sits out; the parts of a long prompt follow each other without waiting.
+recomputation after preemption are that one sum. Each step is a `schedule`, a run, and an `update`, or it is taken back
+by `discard` or `back_off`. Up to `max_in_flight` steps may be between the first and the last, whose results come in the
+order they were begun. A request whose next token is awaited sits out; the parts of a long prompt follow each other
+without waiting.
 
 Invariant (no deadlock, no starvation): with nothing in flight every step computes at least one token, for the free
 blocks always cover what is promised to protected requests, a request that runs alone cannot lack a block, and with
@@ -14,16 +15,17 @@ It neither runs models nor detokenizes, and is not thread-safe: its owner calls 
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import replace
 
 from qengine.errors import GrammarError, RequestError
-from qengine.request import FinishReason, Request
+from qengine.request import GRAMMAR_FAILED, OUT_OF_MEMORY, FinishReason, Request
 from qengine.scheduling.admission import AdmissionPolicy, GrowthForecast
 from qengine.scheduling.batch import Batch, BatchEntry, StepResult
 from qengine.scheduling.block_pool import BlockPool
 from qengine.scheduling.flights import Flights
 from qengine.scheduling.prefix_cache import PrefixCache
+from qengine.scheduling.pressure import MemoryPressure
 from qengine.scheduling.records import SchedulerLimits, SchedulerSnapshot, SchedulerStats
 from qengine.scheduling.running import RunningSet
 from qengine.scheduling.tracking import MAX_PREEMPTIONS, Track, end_after_token
@@ -54,6 +56,7 @@ class Scheduler:
         self._waiting = WaitingQueue()
         self._flights = Flights(pool, limits.max_in_flight)
         self._running = RunningSet(pool, self._flights)
+        self._pressure = MemoryPressure(limits.max_num_batched_tokens)
         self._num_arrivals = 0
         self._num_steps = 0
 
@@ -190,14 +193,14 @@ class Scheduler:
         """Choose the next step: decodes, then prompts begun, then new requests, each in order of admission.
 
         Args:
-            max_num_tokens: a lower token budget for this step alone (to retry after running out of memory).
+            max_num_tokens: a lower token budget for this step alone.
 
         Returns:
             The batch; empty only if nothing is unfinished, or all that is waits for a step in flight.
         """
         assert self._flights.has_room, "schedule() before update() or discard() of a step before"
         self.admitted = []
-        budget = self.limits.max_num_batched_tokens
+        budget = self._pressure.budget
         if max_num_tokens is not None:
             budget = max(1, min(budget, max_num_tokens))
         self._num_steps += 1
@@ -227,6 +230,7 @@ class Scheduler:
             The requests that got a token or ended, in batch order. Those ended meanwhile are left out.
         """
         changed = []
+        self._pressure.on_run()
         for entry, track in zip(batch.entries, self._flights.land(batch), strict=True):
             if track.request.finished:
                 continue
@@ -247,9 +251,50 @@ class Scheduler:
 
     def discard(self, batch: Batch) -> None:
         """Forget the newest step, which did not run: its tokens stay to be computed, its requests keep their blocks."""
-        for entry, track in zip(batch.entries, self._flights.cancel(batch), strict=True):
+        self._take_back(batch)
+
+    def back_off(self, batch: Batch) -> Request | None:
+        """Take back the newest step, for which there was no memory, so that the next one is smaller.
+
+        Memory goes with tokens and with sequences: the budget is halved, and of several sequences that run those
+        admitted last are preempted, half of them if they may be. If steps go on to fail, the largest request of the
+        last one ends with an error, since what remains may fit without it.
+
+        Returns:
+            The request that had to end, if any.
+        """
+        tracks = [track for track in self._take_back(batch) if not track.request.finished]
+        self.stats.num_oom_steps += 1
+        gives_way = self._pressure.on_failed(batch.num_tokens)
+        if gives_way and tracks:
+            largest = max(tracks, key=lambda track: track.request.num_tokens)
+            largest.request.error = "there is not enough memory to compute it"
+            largest.request.error_code = OUT_OF_MEMORY
+            self._end(largest, "error")
+            return largest.request
+        if len(tracks) > 1:
+            self._shed(len(self._running) // 2)
+        return None
+
+    @property
+    def is_starved(self) -> bool:
+        """Whether not even the smallest step can be run, whichever request it is for."""
+        return self._pressure.is_hopeless
+
+    def _take_back(self, batch: Batch) -> Sequence[Track]:
+        tracks = self._flights.cancel(batch)
+        for entry, track in zip(batch.entries, tracks, strict=True):
             if track.running:
                 track.num_planned = entry.start
+        return tracks
+
+    def _shed(self, num_left: int) -> None:
+        """Preempt requests until so many run, but for those that may not be."""
+        while len(self._running) > num_left:
+            victim = self._running.victim()
+            if victim is None or victim.num_flights:
+                return
+            self._preempt(victim)
 
     def _in_turn(self) -> list[Track]:
         """Running requests that this step can go on with: those with one token to compute, then the others.
@@ -394,7 +439,7 @@ class Scheduler:
                 request.grammar.accept(sampled.token_id)
         except GrammarError as error:
             # Its blocks hold what the model computed and are as good as any.
-            request.error = str(error)
+            request.error, request.error_code = str(error), GRAMMAR_FAILED
             self._end(track, "error")
             return
         end = end_after_token(track, self.limits.max_model_len)

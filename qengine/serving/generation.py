@@ -18,7 +18,14 @@ from starlette.requests import Request
 from qengine.engine import PendingRequest
 from qengine.errors import RequestError
 from qengine.grammars.compiler import CompiledGrammar
-from qengine.request import CompletionOutput, PositionLogprobs, RequestOutput, RequestProgress, SamplingParams
+from qengine.request import (
+    GRAMMAR_FAILED,
+    CompletionOutput,
+    PositionLogprobs,
+    RequestOutput,
+    RequestProgress,
+    SamplingParams,
+)
 from qengine.serving.admission import RequestTimeoutError
 from qengine.serving.async_engine import AsyncEngine
 from qengine.serving.errors import ApiError, invalid
@@ -177,7 +184,7 @@ async def follow(
                     if isinstance(report, RequestOutput):
                         latest[report.request_id] = report
                         if report.error is not None:
-                            raise ApiError(500, f"the request failed: {report.error}", code="generation_failed")
+                            raise _failure(report)
                     yield indices[report.request_id], report
         except RequestError as error:
             raise _named(error, job) from error
@@ -189,6 +196,12 @@ def _named(error: RequestError, job: Job) -> RequestError:
     """The same error with the prompt called what it is called in the request."""
     param = job.prompt_param if error.param == "prompt" else error.param
     return RequestError(str(error), param=param, code=error.code)
+
+
+def _failure(output: RequestOutput) -> ApiError:
+    """What a request that failed in the engine is told; a grammar that nobody can follow is its own fault."""
+    status = 400 if output.error_code == GRAMMAR_FAILED else 500
+    return ApiError(status, f"the request failed: {output.error}", code=output.error_code or "generation_failed")
 
 
 def _trace(engine: AsyncEngine, job: Job, outputs: list[RequestOutput]) -> None:

@@ -1,8 +1,8 @@
 """A rank that fails as it is told: `python -m tests.runtime.failing_rank RANK HOW ...`, then what any rank is given.
 
-HOW is "raise" (in its fifth step), "raise together" (in its fifth step of two sequences), "vanish" (the process ends
-there), "hang" (it answers no more from there on), "garbage" (it says nonsense), or "stop" (the process is stopped while
-it loads). The other ranks are sound.
+HOW is "raise" (in its fifth step), "raise together" (in its fifth step of two sequences), "run out" (of memory),
+"vanish" (the process ends there), "hang" (it answers no more from there on), "garbage" (it says nonsense), or "stop"
+(the process is stopped while it loads). The other ranks are sound.
 """
 
 from __future__ import annotations
@@ -14,9 +14,12 @@ import threading
 from collections.abc import Callable, Mapping
 from typing import Any
 
+import torch
+
 from qengine.runtime import rank
 from qengine.runtime.channel import Channel
 from qengine.runtime.messages import Start
+from qengine.runtime.out_of_memory import memory_guard
 from qengine.runtime.worker import Worker
 
 FIRST_BAD_STEP = 5
@@ -24,6 +27,11 @@ FIRST_BAD_STEP = 5
 
 def _raise(channel: Channel) -> None:
     raise RuntimeError("evil forward")
+
+
+def _run_out(channel: Channel) -> None:
+    with memory_guard(torch.device("cpu")):
+        raise torch.OutOfMemoryError("Tried to allocate 2.00 GiB")
 
 
 def _vanish(channel: Channel) -> None:
@@ -42,6 +50,7 @@ def _talk_nonsense(channel: Channel) -> None:
 FAULTS: Mapping[str, Callable[[Channel], None]] = {
     "raise": _raise,
     "raise together": _raise,
+    "run out": _run_out,
     "vanish": _vanish,
     "hang": _hang,
     "garbage": _talk_nonsense,

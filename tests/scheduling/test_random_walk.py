@@ -17,7 +17,7 @@ from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
 
 from qengine.errors import RequestError
-from qengine.request import Request
+from qengine.request import OUT_OF_MEMORY, Request
 from qengine.scheduling.admission import AdmissionPolicy
 from qengine.scheduling.batch import Batch, BatchEntry
 from qengine.scheduling.block_pool import BlockPool
@@ -175,6 +175,16 @@ class SchedulerWalk(RuleBasedStateMachine):
     @rule()
     def discard(self) -> None:
         self.scheduler.discard(self.in_flight.pop())
+
+    @precondition(lambda self: self.in_flight and self.in_flight[-1])
+    @rule()
+    def run_out_of_memory(self) -> None:
+        batch = self.in_flight.pop()
+        failed = self.scheduler.back_off(batch)
+        if failed is not None:
+            assert failed.request_id in {entry.request_id for entry in batch.entries}
+            assert (failed.finish_reason, failed.error_code) == ("error", OUT_OF_MEMORY)
+            self.ended_outside.add(failed.request_id)
 
     @rule(num_steps=st.integers(2, 12))
     def run(self, num_steps: int) -> None:

@@ -99,6 +99,9 @@ class EngineMetrics(InstrumentSet):
         self.prefix_queries = counter("prefix_cache_queries", "Prompt tokens looked up in the prefix cache.")
         self.prefix_hits = counter("prefix_cache_hits", "Prompt tokens found there.")
         self.preemptions = counter("num_preemptions", "Times that a sequence had to give up its blocks.")
+        self.oom_steps = counter(
+            "oom_steps", "Steps for which there was no memory; smaller ones were run in their place."
+        )
         self.prompt_tokens = counter("prompt_tokens", "Prompt tokens of sequences that got their first token.")
         self.prompt_tokens_cached = counter("prompt_tokens_cached", "Those of them that came from the prefix cache.")
         self.prompt_tokens_by_source = self.add(

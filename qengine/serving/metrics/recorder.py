@@ -75,7 +75,7 @@ class Recorder:
     def _count_end(self, sequence: Request) -> None:
         metrics, num_output = self.metrics, len(sequence.output_token_ids)
         metrics.success.inc(1, str(sequence.finish_reason))
-        if sequence.finish_reason == "error":
+        if sequence.finish_reason == "error" and sequence.error_code is None:
             metrics.corrupted.inc()
         metrics.request_prompt_tokens.observe(sequence.num_prompt_tokens)
         metrics.request_generation_tokens.observe(num_output)
@@ -110,6 +110,7 @@ class Recorder:
             metrics.kv_blocks.set(load.num_free_cached_blocks, "cached")
             metrics.kv_blocks.set(load.num_free_blocks - load.num_free_cached_blocks, "free")
             metrics.preemptions.set_total(totals.num_preemptions)
+            metrics.oom_steps.set_total(totals.num_oom_steps)
             metrics.prefix_queries.set_total(totals.prefix_cache_queries)
             metrics.prefix_hits.set_total(totals.prefix_cache_hits)
         self._log.write_when_due(load, usage, totals)
