@@ -27,16 +27,14 @@ def memory_guard(device: torch.device) -> Iterator[None]:
     """
     try:
         yield
-        return
     except (RuntimeError, MemoryError) as error:
         if not is_out_of_memory(error):
             raise
-        reason = str(error).partition("\n")[0] or type(error).__name__
         traceback.clear_frames(error.__traceback__)
-    # Outside of the handler, so that the first exception is not kept as the context of this one.
-    if device.type == "cuda":
-        torch.cuda.empty_cache()
-    raise StepMemoryError(reason)
+        if device.type == "cuda":
+            torch.cuda.empty_cache()  # What is free in small pieces may be had again as a whole.
+        reason = str(error).partition("\n")[0] or type(error).__name__
+        raise StepMemoryError(reason) from None
 
 
 def is_out_of_memory(error: BaseException) -> bool:
