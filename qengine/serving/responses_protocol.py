@@ -259,7 +259,7 @@ _MetadataText = Annotated[str, Field(max_length=LIMITS.metadata_value_chars)]
 
 def _without_refused(schema: dict[str, Any]) -> None:
     for name in _REFUSED:
-        schema["properties"].pop(name)
+        schema["properties"].pop(name, None)
 
 
 class ResponsesRequest(GenerationRequest):
@@ -283,12 +283,6 @@ class ResponsesRequest(GenerationRequest):
     store: bool | None = None
     stream_options: ResponsesStreamOptions | None = None
     chat_template_kwargs: dict[str, Any] | None = None
-    previous_response_id: Any = None
-    conversation: Any = None
-    background: Any = None
-    prompt: Any = None
-    moderation: Any = None
-    context_management: Any = None
 
     @property
     def wants_logprobs(self) -> bool:
@@ -326,10 +320,7 @@ class ResponsesRequest(GenerationRequest):
         for name in ("summary", "generate_summary"):
             value = getattr(reasoning, name)
             if value not in (None, "auto"):
-                yield (
-                    f"reasoning.{name}",
-                    f"reasoning.{name} is '{value}', but thoughts are returned as they are",
-                )
+                yield f"reasoning.{name}", f"reasoning.{name} is '{value}', but thoughts are returned as they are"
         if reasoning.context not in (None, "auto"):
             yield "reasoning.context", f"reasoning.context is '{reasoning.context}', {advice}"
         if reasoning.mode not in (None, "standard"):
