@@ -21,8 +21,8 @@ class StepStats:
 
     Attributes:
         began, scheduled, executed, ended: the step's three phases lie between them.
-        num_prompt_tokens: of the prompts that got their first token or their embedding; `num_cached_tokens` of them came
-            from the cache.
+        num_prompt_tokens: of the prompts that got their first token or their embedding; `num_cached_tokens` of them
+            came from the cache.
         first_token_seconds: from arrival to first token, one for each such prompt.
         gaps: time between two tokens of a sequence -> how many sequences had just that.
         finished: sequences that ended in this step, for whatever reason.

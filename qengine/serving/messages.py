@@ -69,11 +69,12 @@ async def count_tokens(http: Request) -> Response:
 
 @dataclass(frozen=True, slots=True)
 class _Gain:
-    """What a report of the engine adds. `delta` has the reasons of an end."""
+    """What a report of the engine adds. `delta` has the reasons of an end; `is_cut` if it is one by the budget."""
 
     events: list[Event]
     delta: Delta
     output: RequestOutput
+    is_cut: bool = False
 
 
 class _MessageAnswer:
@@ -132,17 +133,17 @@ class _MessageAnswer:
 
     async def _gains(self) -> AsyncGenerator[_Gain | RequestProgress, None]:
         """What the engine reports, as events. Thoughts that fill their budget are ended and the answer begun."""
-        last: RequestOutput | None = None
+        cut: _Gain | None = None
         async with aclosing(self._follow(self._call.job, self._budget)) as gains:
             async for gain in gains:
                 if isinstance(gain, _Gain):
                     self._usage(gain.output)  # The prompt is counted before thoughts are added to it.
+                    cut = gain if gain.is_cut else None
                 yield gain
-                last = gain.output if isinstance(gain, _Gain) else last
-        if last is None or last.finished:
+        if cut is None:
             return
-        self._num_thinking = len(last.outputs[0].token_ids)
-        async with aclosing(self._follow(self._after_thoughts(last), None)) as gains:
+        self._num_thinking = len(cut.output.outputs[0].token_ids)
+        async with aclosing(self._follow(self._after_thoughts(cut.output), None)) as gains:
             async for gain in gains:
                 yield gain
 
@@ -163,11 +164,27 @@ class _MessageAnswer:
                 # Only now is the prompt known, and with it what answers look like.
                 choice = choice or self._call.form.new_choice()
                 self._message = self._message or MessageOutput(choice.new_call_id)
+                if budget is not None and len(report.outputs[0].token_ids) >= budget:
+                    cut = self._first_tokens(report, budget)
+                    delta = progress.advance(cut.outputs[0])
+                    events = self._message.feed(choice.pieces(delta))
+                    if choice.is_thinking:
+                        yield _Gain(events, delta, cut, is_cut=True)
+                        return
+                    budget = None
+                    yield _Gain(events, delta, cut)
                 delta = progress.advance(report.outputs[0])
                 yield _Gain(self._message.feed(choice.pieces(delta)), delta, report)
-                num_tokens = len(report.outputs[0].token_ids)
-                if budget is not None and num_tokens >= budget and choice.is_thinking and not report.finished:
-                    return
+
+    def _first_tokens(self, output: RequestOutput, num_tokens: int) -> RequestOutput:
+        """An output as it was when it had so many tokens: the engine may be ahead of who reads."""
+        whole = output.outputs[0]
+        token_ids = whole.token_ids[:num_tokens]
+        skips = self._call.job.params.skip_special_tokens
+        text = self._call.engine.tokenizer.decode(token_ids, skip_special_tokens=skips)
+        num_chars = len(text.rstrip("\ufffd"))  # The last character may be cut.
+        cut = replace(whole, text=whole.text[:num_chars], token_ids=token_ids, finish_reason=None, stop_reason=None)
+        return replace(output, outputs=[cut], finished=False)
 
     def _after_thoughts(self, output: RequestOutput) -> Job:
         """The same job from the end of the thoughts on, which are closed as the model would have closed them."""

@@ -57,7 +57,6 @@ class MessageOutput:
     def _take(self, piece: Piece) -> list[Event]:
         if piece.kind == "call":
             self.has_calls = True
-            self._arguments = ""
             return self._start({"type": "tool_use", "id": self._new_call_id(), "name": piece.text, "input": {}})
         kind, field, delta, delta_field = _FIELDS[piece.kind]
         events: list[Event] = []
@@ -75,6 +74,7 @@ class MessageOutput:
 
     def _start(self, block: Json) -> list[Event]:
         ended = self.finish()
+        self._arguments = ""
         is_first = not self.blocks
         self.blocks.append(block)
         self._is_open = True

@@ -18,7 +18,8 @@ from tests.serving.scripted_engine import ScriptedEngine
 from tests.serving.test_http import CHAT, TEXT, chat_body, events, text_body
 
 RESPONSES = "/v1/responses"
-API_PAGE = Path(__file__).resolve().parents[2] / "docs" / "api.md"
+_DOCS = Path(__file__).resolve().parents[2] / "docs"
+API_PAGES = [_DOCS / f"{name}.md" for name in ("api", "anthropic", "embeddings")]
 ANSWER = '<think>\nWell.\n</think>\n\nSo. <tool_call>{"name": "add", "arguments": {"a": 1}}</tool_call>'
 ADD = {"name": "add", "parameters": {"type": "object"}}
 CHAT_TOOLS = [{"type": "function", "function": ADD}]
@@ -88,7 +89,7 @@ def test_every_field_that_can_be_sent_has_a_note_and_a_line_in_the_documentation
         field for schema in models.values() for field, s in schema["properties"].items() if "description" not in s
     }
     assert fields == {*FIELD_NOTES}
-    text = API_PAGE.read_text(encoding="utf-8")
+    text = "".join(page.read_text(encoding="utf-8") for page in API_PAGES)
     requests = [name for name in models if name.endswith("Request")]
     top = {field for name in requests for field in models[name]["properties"]}
     assert not {field for field in top if f"`{field}`" not in text}
