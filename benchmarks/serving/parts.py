@@ -125,7 +125,7 @@ def first_byte(server: Server, alone: Reference, shape: Shape, say: Say) -> dict
 
 
 def responsiveness(server: Server, shape: Shape, cores: Cores, num_streams: int, say: Say) -> dict[str, Any]:
-    """How soon /health answers while streams run, and while 1 MiB of text goes to /tokenize over and over beside them."""
+    """How soon /health answers while streams run, and while 1 MiB of text goes to /tokenize over and over as well."""
     seeds = _seeds()
     send(server, requests_of(num_streams, shape.input_len, _WARM_UP_TOKENS, next(seeds))).check()
 
