@@ -112,24 +112,35 @@ def _measure(options: argparse.Namespace, arguments: Sequence[str]) -> dict[str,
         check_writable(options.json)
     environment = environment_record(shlex.join(["python", "-m", "benchmarks.serving", *publishable(arguments)]))
     cores = Cores.choose()
+    os.sched_setaffinity(0, {cores.server, cores.load})
     clock, started = CpuClock.read(), time.monotonic()
     os.sched_setaffinity(0, {cores.load})
     run = _Run(options, cores)
-    figures = {name: run.part(name) for name in options.only}
-    os.sched_setaffinity(0, {cores.server, cores.load})
-    record = {
-        "benchmark": BENCHMARK,
-        "environment": environment,
-        "model": run.model_name,
-        "shape": asdict(run.shape),
-        "cores": asdict(cores),
-        "seconds": time.monotonic() - started,
-        "foreign_share": clock.foreign_share(CpuClock.read()),
-        "parts": figures,
-    }
-    if options.json is not None:
-        write_text(options.json, json.dumps(record, indent=1) + "\n")
+    figures: dict[str, Any] = {}
+    record: dict[str, Any] = {}
+    for name in options.only:
+        figures[name] = run.part(name)
+        record = {
+            "benchmark": BENCHMARK,
+            "environment": environment,
+            "model": run.model_name,
+            "shape": asdict(run.shape),
+            "cores": asdict(cores),
+            "seconds": time.monotonic() - started,
+            "foreign_share": _foreign_share(clock, cores),
+            "parts": figures,
+        }
+        if options.json is not None:  # After each part: a later one that fails loses nothing.
+            write_text(options.json, json.dumps(record, indent=1) + "\n")
     return record
+
+
+def _foreign_share(clock: CpuClock, cores: Cores) -> float:
+    """What others took of both cores since `clock` was read."""
+    os.sched_setaffinity(0, {cores.server, cores.load})
+    share = clock.foreign_share(CpuClock.read())
+    os.sched_setaffinity(0, {cores.load})
+    return share
 
 
 class _Run:

@@ -82,7 +82,7 @@ def _overload(part: Record) -> Iterator[Row]:
     num_bad = part["num_5xx"] + sum(part["other_errors"].values())
     yield Row("5xx and broken answers", str(num_bad), "0", num_bad == 0)
     after = part["recovery_s"]
-    shown = "not within the run" if after is None else f"{after:.0f} s"
+    shown = "not within the run" if after is None else f"{after:.1f} s"
     base = f"first text within 1.2 x {part['base_ttft_p50_s'] * 1000:.0f} ms again"
     yield Row(base, shown, "<= 10 s", after is not None and after <= 10)
 
