@@ -38,10 +38,11 @@ WIDE, NARROW = 32, 16
 CONTEXT = 2048
 BENCHMARK = "serving-cpu"
 _TERMINATED = 128 + signal.SIGTERM
+_INTERRUPTED = 128 + signal.SIGINT
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run the command. Returns 0, 1 when a measurement failed, or 2 for wrong input."""
+    """Run the command. Returns 0, 1 when a measurement failed, 2 for wrong input, 130 after Ctrl-C."""
     arguments = list(sys.argv[1:] if argv is None else argv)
     options = parse_options(arguments)
     signal.signal(signal.SIGTERM, _terminate)  # So that every server is stopped.
@@ -55,6 +56,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     except QEngineError as error:
         print(f"error: {error}", file=sys.stderr)
         return 1
+    except KeyboardInterrupt:
+        print("stopped", file=sys.stderr)
+        return _INTERRUPTED
     print(report.markdown(record) if options.markdown else report.table(record), end="")
     return 0
 
