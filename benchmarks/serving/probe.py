@@ -3,8 +3,9 @@
     python -m benchmarks.serving.probe HOST PORT INTERVAL-SECONDS
 
 Asks on a fixed beat until its input ends, then prints the seconds of all answers as a list. Each counts from when its
-question was due, so that a stall is seen by every question that fell into it. What it reports is an upper bound of how
-long the server's event loop was busy with something else: the answer itself and this process are in it.
+question was due, and beats that go by while one waits count as questions answered with it: a stall is seen by every
+question that would have fallen into it, and leaves no queue behind. What it reports is an upper bound of how long the
+server's event loop was busy with something else: the answer itself and this process are in it.
 """
 
 from __future__ import annotations
@@ -60,8 +61,10 @@ def main() -> int:
         due = time.perf_counter()
         while not select.select([sys.stdin], [], [], max(0.0, due - time.perf_counter()))[0]:
             _ask(connection, question)
-            seconds.append(time.perf_counter() - due)
-            due += interval_s
+            answered = time.perf_counter()
+            while due <= answered:  # Also the beats that went by meanwhile: they would have waited as long at least.
+                seconds.append(answered - due)
+                due += interval_s
     print(json.dumps(seconds))
     return 0
 
