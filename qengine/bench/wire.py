@@ -48,7 +48,7 @@ async def _answer(address: Address, api_key: str | None, body: Mapping[str, Any]
         payload = json.dumps(body).encode()
         writer.write(_request(connection, address, api_key, payload))
         status = 0
-        retry_after = None
+        retry_after: str | None = None
         refusal = b""
         async for event in _events(connection, reader):
             if isinstance(event, h11.Response):
