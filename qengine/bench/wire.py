@@ -48,17 +48,19 @@ async def _answer(address: Address, api_key: str | None, body: Mapping[str, Any]
         payload = json.dumps(body).encode()
         writer.write(_request(connection, address, api_key, payload))
         status = 0
+        retry_after: str | None = None
         refusal = b""
         async for event in _events(connection, reader):
             if isinstance(event, h11.Response):
                 status = event.status_code
+                retry_after = next((value.decode() for name, value in event.headers if name == b"retry-after"), None)
             elif isinstance(event, h11.Data):
                 if status == 200:
                     yield bytes(event.data)
                 else:
                     refusal += bytes(event.data)
         if status != 200:
-            raise ServerError(_reason(status, refusal), status)
+            raise ServerError(_reason(status, refusal), status, retry_after)
     except (OSError, h11.ProtocolError) as error:
         raise StreamError(f"the connection failed: {type(error).__name__}") from error
     finally:

@@ -23,11 +23,17 @@ _READ_BYTES = 65536
 
 
 class ServerError(QEngineError):
-    """The server cannot be reached or refuses. `status` is its HTTP status, None if there was no answer."""
+    """The server cannot be reached or refuses.
 
-    def __init__(self, message: str, status: int | None = None) -> None:
+    Attributes:
+        status: its HTTP status, None if there was no answer.
+        retry_after: what its header of that name says, None if there is none.
+    """
+
+    def __init__(self, message: str, status: int | None = None, retry_after: str | None = None) -> None:
         super().__init__(message)
         self.status = status
+        self.retry_after = retry_after
 
 
 class ApiClient:
