@@ -90,6 +90,10 @@ class Linear:
             return self.parts[0](x)
         return torch.cat([part(x) for part in self.parts], dim=-1)
 
+    def in_float32(self, x: torch.Tensor) -> torch.Tensor:
+        """x [M, K] to [M, N] in float32, not rounded before where the kernel has more."""
+        return self.parts[0].in_float32(x) if len(self.parts) == 1 else self(x).float()
+
     def partial_sums(self, x: torch.Tensor) -> torch.Tensor:
         """x [M, K], columns at their `places`, to [S, M, N] that add up to the result."""
         return self.parts[0].partial_sums(x) if len(self.parts) == 1 else self(x).unsqueeze(0)
