@@ -1,5 +1,5 @@
 /* The kernels, for one instruction set: the file that includes this defines QK_TABLE, QK_TARGET (a function attribute),
- * TILE_WIDTH, dot_chunk, load_f16 and fma8 first.
+ * TILE_WIDTH, dot_chunk, load_f16, load_u8 and fma8 first.
  *
  * Vectors are GCC's and clang's own, so one text serves all sets. Invariant: what a row gets depends on that row alone,
  * not on its neighbours or on the number of threads; matmuls and quantization give the same bits on every set, since
@@ -103,9 +103,8 @@ typedef float tf __attribute__((vector_size(TILE_WIDTH * 4)));
 typedef int32_t ti __attribute__((vector_size(TILE_WIDTH * 4)));
 typedef uint32_t tu __attribute__((vector_size(TILE_WIDTH * 4)));
 typedef uint16_t th __attribute__((vector_size(TILE_WIDTH * 2)));
-typedef uint8_t tb __attribute__((vector_size(TILE_WIDTH)));
 
-INLINE tf load_scales(const uint8_t *p, int kind, int part) {
+INLINE tf load_numbers(const uint8_t *p, int kind, int part) {
     tf v;
     if (kind == QK_SCALE_F16) return load_f16(p + 2 * TILE_WIDTH * part);
     if (kind == QK_SCALE_BF16) {
@@ -117,13 +116,52 @@ INLINE tf load_scales(const uint8_t *p, int kind, int part) {
     return v;
 }
 
+/* The tables of a block as float32: for each group 16 scales and 16 mins, whatever kind of zero point there is. */
+INLINE void tables_of(const qk_weight *w, const uint8_t *data, int scale_kind, int zero_kind, float *out) {
+    const int64_t group_bytes = qk_group_bytes(w), groups = w->k / w->group;
+    const int64_t scale_bytes = QK_COLUMNS * qk_scale_bytes(w);
+    const tf constant = (tf){0} - (float)w->zero_const;
+    for (int64_t g = 0; g < groups; g++, data += group_bytes, out += 2 * QK_COLUMNS)
+        for (int part = 0; part < 16 / TILE_WIDTH; part++) {
+            const uint8_t *zeros = data + scale_bytes;
+            const tf scale = load_numbers(data, scale_kind, part);
+            tf min = constant * scale;
+            if (zero_kind == QK_ZERO_TABLE) min = -load_u8(zeros + TILE_WIDTH * part) * scale;
+            if (zero_kind == QK_ZERO_MIN) min = load_numbers(zeros, scale_kind, part);
+            memcpy(out + TILE_WIDTH * part, &scale, sizeof scale);
+            memcpy(out + QK_COLUMNS + TILE_WIDTH * part, &min, sizeof min);
+        }
+}
+
+/* With the kind of zero point as a constant. */
+INLINE void tables_with(const qk_weight *w, const uint8_t *data, int scale_kind, float *out) {
+    switch (w->zero_kind) {
+        case QK_ZERO_CONST: tables_of(w, data, scale_kind, QK_ZERO_CONST, out); return;
+        case QK_ZERO_TABLE: tables_of(w, data, scale_kind, QK_ZERO_TABLE, out); return;
+        default: tables_of(w, data, scale_kind, QK_ZERO_MIN, out);
+    }
+}
+
+TARGET static void tables(const qk_weight *w, int64_t block, float *out) {
+    const uint8_t *data = w->data + block * (w->k / w->group) * qk_group_bytes(w);
+    switch (w->scale_kind) {
+        case QK_SCALE_F16: tables_with(w, data, QK_SCALE_F16, out); return;
+        case QK_SCALE_BF16: tables_with(w, data, QK_SCALE_BF16, out); return;
+        default: tables_with(w, data, QK_SCALE_F32, out);
+    }
+}
+
+INLINE tf load_tile(const float *p) {
+    tf v;
+    memcpy(&v, p, sizeof v);
+    return v;
+}
+
 /* `parts` vectors of outputs from `part` on, of a block; rows, parts and bits are constants of the caller. */
-INLINE void tile_of(const qk_weight *w, const uint8_t *data, const qk_rows *x, int64_t row, int rows, int part, int parts,
-                    int bits, float *out) {
-    const int kind = w->scale_kind, zero_kind = w->zero_kind;
-    const int64_t scale_bytes = QK_COLUMNS * qk_scale_bytes(w), zero_bytes = QK_COLUMNS * qk_zero_bytes(w);
+INLINE void tile_of(const qk_weight *w, const uint8_t *codes, const float *table, const qk_rows *x, int64_t row, int rows,
+                    int part, int parts, int bits, float *out) {
+    const int64_t table_bytes = QK_COLUMNS * (qk_scale_bytes(w) + qk_zero_bytes(w));
     const int64_t chunks = x->k / QK_CHUNK, chunks_per_group = w->group / QK_CHUNK;
-    const float zero_const = (float)w->zero_const;
     const int8_t *q[QK_TILE_ROWS];
     const float *scale[QK_TILE_ROWS], *sum[QK_TILE_ROWS];
     tf acc[QK_TILE_ROWS][16 / TILE_WIDTH];
@@ -133,37 +171,19 @@ INLINE void tile_of(const qk_weight *w, const uint8_t *data, const qk_rows *x, i
         sum[r] = x->sum + (row + r) * chunks;
         for (int p = 0; p < parts; p++) acc[r][p] = (tf){0};
     }
-    for (int64_t first = 0; first < chunks; first += chunks_per_group) {
-        const uint8_t *scales = data, *zeros = data + scale_bytes, *codes = zeros + zero_bytes;
+    for (int64_t first = 0; first < chunks; first += chunks_per_group, table += 2 * QK_COLUMNS) {
+        codes += table_bytes;
         for (int64_t c = first; c < first + chunks_per_group; c++) {
             ti dot[QK_TILE_ROWS][16 / TILE_WIDTH];
             dot_chunk(codes, q, c * QK_CHUNK, rows, part, parts, bits, dot);
             codes += QK_COLUMNS * QK_CHUNK * bits / 8;
             for (int p = 0; p < parts; p++) {
-                tf ws = load_scales(scales, kind, part + p);
-                if (zero_kind == QK_ZERO_MIN) {
-                    tf min = load_scales(zeros, kind, part + p);
-                    for (int r = 0; r < rows; r++) {
-                        tf product = __builtin_convertvector(dot[r][p], tf) * ws + sum[r][c] * min;
-                        acc[r][p] += product * scale[r][c];
-                    }
-                } else if (zero_kind == QK_ZERO_TABLE) {
-                    tb bytes;
-                    memcpy(&bytes, zeros + TILE_WIDTH * (part + p), sizeof bytes);
-                    tf zero = __builtin_convertvector(__builtin_convertvector(bytes, ti), tf);
-                    for (int r = 0; r < rows; r++) {
-                        tf product = __builtin_convertvector(dot[r][p], tf) - sum[r][c] * zero;
-                        acc[r][p] += product * (ws * scale[r][c]);
-                    }
-                } else {
-                    for (int r = 0; r < rows; r++) {
-                        tf product = __builtin_convertvector(dot[r][p], tf) - sum[r][c] * zero_const;
-                        acc[r][p] += product * (ws * scale[r][c]);
-                    }
-                }
+                const tf ws = load_tile(table + TILE_WIDTH * (part + p));
+                const tf min = load_tile(table + QK_COLUMNS + TILE_WIDTH * (part + p));
+                for (int r = 0; r < rows; r++)
+                    acc[r][p] += (__builtin_convertvector(dot[r][p], tf) * ws + sum[r][c] * min) * scale[r][c];
             }
         }
-        data = codes;
     }
     for (int r = 0; r < rows; r++)
         for (int p = 0; p < parts; p++)
@@ -171,31 +191,32 @@ INLINE void tile_of(const qk_weight *w, const uint8_t *data, const qk_rows *x, i
 }
 
 /* One row takes all vectors of a block together, to keep the units busy; more rows one after the other, for registers. */
-INLINE void tile_rows(const qk_weight *w, const uint8_t *data, const qk_rows *x, int64_t row, int rows, int bits,
-                      float *out) {
+INLINE void tile_rows(const qk_weight *w, const uint8_t *codes, const float *table, const qk_rows *x, int64_t row, int rows,
+                      int bits, float *out) {
     if (rows == 1) {
-        tile_of(w, data, x, row, 1, 0, 16 / TILE_WIDTH, bits, out);
+        tile_of(w, codes, table, x, row, 1, 0, 16 / TILE_WIDTH, bits, out);
         return;
     }
-    for (int part = 0; part < 16 / TILE_WIDTH; part++) tile_of(w, data, x, row, rows, part, 1, bits, out);
+    for (int part = 0; part < 16 / TILE_WIDTH; part++) tile_of(w, codes, table, x, row, rows, part, 1, bits, out);
 }
 
-INLINE void tile_bits(const qk_weight *w, const uint8_t *data, const qk_rows *x, int64_t row, int64_t rows, int bits,
-                      float *out) {
+INLINE void tile_bits(const qk_weight *w, const uint8_t *codes, const float *table, const qk_rows *x, int64_t row,
+                      int64_t rows, int bits, float *out) {
     switch (rows) {
-        case 1: tile_rows(w, data, x, row, 1, bits, out); return;
-        case 2: tile_rows(w, data, x, row, 2, bits, out); return;
-        case 3: tile_rows(w, data, x, row, 3, bits, out); return;
-        default: tile_rows(w, data, x, row, 4, bits, out);
+        case 1: tile_rows(w, codes, table, x, row, 1, bits, out); return;
+        case 2: tile_rows(w, codes, table, x, row, 2, bits, out); return;
+        case 3: tile_rows(w, codes, table, x, row, 3, bits, out); return;
+        default: tile_rows(w, codes, table, x, row, 4, bits, out);
     }
 }
 
-TARGET static void tile(const qk_weight *w, int64_t block, const qk_rows *x, int64_t row, int64_t rows, float *out) {
+TARGET static void tile(const qk_weight *w, int64_t block, const float *table, const qk_rows *x, int64_t row, int64_t rows,
+                        float *out) {
     const uint8_t *data = w->data + block * (w->k / w->group) * qk_group_bytes(w);
     if (w->bits == 4)
-        tile_bits(w, data, x, row, rows, 4, out);
+        tile_bits(w, data, table, x, row, rows, 4, out);
     else
-        tile_bits(w, data, x, row, rows, 8, out);
+        tile_bits(w, data, table, x, row, rows, 8, out);
 }
 
 TARGET static void rms_norm(const float *x, const float *weight, int64_t n, float eps, float *out) {
@@ -342,4 +363,4 @@ TARGET static void attend(const qk_cache *c, const qk_sequence *s, int64_t first
     }
 }
 
-const qk_kernels QK_TABLE = {quantize, tile, rms_norm, silu_mul, attend, to_bf16, from_bf16};
+const qk_kernels QK_TABLE = {quantize, tables, tile, rms_norm, silu_mul, attend, to_bf16, from_bf16};

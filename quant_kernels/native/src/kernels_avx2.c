@@ -17,6 +17,10 @@ INLINE avx2_vf fma8(avx2_vf a, avx2_vf b, avx2_vf c) { return (avx2_vf)_mm256_fm
 
 INLINE avx2_vf load_f16(const uint8_t *p) { return (avx2_vf)_mm256_cvtph_ps(_mm_loadu_si128((const __m128i *)p)); }
 
+INLINE avx2_vf load_u8(const uint8_t *p) {
+    return (avx2_vf)_mm256_cvtepi32_ps(_mm256_cvtepu8_epi32(_mm_loadl_epi64((const __m128i *)p)));
+}
+
 INLINE __m256i splat4(const int8_t *p) {
     int32_t four;
     memcpy(&four, p, sizeof four);

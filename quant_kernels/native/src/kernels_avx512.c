@@ -22,6 +22,10 @@ INLINE avx512_tf load_f16(const uint8_t *p) {
     return (avx512_tf)_mm512_cvtph_ps(_mm256_loadu_si256((const __m256i *)p));
 }
 
+INLINE avx512_tf load_u8(const uint8_t *p) {
+    return (avx512_tf)_mm512_cvtepi32_ps(_mm512_cvtepu8_epi32(_mm_loadu_si128((const __m128i *)p)));
+}
+
 INLINE __m512i splat4(const int8_t *p) {
     int32_t four;
     memcpy(&four, p, sizeof four);

@@ -35,6 +35,12 @@ INLINE plain_vf load_f16(const uint8_t *p) {
     return v;
 }
 
+INLINE plain_vf load_u8(const uint8_t *p) {
+    plain_vf v;
+    for (int i = 0; i < 8; i++) v[i] = (float)p[i];
+    return v;
+}
+
 /* dot[r][p][column] of the codes of one chunk of inputs, from `first` on, and the rows' bytes there. */
 INLINE void dot_chunk(const uint8_t *codes, const int8_t *const *q, int64_t first, int rows, int part, int parts, int bits,
                       plain_vi dot[][2]) {

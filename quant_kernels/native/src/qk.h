@@ -68,8 +68,11 @@ typedef struct {
 
 typedef struct {
     void (*quantize)(const float *x, int64_t k, int8_t *q, float *scale, float *sum);
+    /* [k / group][2][16]: scales and mins of a block, for `tile`. */
+    void (*tables)(const qk_weight *w, int64_t block, float *out);
     /* out[r][c] for rows `row` and up and the 16 outputs of a block, without bias. */
-    void (*tile)(const qk_weight *w, int64_t block, const qk_rows *x, int64_t row, int64_t num_rows, float *out);
+    void (*tile)(const qk_weight *w, int64_t block, const float *tables, const qk_rows *x, int64_t row, int64_t num_rows,
+                 float *out);
     void (*rms_norm)(const float *x, const float *weight, int64_t n, float eps, float *out);
     void (*silu_mul)(const float *gate, const float *up, int64_t n, float *out);
     /* Attention of query tokens [first, first + count) of a sequence over one KV head, for all its query heads. */

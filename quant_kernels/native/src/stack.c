@@ -11,6 +11,8 @@
 #define STEP_ROWS 256
 /* Pieces of work per thread and phase: threads that are slower, or interrupted, take fewer. */
 #define PIECES 6
+/* Bytes of activations that stay in a core's cache while several blocks of a weight pass. */
+#define NEAR_BYTES (128 * 1024)
 /* Columns that are quantized as one piece of work. */
 #define PIECE_COLUMNS 256
 
@@ -36,7 +38,9 @@ int32_t qk_best_level(void) {
     return QK_PLAIN;
 }
 
-static int64_t at_least_one(int64_t n) { return n > 1 ? n : 1; }
+static int64_t largest(int64_t a, int64_t b) { return a > b ? a : b; }
+
+static int64_t at_least_one(int64_t n) { return largest(n, 1); }
 
 static int64_t blocks_of(const qk_weight *w) { return (w->n + QK_COLUMNS - 1) / QK_COLUMNS; }
 
@@ -93,7 +97,7 @@ void qk_pack(const qk_weight *weight, uint8_t *out, const uint32_t *words, const
     qk_run(pack_member, &p, threads);
 }
 
-/* One matmul of quantized rows. All members call these with the same arguments; none waits. */
+/* One matmul of quantized rows. All members call these with the same arguments; none waits. `room` is k floats. */
 
 typedef struct {
     float *out;
@@ -119,21 +123,27 @@ static void put(const qk_kernels *kernels, const target *to, int64_t row, int64_
         memcpy(out, values, sizeof(float) * (size_t)count);
 }
 
-static void multiply(qk_team *team, const qk_kernels *kernels, const qk_weight *w, const qk_rows *x, int64_t rows,
-                     const target *to) {
-    const int64_t blocks = blocks_of(w), piece = at_least_one(blocks / (PIECES * team->size));
+static void multiply_block(const qk_kernels *kernels, const qk_weight *w, int64_t block, const qk_rows *x, int64_t begin,
+                           int64_t end, const target *to, float *room) {
+    const int64_t first = block * QK_COLUMNS, count = w->n - first < QK_COLUMNS ? w->n - first : QK_COLUMNS;
     float tile[QK_TILE_ROWS * QK_COLUMNS];
+    kernels->tables(w, block, room);
+    for (int64_t row = begin; row < end; row += QK_TILE_ROWS) {
+        const int64_t together = end - row < QK_TILE_ROWS ? end - row : QK_TILE_ROWS;
+        kernels->tile(w, block, room, x, row, together, tile);
+        for (int64_t r = 0; r < together; r++) put(kernels, to, row + r, first, count, tile + r * QK_COLUMNS, w->bias);
+    }
+}
+
+static void multiply(qk_team *team, const qk_kernels *kernels, const qk_weight *w, const qk_rows *x, int64_t rows,
+                     const target *to, float *room) {
+    const int64_t blocks = blocks_of(w), piece = at_least_one(blocks / (PIECES * team->size));
+    const int64_t near = largest(NEAR_BYTES / w->k / QK_TILE_ROWS, 4) * QK_TILE_ROWS;
     for (int64_t begin; (begin = qk_take(team, piece)) < blocks;) {
         const int64_t end = begin + piece < blocks ? begin + piece : blocks;
-        for (int64_t block = begin; block < end; block++) {
-            const int64_t first = block * QK_COLUMNS, count = w->n - first < QK_COLUMNS ? w->n - first : QK_COLUMNS;
-            for (int64_t row = 0; row < rows; row += QK_TILE_ROWS) {
-                const int64_t together = rows - row < QK_TILE_ROWS ? rows - row : QK_TILE_ROWS;
-                kernels->tile(w, block, x, row, together, tile);
-                for (int64_t r = 0; r < together; r++)
-                    put(kernels, to, row + r, first, count, tile + r * QK_COLUMNS, w->bias);
-            }
-        }
+        for (int64_t row = 0; row < rows; row += near)
+            for (int64_t block = begin; block < end; block++)
+                multiply_block(kernels, w, block, x, row, row + near < rows ? row + near : rows, to, room);
     }
 }
 
@@ -179,7 +189,7 @@ static void linear_member(qk_team *team, int member, void *argument) {
         quantize(l->kernels, &l->quantized, row, 0, w->k, x);
     }
     qk_wait(team);
-    multiply(team, l->kernels, w, &l->quantized, l->rows, &l->to);
+    multiply(team, l->kernels, w, &l->quantized, l->rows, &l->to, wide);
 }
 
 static uint8_t *carve(uint8_t **room, int64_t bytes) {
@@ -255,8 +265,6 @@ typedef struct {
     float *room;        /* of each thread */
     int64_t room_stride, wide_stride;
 } stack_step;
-
-static int64_t largest(int64_t a, int64_t b) { return a > b ? a : b; }
 
 static int64_t qkv_columns(const qk_stack *s) { return (s->num_heads + 2 * s->num_kv_heads) * s->head_dim; }
 
@@ -409,11 +417,12 @@ static void quantize_rows(qk_team *team, const stack_step *t, const float *x, co
     qk_wait(team);
 }
 
-static void multiply_rows(qk_team *team, const stack_step *t, const qk_weight *w, float *out, int64_t stride, int adds) {
+static void multiply_rows(qk_team *team, const stack_step *t, const qk_weight *w, float *out, int64_t stride, int adds,
+                          float *room) {
     qk_rows x = t->x;
     const target to = {out, stride, NULL, adds};
     x.k = w->k;
-    multiply(team, t->kernels, w, &x, t->rows, &to);
+    multiply(team, t->kernels, w, &x, t->rows, &to, room);
     qk_wait(team);
 }
 
@@ -421,15 +430,15 @@ static void run_layer(qk_team *team, const stack_step *t, const qk_layer *layer,
     const qk_stack *s = t->stack;
     const int64_t attended = s->num_heads * s->head_dim;
     normalize_rows(team, t, layer->input_norm, &layer->qkv, room);
-    multiply_rows(team, t, &layer->qkv, t->wide, t->wide_stride, 0);
+    multiply_rows(team, t, &layer->qkv, t->wide, t->wide_stride, 0, room);
     place_rows(team, t, layer, room);
     attend_rows(team, t, layer, room);
     quantize_rows(team, t, t->attended, NULL, attended, attended, &layer->out, room);
-    multiply_rows(team, t, &layer->out, t->residual, s->hidden, 1);
+    multiply_rows(team, t, &layer->out, t->residual, s->hidden, 1, room);
     normalize_rows(team, t, layer->post_norm, &layer->gate_up, room);
-    multiply_rows(team, t, &layer->gate_up, t->wide, t->wide_stride, 0);
+    multiply_rows(team, t, &layer->gate_up, t->wide, t->wide_stride, 0, room);
     quantize_rows(team, t, t->wide, t->wide + s->intermediate, t->wide_stride, s->intermediate, &layer->down, room);
-    multiply_rows(team, t, &layer->down, t->residual, s->hidden, 1);
+    multiply_rows(team, t, &layer->down, t->residual, s->hidden, 1, room);
 }
 
 static void stack_member(qk_team *team, int member, void *argument) {
