@@ -17,7 +17,7 @@ from pathlib import Path
 
 import torch
 
-from quant_kernels.native.structures import Level, Number, Sequence, Stack, Weight
+from quant_kernels.native.structures import Layer, Level, Number, Sequence, Stack, Weight
 
 logger = logging.getLogger(__name__)
 
@@ -37,6 +37,7 @@ _SIGNATURES: dict[str, tuple[type | None, tuple[type, ...]]] = {
     ),
     "qk_stack_room": (_LONG, (_POINTER, _LONG, _INT)),
     "qk_run_stack": (None, (_POINTER, _POINTER, _LONG, _LONG, _POINTER, _POINTER, _POINTER, _INT, _INT)),
+    "qk_sizes": (None, (ctypes.POINTER(_LONG),)),
     "qk_quantize": (None, (_POINTER, _LONG, _POINTER, _POINTER, _POINTER, _INT)),
     "qk_silu_mul": (None, (_POINTER, _POINTER, _LONG, _POINTER, _INT)),
     "qk_rms_norm": (None, (_POINTER, _POINTER, _LONG, _FLOAT, _POINTER, _INT)),
@@ -173,6 +174,10 @@ def load() -> tuple[Library | None, str]:
             function.restype, function.argtypes = result, arguments
     except (OSError, AttributeError) as error:
         return None, f"the CPU kernels in {path.name} cannot be loaded ({error}); {HOW_TO_BUILD}"
+    sizes = (_LONG * 4)()
+    functions.qk_sizes(sizes)
+    if list(sizes) != [ctypes.sizeof(record) for record in (Weight, Layer, Stack, Sequence)]:
+        return None, f"the CPU kernels in {path.name} are of another version; {HOW_TO_BUILD}"
     _borrow_threads(functions)
     return Library(functions, Level(functions.qk_best_level())), ""
 

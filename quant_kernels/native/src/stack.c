@@ -497,7 +497,10 @@ void qk_run_stack(const qk_stack *stack, const qk_sequence *sequences, int64_t n
 
 /* Single kernels, for tests and for the check at load. */
 
-const qk_kernels *qk_kernels_of(int32_t level) { return kernels_of(level); }
+/* Sizes of the records that Python fills in. */
+void qk_sizes(int64_t *out) {
+    out[0] = sizeof(qk_weight), out[1] = sizeof(qk_layer), out[2] = sizeof(qk_stack), out[3] = sizeof(qk_sequence);
+}
 
 void qk_quantize(const float *x, int64_t k, int8_t *q, float *scale, float *sum, int32_t level) {
     kernels_of(level)->quantize(x, k, q, scale, sum);
