@@ -28,7 +28,7 @@ def checked_library() -> Library | None:
         logger.warning("running on torch's kernels, which are slower: %s", reason)
         return None
     for level in (library.level, Level.AVX2):
-        if Level.PLAIN < level <= library.level and is_right(library.at(level)):
+        if Level.PLAIN < level <= library.level and is_right(library.at(level, max_threads=1)):
             return library.at(level)
     if library.level > Level.PLAIN:
         logger.warning("the %s kernels give wrong results here; running on torch's", library.level.text)
@@ -37,7 +37,7 @@ def checked_library() -> Library | None:
 
 def is_right(library: Library) -> bool:
     """Whether matmuls have the bits of plain C, for 4 and 8 bits and every kind of zero point."""
-    plain = library.at(Level.PLAIN)
+    plain = library.at(Level.PLAIN, max_threads=1)
     x = torch.arange(_ROWS * _INPUTS, dtype=torch.float32).view(_ROWS, _INPUTS).mul(0.7).sin()
     for record in _records():
         first, second = (CpuInt8Linear(record, lib).in_float32(x) for lib in (library, plain))

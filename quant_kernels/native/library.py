@@ -51,14 +51,21 @@ class Library:
         level: that it runs with.
     """
 
-    def __init__(self, functions: ctypes.CDLL, level: Level) -> None:
+    def __init__(self, functions: ctypes.CDLL, level: Level, max_threads: int | None = None) -> None:
         self.functions = functions
         self.level = level
+        self._max_threads = max_threads
         self._rooms = threading.local()
 
-    def at(self, level: Level) -> Library:
-        """The same library with another instruction set; the processor must have it."""
-        return Library(self.functions, level)
+    def at(self, level: Level, max_threads: int | None = None) -> Library:
+        """The same library with another instruction set, which the processor must have, and fewer threads."""
+        return Library(self.functions, level, max_threads)
+
+    @property
+    def num_threads(self) -> int:
+        """That a call made now would run on."""
+        wanted = torch.get_num_threads()
+        return wanted if self._max_threads is None else min(wanted, self._max_threads)
 
     def room(self, num_bytes: int) -> int:
         """The address of so many bytes that this thread may use until its next call; aligned to 64."""
@@ -75,7 +82,7 @@ class Library:
                 "in float32 or bfloat16 on the CPU"
             )
         x = x if x.stride(1) == 1 and x.stride(0) >= inputs else x.contiguous()
-        rows, threads = len(x), torch.get_num_threads()
+        rows, threads = len(x), self.num_threads
         y = torch.empty(rows, weight.n, dtype=dtype)
         if rows == 0:
             return y
@@ -106,14 +113,14 @@ class Library:
             words.data_ptr(),
             scales.data_ptr(),
             None if zeros is None else zeros.data_ptr(),
-            torch.get_num_threads(),
+            self.num_threads,
         )
 
     def run_stack(
         self, stack: Stack, sequences: ctypes.Array[Sequence], residual: torch.Tensor, hidden: torch.Tensor
     ) -> None:
         """All layers of a stack; see `quant_kernels.native.stack`, which checks what it is given."""
-        rows, threads = len(residual), torch.get_num_threads()
+        rows, threads = len(residual), self.num_threads
         address = ctypes.addressof(stack)
         self.functions.qk_run_stack(
             address,

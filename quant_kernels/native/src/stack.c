@@ -70,16 +70,15 @@ static void pack_block(const packing *p, int64_t block) {
         out += QK_COLUMNS * zero;
         for (int64_t i = 0; i < words; i++, out += 4 * QK_COLUMNS) {
             const uint32_t *row = p->words + (g * words + i) * w->n + first;
-            for (int64_t c = 0; c < QK_COLUMNS; c++) {
-                uint32_t word = c < count ? row[c] : 0;
-                if (w->bits == 4) {
-                    uint32_t low = word & 0xffff, high = word >> 16;
-                    low = (low | low << 8) & 0x00ff00ff, high = (high | high << 8) & 0x00ff00ff;
-                    low = (low | low << 4) & 0x0f0f0f0f, high = (high | high << 4) & 0x0f0f0f0f;
-                    word = low | high << 4;
-                }
-                for (int b = 0; b < 4; b++) out[4 * c + b] = (uint8_t)(word >> (8 * b));
+            uint32_t unit[QK_COLUMNS] = {0};
+            memcpy(unit, row, sizeof(uint32_t) * (size_t)count);
+            for (int64_t c = 0; c < QK_COLUMNS && w->bits == 4; c++) {
+                uint32_t low = unit[c] & 0xffff, high = unit[c] >> 16;
+                low = (low | low << 8) & 0x00ff00ff, high = (high | high << 8) & 0x00ff00ff;
+                low = (low | low << 4) & 0x0f0f0f0f, high = (high | high << 4) & 0x0f0f0f0f;
+                unit[c] = low | high << 4;
             }
+            memcpy(out, unit, sizeof unit); /* Bytes as they are on the little-endian machines that this is for. */
         }
     }
 }
