@@ -235,14 +235,15 @@ class _Builder:
             weight = DenseWeight(embedding.table)  # One table in memory, not two.
         else:
             weight = slice_outputs(weight, self._shape.vocab)
-        return Linear(HEAD, [weight], self._target)
+        return Linear(HEAD, [weight], self._target, is_sensitive=True)
 
     def _layer(self, layer: int) -> DecoderLayer:
         """One layer's worth: a merged linear is on its device, and its parts are gone, before the next is read."""
         config, local, ops = self._config, self._local, self._target.ops
         input_norm, post_norm, *head_norms = layer_norms(config, layer)
         qkv, o, gate_up, down = merged_linears(config, layer)
-        qkv_linear = Linear(qkv.name, self._parts.qkv(qkv), self._target)
+        # A tenth of a layer's weights, and a third of what coarse activations would cost (benchmarks.cpu_quality).
+        qkv_linear = Linear(qkv.name, self._parts.qkv(qkv), self._target, is_sensitive=True)
         o_linear = Linear(o.name, self._parts.o(o), self._target)
         gate_up_linear, down_linear = self._folded_mlp(gate_up, down)
         heads = Heads(

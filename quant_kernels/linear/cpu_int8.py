@@ -1,6 +1,7 @@
 """4-bit and 8-bit linears on the CPU, on our own kernels: activations in int8, weights as they are in the file.
 
-Each row of x is quantized to int8 with a scale per 32 numbers, as llama.cpp does it; products of codes are added up as
+Each row of x is quantized to int8 with a scale per 32 numbers, as llama.cpp does it, or, where that would show most, to
+two such planes; products of codes are added up as
 integers, exactly, and a group's sum is multiplied by both scales in float32. So a row's result does not depend on the
 others. Invariant: codes, zero points and scales are those of the record, bit for bit (float32 scales stay float32).
 """
@@ -45,11 +46,15 @@ def stored_bytes(weight: PackedWeight) -> int:
 
 
 class CpuInt8Linear(WholeLinear):
-    """A PackedWeight in the layout of `native/src/qk.h`."""
+    """A PackedWeight in the layout of `native/src/qk.h`.
+
+    Args:
+        is_fine: multiply by activations of 15 bits, two planes of int8, at twice the cost in computing.
+    """
 
     kernel = KERNEL
 
-    def __init__(self, weight: PackedWeight, library: Library) -> None:
+    def __init__(self, weight: PackedWeight, library: Library, *, is_fine: bool = False) -> None:
         group = _group(weight)
         assert group is not None, "ask can_run first"
         self.in_features = weight.num_inputs
@@ -70,6 +75,7 @@ class CpuInt8Linear(WholeLinear):
             scale_kind=_SCALES[weight.scales.dtype],
             zero_kind=ZeroKind.MIN if mins else ZeroKind.TABLE if weight.zeros is not None else ZeroKind.CONST,
             zero_const=weight.zero_const or 0,
+            planes=2 if is_fine else 1,
         )
         self._pack(weight, group)
 

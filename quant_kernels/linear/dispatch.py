@@ -155,14 +155,19 @@ def choose(weight: PackedWeight | DenseWeight, target: Target) -> tuple[str, str
     return DenseLinear.kernel, f"expanded at load: {reason}"
 
 
-def prepare(weight: PackedWeight | DenseWeight, target: Target) -> PreparedLinear:
-    """Lay a weight out for the target with the kernel that `choose` names."""
+def prepare(weight: PackedWeight | DenseWeight, target: Target, *, is_sensitive: bool = False) -> PreparedLinear:
+    """Lay a weight out for the target with the kernel that `choose` names.
+
+    Args:
+        is_sensitive: errors of its result weigh more than those of others; a kernel that rounds activations to 8 bits
+            rounds them more finely here, and for all weights of 8 bits.
+    """
     kernel, _ = choose(weight, target)
     if isinstance(weight, PackedWeight) and kernel == CpuInt4Linear.kernel:
         return CpuInt4Linear(weight)
     if isinstance(weight, PackedWeight) and kernel == CpuInt8Linear.kernel:
         assert target.native is not None, "chosen only where there is one"
-        return CpuInt8Linear(weight, target.native)
+        return CpuInt8Linear(weight, target.native, is_fine=is_sensitive or weight.bits == 8)
     if isinstance(weight, PackedWeight) and kernel == P16:
         module = try_import("quant_kernels.linear.p16.prepared")
         assert module is not None, "choose has looked for triton"

@@ -58,11 +58,12 @@ def floats(*shape: int, seed: int = 0) -> torch.Tensor:
     return torch.randn(*shape, generator=torch.Generator().manual_seed(seed))
 
 
-def rounded(x: torch.Tensor, library: Library) -> torch.Tensor:
+def rounded(x: torch.Tensor, library: Library, *, is_fine: bool = False) -> torch.Tensor:
     """x [M, K] as int8 stands for it."""
     rows = []
     for row in x.float():
-        q, scales, _ = library.quantize(row.contiguous())
+        (q, low), scales, _ = library.quantize(row.contiguous())
+        q = q + low / 254 if is_fine else q
         rows.append((q.view(-1, 32).double() * scales.double().unsqueeze(1)).flatten())
     return torch.stack(rows)
 
@@ -86,7 +87,7 @@ def test_it_is_built_where_there_is_a_compiler() -> None:
 @pytest.mark.parametrize("size", [32, 96, 576])
 def test_rows_are_rounded_to_the_nearest_step(library: Library, size: int) -> None:
     x = floats(size) * torch.logspace(-6, 3, size)
-    q, scales, sums = library.quantize(x)
+    (q, low), scales, sums = library.quantize(x)
     chunks = x.view(-1, 32)
     expected = chunks.abs().amax(dim=1) / 127
     assert torch.allclose(scales, expected, rtol=2**-23)
@@ -94,14 +95,18 @@ def test_rows_are_rounded_to_the_nearest_step(library: Library, size: int) -> No
     # Half a step, and the roundings of the inverse and of the product.
     error = (q.view(-1, 32) * scales.unsqueeze(1) - chunks).abs()
     assert (error <= scales.unsqueeze(1) * (0.5 + 127 * 2**-22)).all()
-    assert torch.equal(sums, q.view(-1, 32).float().sum(dim=1))
+    both = (q + low / 254).view(-1, 32) * scales.unsqueeze(1)
+    assert ((both - chunks).abs() <= scales.unsqueeze(1) * (0.5 / 254 + 127 * 2**-22)).all()
+    assert torch.equal(sums[0], q.view(-1, 32).float().sum(dim=1))
+    assert torch.equal(sums[1], low.view(-1, 32).float().sum(dim=1))
 
 
 @needs_library
 def test_ties_go_to_even_and_zeros_stay(library: Library) -> None:
     x = torch.zeros(64)
     x[:5] = torch.tensor([127.0, 0.5, 1.5, -0.5, -2.5])
-    q, scales, _ = library.quantize(x)
+    (q, low), scales, _ = library.quantize(x)
+    assert low[:5].tolist() == [0, 127, -127, -127, -127]
     assert q[:5].tolist() == [127, 0, 2, 0, -2]
     assert scales.tolist() == [1.0, 0.0]
     assert not q[32:].any()
@@ -128,22 +133,24 @@ SHAPES = [(32, 1, 32), (64, 16, 32), (96, 17, 96), (128, 24, 64), (256, 33, 128)
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize(("in_features", "out_features", "group_size"), SHAPES)
 @pytest.mark.parametrize("bits", [4, 8])
+@pytest.mark.parametrize("is_fine", [False, True])
 def test_linears_match_the_reference(
-    library: Library, kind: str, in_features: int, out_features: int, group_size: int, bits: int
+    library: Library, kind: str, in_features: int, out_features: int, group_size: int, bits: int, is_fine: bool
 ) -> None:
     record = random_record(in_features, out_features, group_size, kind=kind, bits=bits, bias=True)
-    prepared = CpuInt8Linear(record, library)
+    prepared = CpuInt8Linear(record, library, is_fine=is_fine)
     assert prepared.bytes_per_pass == stored_bytes(record)
     weight = dequantize(record).double()
     for rows in (1, 2, 3, 4, 5, 11):
         x = floats(rows, in_features, seed=rows)
         got = prepared.in_float32(x).double()
         assert got.shape == (rows, out_features)
-        steps = rounded(x, library)
+        steps = rounded(x, library, is_fine=is_fine)
         exact = steps @ weight + record.bias.double()  # type: ignore[union-attr]
         slack = ROUNDINGS * (in_features / 32 + 8) * (absolute_products(steps, record) + exact.abs())
         assert ((got - exact).abs() <= slack).all()
         half = x.double().view(rows, -1, 32).abs().amax(-1, keepdim=True).expand(-1, -1, 32).reshape(rows, -1) / 254
+        half = half / 254 if is_fine else half
         assert ((got - linear(x.double(), record)).abs() <= half * 1.001 @ weight.abs() + slack + 1e-5).all()
 
 

@@ -99,7 +99,7 @@ class Model:
 
     def stack(self, library: Library) -> LayerStack:
         layers = [
-            StackLayer(*(CpuInt8Linear(r, library) for r in records), *norms, heads)
+            StackLayer(*_linears(records, library), *norms, heads)
             for records, norms, heads in zip(self.records, self.norms, self.heads, strict=True)
         ]
         return LayerStack(library, layers, self.final_norm, EPS, self.cos, self.sin)
@@ -123,7 +123,7 @@ class Model:
         shape, residual = self.shape, x.double()
         rows, positions = len(x), torch.arange(len(x))
         for (qkv, out, gate_up, down), (first, second), heads in zip(self.records, self.norms, self.heads, strict=True):
-            y = _linear(F.rms_norm(residual, (shape.hidden,), first.double(), EPS), qkv, library)
+            y = _linear(F.rms_norm(residual, (shape.hidden,), first.double(), EPS), qkv, library, is_fine=True)
             y = y.view(rows, -1, shape.head_dim).transpose(0, 1)
             q, k, v = y.split((shape.num_heads, shape.num_kv_heads, shape.num_kv_heads))
             if heads.norms is not None:
@@ -148,11 +148,17 @@ class Model:
         return torch.cat([first * cos - second * sin, second * cos + first * sin], dim=-1)
 
 
-def _linear(x: torch.Tensor, record: PackedWeight, library: Library) -> torch.Tensor:
+def _linears(records: Sequence[PackedWeight], library: Library) -> Iterator[CpuInt8Linear]:
+    """The first, qkv, with finer activations, as decoders have it."""
+    return (CpuInt8Linear(record, library, is_fine=i == 0) for i, record in enumerate(records))
+
+
+def _linear(x: torch.Tensor, record: PackedWeight, library: Library, *, is_fine: bool = False) -> torch.Tensor:
     order = slice(None) if record.perm is None else record.perm.long()
     rows = []
     for row in x[:, order].float():
-        q, scales, _ = library.quantize(row.contiguous())
+        (q, low), scales, _ = library.quantize(row.contiguous())
+        q = q + low / 254 if is_fine else q
         rows.append((q.view(-1, 32).double() * scales.double().unsqueeze(1)).flatten())
     y = torch.stack(rows) @ dequantize(replace(record, perm=None)).double()
     return y if record.bias is None else y + record.bias.double()
@@ -306,7 +312,7 @@ def test_what_does_not_belong_together_is_refused() -> None:
 def _layers(model: Model) -> list[StackLayer]:
     assert LIBRARY is not None
     return [
-        StackLayer(*(CpuInt8Linear(r, LIBRARY) for r in records), *norms, heads)
+        StackLayer(*_linears(records, LIBRARY), *norms, heads)
         for records, norms, heads in zip(model.records, model.norms, model.heads, strict=True)
     ]
 

@@ -68,9 +68,11 @@ INLINE vf exp8(vf x) {
 }
 
 /* Symmetric int8 with a scale per 32 numbers, as llama.cpp's Q8_0: the largest becomes 127. */
-TARGET static void quantize(const float *x, int64_t k, int8_t *q, float *scale, float *sum) {
+TARGET static void quantize(const float *x, int64_t count, const qk_rows *to, int64_t row, int64_t first) {
     const vf magic = splat8(12582912.0f); /* Adding 1.5 * 2^23 rounds to the nearest integer, ties to even. */
-    for (int64_t chunk = 0; chunk < k / QK_CHUNK; chunk++, x += QK_CHUNK, q += QK_CHUNK) {
+    int8_t *q = to->q + row * to->k + first, *low = to->low + row * to->k + first;
+    int64_t chunk = (row * to->k + first) / QK_CHUNK;
+    for (const float *end = x + count; x < end; chunk++, x += QK_CHUNK, q += QK_CHUNK, low += QK_CHUNK) {
         vf most = splat8(0.0f);
         vi bad = most != most;
         for (int i = 0; i < 4; i++) {
@@ -79,7 +81,7 @@ TARGET static void quantize(const float *x, int64_t k, int8_t *q, float *scale, 
             bad |= v != v;
         }
         float largest = largest_of(most);
-        vi total = {0};
+        vi total = {0}, low_total = {0};
         for (int i = 0; i < 8; i++)
             if (bad[i]) largest = __builtin_nanf("");
         /* Too small to have an inverse: nothing is left of it. NaN and infinity make the scale so, and all results. */
@@ -88,14 +90,18 @@ TARGET static void quantize(const float *x, int64_t k, int8_t *q, float *scale, 
             vf v = load8(x + 8 * i);
             v = inverse > 0.0f ? v * inverse : splat8(0.0f);
             vi whole = (vi)(v + magic) - (vi)magic;
+            vi rest = (vi)((v - __builtin_convertvector(whole, vf)) * 254.0f + magic) - (vi)magic;
             total += whole;
-            vb bytes = __builtin_convertvector(whole, vb);
+            low_total += rest;
+            vb bytes = __builtin_convertvector(whole, vb), low_bytes = __builtin_convertvector(rest, vb);
             memcpy(q + 8 * i, &bytes, sizeof bytes);
+            memcpy(low + 8 * i, &low_bytes, sizeof low_bytes);
         }
-        int32_t all = 0;
-        for (int i = 0; i < 8; i++) all += total[i];
-        scale[chunk] = largest / 127.0f;
-        sum[chunk] = (float)all;
+        int32_t all = 0, low_all = 0;
+        for (int i = 0; i < 8; i++) all += total[i], low_all += low_total[i];
+        to->scale[chunk] = largest / 127.0f;
+        to->sum[chunk] = (float)all;
+        to->low_sum[chunk] = (float)low_all;
     }
 }
 
@@ -161,14 +167,17 @@ INLINE tf load_tile(const float *p) {
 INLINE void tile_of(const qk_weight *w, const uint8_t *codes, const float *table, const qk_rows *x, int64_t row, int rows,
                     int part, int parts, int bits, float *out) {
     const int64_t table_bytes = QK_COLUMNS * (qk_scale_bytes(w) + qk_zero_bytes(w));
+    const int planes = w->planes;
     const int64_t chunks = x->k / QK_CHUNK, chunks_per_group = w->group / QK_CHUNK;
-    const int8_t *q[QK_TILE_ROWS];
-    const float *scale[QK_TILE_ROWS], *sum[QK_TILE_ROWS];
+    const int8_t *q[QK_TILE_ROWS], *low[QK_TILE_ROWS];
+    const float *scale[QK_TILE_ROWS], *sum[QK_TILE_ROWS], *low_sum[QK_TILE_ROWS];
     tf acc[QK_TILE_ROWS][16 / TILE_WIDTH];
     for (int r = 0; r < rows; r++) {
         q[r] = x->q + (row + r) * x->k;
+        low[r] = x->low + (row + r) * x->k;
         scale[r] = x->scale + (row + r) * chunks;
         sum[r] = x->sum + (row + r) * chunks;
+        low_sum[r] = x->low_sum + (row + r) * chunks;
         for (int p = 0; p < parts; p++) acc[r][p] = (tf){0};
     }
     for (int64_t first = 0; first < chunks; first += chunks_per_group, table += 2 * QK_COLUMNS) {
@@ -176,6 +185,17 @@ INLINE void tile_of(const qk_weight *w, const uint8_t *codes, const float *table
         for (int64_t c = first; c < first + chunks_per_group; c++) {
             ti dot[QK_TILE_ROWS][16 / TILE_WIDTH];
             dot_chunk(codes, q, c * QK_CHUNK, rows, part, parts, bits, dot);
+            if (planes == 2) {
+                ti rest[QK_TILE_ROWS][16 / TILE_WIDTH];
+                dot_chunk(codes, low, c * QK_CHUNK, rows, part, parts, bits, rest);
+                for (int p = 0; p < parts; p++) {
+                    const tf ws = load_tile(table + TILE_WIDTH * (part + p));
+                    const tf min = load_tile(table + QK_COLUMNS + TILE_WIDTH * (part + p));
+                    for (int r = 0; r < rows; r++)
+                        acc[r][p] += (__builtin_convertvector(rest[r][p], tf) * ws + low_sum[r][c] * min) *
+                                     (scale[r][c] * (1.0f / 254.0f));
+                }
+            }
             codes += QK_COLUMNS * QK_CHUNK * bits / 8;
             for (int p = 0; p < parts; p++) {
                 const tf ws = load_tile(table + TILE_WIDTH * (part + p));

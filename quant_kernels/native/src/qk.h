@@ -37,13 +37,16 @@ typedef struct {
     const int32_t *order; /* [k] or NULL: row i is fed x[order[i]], or 0 where that is negative */
     int64_t k, n, group;
     int32_t bits, scale_kind, zero_kind, zero_const;
+    int32_t planes; /* of the activations that it is multiplied by: 1, or 2 for 15 bits */
+    int32_t unused;
 } qk_weight;
 
-/* Rows of int8: x[r][i] is about q[r][i] * scale[r][i / 32]. `sum` is the sum of each chunk's q. */
+/* Rows of int8: x[r][i] is about (q[r][i] + low[r][i] / 254) * scale[r][i / 32], where the second plane is what the first
+ * one's rounding left. The sums are those of each chunk's q and low. */
 typedef struct {
-    int8_t *q;
+    int8_t *q, *low;
     float *scale;
-    float *sum;
+    float *sum, *low_sum;
     int64_t k;
 } qk_rows;
 
@@ -67,7 +70,8 @@ typedef struct {
 } qk_scratch;
 
 typedef struct {
-    void (*quantize)(const float *x, int64_t k, int8_t *q, float *scale, float *sum);
+    /* Columns [first, first + count) of a row of `to`, from as many numbers. */
+    void (*quantize)(const float *x, int64_t count, const qk_rows *to, int64_t row, int64_t first);
     /* [k / group][2][16]: scales and mins of a block, for `tile`. */
     void (*tables)(const qk_weight *w, int64_t block, float *out);
     /* out[r][c] for rows `row` and up and the 16 outputs of a block, without bias. */

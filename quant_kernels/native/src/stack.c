@@ -149,8 +149,7 @@ static void multiply(qk_team *team, const qk_kernels *kernels, const qk_weight *
 /* Columns [first, first + count) of a row whose numbers are `x`, as `x` stands in the layer's own order. */
 static void quantize(const qk_kernels *kernels, const qk_rows *to, int64_t row, int64_t first, int64_t count,
                      const float *x) {
-    const int64_t chunk = row * (to->k / QK_CHUNK) + first / QK_CHUNK;
-    kernels->quantize(x, count, to->q + row * to->k + first, to->scale + chunk, to->sum + chunk);
+    kernels->quantize(x, count, to, row, first);
 }
 
 static void reorder(const float *x, const int32_t *order, int64_t k, float *out) {
@@ -198,14 +197,17 @@ static uint8_t *carve(uint8_t **room, int64_t bytes) {
 }
 
 static qk_rows carve_rows(uint8_t **room, int64_t rows, int64_t k) {
-    qk_rows made = {NULL, NULL, NULL, k};
+    qk_rows made = {0};
+    made.k = k;
     made.q = (int8_t *)carve(room, rows * k);
+    made.low = (int8_t *)carve(room, rows * k);
     made.scale = (float *)carve(room, rows * k / QK_CHUNK * 4);
     made.sum = (float *)carve(room, rows * k / QK_CHUNK * 4);
+    made.low_sum = (float *)carve(room, rows * k / QK_CHUNK * 4);
     return made;
 }
 
-static int64_t rows_bytes(int64_t rows, int64_t k) { return rows * k + 2 * rows * k / QK_CHUNK * 4 + 3 * 64; }
+static int64_t rows_bytes(int64_t rows, int64_t k) { return 2 * rows * k + 3 * rows * k / QK_CHUNK * 4 + 5 * 64; }
 
 /* Bytes of room that `qk_linear` needs. */
 int64_t qk_linear_room(int64_t rows, int64_t inputs, int64_t k, int32_t threads) {
@@ -501,8 +503,10 @@ void qk_sizes(int64_t *out) {
     out[0] = sizeof(qk_weight), out[1] = sizeof(qk_layer), out[2] = sizeof(qk_stack), out[3] = sizeof(qk_sequence);
 }
 
-void qk_quantize(const float *x, int64_t k, int8_t *q, float *scale, float *sum, int32_t level) {
-    kernels_of(level)->quantize(x, k, q, scale, sum);
+void qk_quantize(const float *x, int64_t k, int8_t *q, int8_t *low, float *scale, float *sum, float *low_sum,
+                 int32_t level) {
+    const qk_rows to = {q, low, scale, sum, low_sum, k};
+    kernels_of(level)->quantize(x, k, &to, 0, 0);
 }
 
 void qk_silu_mul(const float *gate, const float *up, int64_t n, float *out, int32_t level) {
