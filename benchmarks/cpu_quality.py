@@ -73,7 +73,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     print(table(perplexity, rows), end="")
     record = {
         "benchmark": "cpu-quality",
-        "environment": environment_record(shlex.join(["python", "-m", "benchmarks.cpu_quality", *publishable(arguments)])),
+        "environment": environment_record(
+            shlex.join(["python", "-m", "benchmarks.cpu_quality", *publishable(arguments)])
+        ),
         "num_tokens": sum(len(prompt) - 1 for prompt in prompts),
         "perplexity_float32": perplexity,
         "kernels": [asdict(row) for row in rows],
@@ -85,7 +87,9 @@ def main(argv: Sequence[str] | None = None) -> int:
 def table(perplexity: float, rows: Sequence[Quality]) -> str:
     """For the terminal."""
     lines = [f"float32: perplexity {perplexity:.4f}", ""]
-    lines.append(f"{'kernels':<24}{'perplexity':>11}{'mean KL':>11}{'largest KL':>12}{'|dlogprob|':>12}{'same top':>10}")
+    lines.append(
+        f"{'kernels':<24}{'perplexity':>11}{'mean KL':>11}{'largest KL':>12}{'|dlogprob|':>12}{'same top':>10}"
+    )
     for row in rows:
         numbers = f"{row.perplexity:11.4f}{row.mean_kl:11.2e}{row.largest_kl:12.2e}{row.mean_logprob_change:12.2e}"
         lines.append(f"{row.kernels:<24}{numbers}{row.same_likeliest:10.2%}")
@@ -101,7 +105,9 @@ def _targets() -> dict[str, Target]:
 
 
 def _parse(arguments: Sequence[str]) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(prog="python -m benchmarks.cpu_quality", description=(__doc__ or "").split("\n\n")[1])
+    parser = argparse.ArgumentParser(
+        prog="python -m benchmarks.cpu_quality", description=(__doc__ or "").split("\n\n")[1]
+    )
     add = parser.add_argument
     add("--model", help="folder, .gguf file or hub id (default: the bundled model)")
     add("--texts", nargs="+", type=Path, default=[REPOSITORY / text for text in DEFAULT_TEXTS], metavar="FILE")
@@ -146,7 +152,8 @@ def _run(decoder: Decoder, prompt: Sequence[int]) -> torch.Tensor:
 def _own(logprobs: Sequence[torch.Tensor], prompts: Sequence[Sequence[int]]) -> torch.Tensor:
     """Of the tokens that follow, all texts together."""
     parts = [
-        rows[:-1].gather(1, torch.tensor(prompt[1:]).unsqueeze(1)) for rows, prompt in zip(logprobs, prompts, strict=True)
+        rows[:-1].gather(1, torch.tensor(prompt[1:]).unsqueeze(1))
+        for rows, prompt in zip(logprobs, prompts, strict=True)
     ]
     return torch.cat(parts).squeeze(1)
 

@@ -242,9 +242,9 @@ class _Builder:
         config, local, ops = self._config, self._local, self._target.ops
         input_norm, post_norm, *head_norms = layer_norms(config, layer)
         qkv, o, gate_up, down = merged_linears(config, layer)
-        # A tenth of a layer's weights, and a third of what coarse activations would cost (benchmarks.cpu_quality).
+        # All but gate_up, which is half of a layer's weights, and a quarter of what coarse activations cost (docs/cpu.md).
         qkv_linear = Linear(qkv.name, self._parts.qkv(qkv), self._target, is_sensitive=True)
-        o_linear = Linear(o.name, self._parts.o(o), self._target)
+        o_linear = Linear(o.name, self._parts.o(o), self._target, is_sensitive=True)
         gate_up_linear, down_linear = self._folded_mlp(gate_up, down)
         heads = Heads(
             local.num_heads,
@@ -261,7 +261,7 @@ class _Builder:
     def _folded_mlp(self, gate_up: MergedShape, down: MergedShape) -> tuple[Linear, Linear]:
         """gate_up and down, whose activation order moves into the outputs of gate and up: so down is read first."""
         weights, order = self._parts.down(down)
-        down_linear = Linear(down.name, weights, self._target, order_is_folded=order is not None)
+        down_linear = Linear(down.name, weights, self._target, order_is_folded=order is not None, is_sensitive=True)
         del weights
         return Linear(gate_up.name, self._parts.gate_up(gate_up, order), self._target), down_linear
 

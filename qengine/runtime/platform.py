@@ -166,7 +166,9 @@ class Platform:
             return ModelRunner(model, cache, steps, sampler, links=links)
         inputs, graphs = try_import("qengine.runtime.device_inputs"), try_import("qengine.runtime.graphs")
         assert inputs is not None and graphs is not None, "choose_device has looked for triton"  # noqa: PT018
-        queued = inputs.DeviceSteps(model.config, model.rope, cache.format, cache.block_size, selector.card, self.device)
+        queued = inputs.DeviceSteps(
+            model.config, model.rope, cache.format, cache.block_size, selector.card, self.device
+        )
         if self.recorder is None:
             return ModelRunner(model, cache, queued, sampler, links=links)
         max_blocks = -(-plan.max_model_len // cache.block_size)

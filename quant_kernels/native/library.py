@@ -141,7 +141,11 @@ class Library:
             The two planes, int8 [2, K]; scales, float32 [K / 32]; sums of codes, float32 [2, K / 32].
         """
         _expect_floats(x, 32)
-        planes, scales, sums = torch.empty(2, len(x), dtype=torch.int8), torch.empty(len(x) // 32), torch.empty(2, len(x) // 32)
+        planes, scales, sums = (
+            torch.empty(2, len(x), dtype=torch.int8),
+            torch.empty(len(x) // 32),
+            torch.empty(2, len(x) // 32),
+        )
         (q, low), (total, low_total) = planes, sums
         parts = (q, low, scales, total, low_total)
         self.functions.qk_quantize(x.data_ptr(), len(x), *(t.data_ptr() for t in parts), self.level)

@@ -109,7 +109,12 @@ class Model:
         shape = self.shape
         made = [
             make_cache(
-                plain(torch.bfloat16), num_blocks, shape.block_size, shape.num_kv_heads, shape.head_dim, torch.device("cpu")
+                plain(torch.bfloat16),
+                num_blocks,
+                shape.block_size,
+                shape.num_kv_heads,
+                shape.head_dim,
+                torch.device("cpu"),
             )
             for _ in shape.windows
         ]
@@ -127,7 +132,9 @@ class Model:
             y = y.view(rows, -1, shape.head_dim).transpose(0, 1)
             q, k, v = y.split((shape.num_heads, shape.num_kv_heads, shape.num_kv_heads))
             if heads.norms is not None:
-                q, k = (F.rms_norm(t, (shape.head_dim,), w.double(), 1e-6) for t, w in zip((q, k), heads.norms, strict=True))
+                q, k = (
+                    F.rms_norm(t, (shape.head_dim,), w.double(), 1e-6) for t, w in zip((q, k), heads.norms, strict=True)
+                )
             q, k = (self._rotated(t) for t in (q, k))
             k, v = (t.float().bfloat16().double() for t in (k, v))
             mask = positions.unsqueeze(0) <= positions.unsqueeze(1)
@@ -306,7 +313,9 @@ def test_what_does_not_belong_together_is_refused() -> None:
         LayerStack(LIBRARY, _layers(model), model.final_norm, EPS, model.cos[:, :8], model.sin[:, :8])
     with pytest.raises(ValueError, match="layer 1 has linears of"):
         layers = _layers(model)
-        LayerStack(LIBRARY, [layers[0], replace(layers[1], out=layers[1].down)], model.final_norm, EPS, model.cos, model.sin)
+        LayerStack(
+            LIBRARY, [layers[0], replace(layers[1], out=layers[1].down)], model.final_norm, EPS, model.cos, model.sin
+        )
 
 
 def _layers(model: Model) -> list[StackLayer]:
