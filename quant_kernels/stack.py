@@ -160,8 +160,8 @@ class LayerStack:
         heads = self.heads
         attended = heads.num_heads * heads.head_dim
         qkv = attended + 2 * heads.num_kv_heads * heads.head_dim
-        expected = ((self.hidden, qkv), (attended, self.hidden), (self.hidden, 2 * self.intermediate))
-        expected = (*expected, (self.intermediate, self.hidden))
+        inner = ((self.hidden, 2 * self.intermediate), (self.intermediate, self.hidden))
+        expected = ((self.hidden, qkv), (attended, self.hidden), *inner)
         for number, layer in enumerate(layers):
             sizes = tuple((linear.in_features, linear.out_features) for linear in self._linears[number])
             shape = (layer.heads.num_heads, layer.heads.num_kv_heads, layer.heads.head_dim, layer.heads.norm_eps)

@@ -47,7 +47,9 @@ def _stack_layer(layer: DecoderLayer) -> StackLayer | None:
     parts = [part for linear in linears if (part := _only_part(linear)) is not None]
     if len(parts) < len(linears):
         return None
-    return StackLayer(*parts, layer.input_norm.weight, layer.post_norm.weight, layer.attention.heads)
+    qkv, out, gate_up, down = parts
+    norms = layer.input_norm.weight, layer.post_norm.weight
+    return StackLayer(qkv, out, gate_up, down, *norms, layer.attention.heads)
 
 
 def _only_part(linear: Linear) -> CpuInt8Linear | None:

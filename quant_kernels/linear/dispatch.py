@@ -14,12 +14,12 @@ import torch
 
 from quant_kernels.late import try_import
 from quant_kernels.linear import cpu_int4, cpu_int8
+from quant_kernels.linear.cpu_check import checked_library
 from quant_kernels.linear.cpu_int4 import CpuInt4Linear
 from quant_kernels.linear.cpu_int8 import CpuInt8Linear
 from quant_kernels.linear.dense import DenseLinear
 from quant_kernels.linear.p16 import layout
 from quant_kernels.native.library import Library
-from quant_kernels.linear.cpu_check import checked_library
 from quant_kernels.ops.base import LayerOps
 from quant_kernels.ops.torch_ops import TorchOps
 from quant_kernels.packed_weight import DenseWeight, PackedWeight

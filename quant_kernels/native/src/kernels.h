@@ -184,16 +184,16 @@ INLINE void tile_of(const qk_weight *w, const uint8_t *codes, const float *table
         codes += table_bytes;
         for (int64_t c = first; c < first + chunks_per_group; c++) {
             ti dot[QK_TILE_ROWS][16 / TILE_WIDTH];
-            dot_chunk(codes, q, c * QK_CHUNK, rows, part, parts, bits, dot);
+            float scales[QK_TILE_ROWS], sums[QK_TILE_ROWS];
+            dot_chunk(codes, q, c * QK_CHUNK, rows, part, parts, bits, planes == 2 ? 254 : 1, dot);
+            for (int r = 0; r < rows; r++) scales[r] = scale[r][c], sums[r] = sum[r][c];
             if (planes == 2) {
                 ti rest[QK_TILE_ROWS][16 / TILE_WIDTH];
-                dot_chunk(codes, low, c * QK_CHUNK, rows, part, parts, bits, rest);
-                for (int p = 0; p < parts; p++) {
-                    const tf ws = load_tile(table + TILE_WIDTH * (part + p));
-                    const tf min = load_tile(table + QK_COLUMNS + TILE_WIDTH * (part + p));
-                    for (int r = 0; r < rows; r++)
-                        acc[r][p] += (__builtin_convertvector(rest[r][p], tf) * ws + low_sum[r][c] * min) *
-                                     (scale[r][c] * (1.0f / 254.0f));
+                dot_chunk(codes, low, c * QK_CHUNK, rows, part, parts, bits, 1, rest);
+                for (int r = 0; r < rows; r++) {
+                    for (int p = 0; p < parts; p++) dot[r][p] += rest[r][p];
+                    scales[r] *= 1.0f / 254.0f;
+                    sums[r] = sums[r] * 254.0f + low_sum[r][c];
                 }
             }
             codes += QK_COLUMNS * QK_CHUNK * bits / 8;
@@ -201,7 +201,7 @@ INLINE void tile_of(const qk_weight *w, const uint8_t *codes, const float *table
                 const tf ws = load_tile(table + TILE_WIDTH * (part + p));
                 const tf min = load_tile(table + QK_COLUMNS + TILE_WIDTH * (part + p));
                 for (int r = 0; r < rows; r++)
-                    acc[r][p] += (__builtin_convertvector(dot[r][p], tf) * ws + sum[r][c] * min) * scale[r][c];
+                    acc[r][p] += (__builtin_convertvector(dot[r][p], tf) * ws + sums[r] * min) * scales[r];
             }
         }
     }

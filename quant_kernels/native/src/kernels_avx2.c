@@ -29,9 +29,10 @@ INLINE __m256i splat4(const int8_t *p) {
 
 /* vpmaddubsw adds two products of an unsigned and a signed byte in 16 bits. A nibble times 127, twice, eight times over is
  * 30480, so a chunk's sum fits, and is widened once. Bytes are taken as two nibbles, so that theirs fit too. */
-INLINE void dot_chunk(const uint8_t *codes, const int8_t *const *q, int64_t first, int rows, int part, int parts, int bits,
+INLINE void dot_chunk(const uint8_t *codes, const int8_t *const *q, int64_t first, int rows, int part, int parts, int bits, int times,
                       avx2_vi dot[][2]) {
-    const __m256i nibble = _mm256_set1_epi8(15), ones = _mm256_set1_epi16(1);
+    const __m256i nibble = _mm256_set1_epi8(15), factor = _mm256_set1_epi16((short)times);
+    const __m256i high_factor = _mm256_set1_epi16((short)(16 * times));
     __m256i low[QK_TILE_ROWS][2], high[QK_TILE_ROWS][2];
     for (int r = 0; r < rows; r++)
         for (int p = 0; p < parts; p++) low[r][p] = high[r][p] = _mm256_setzero_si256();
@@ -55,8 +56,8 @@ INLINE void dot_chunk(const uint8_t *codes, const int8_t *const *q, int64_t firs
         }
     for (int r = 0; r < rows; r++)
         for (int p = 0; p < parts; p++) {
-            __m256i total = _mm256_madd_epi16(low[r][p], ones);
-            if (bits == 8) total = _mm256_add_epi32(total, _mm256_madd_epi16(high[r][p], _mm256_set1_epi16(16)));
+            __m256i total = _mm256_madd_epi16(low[r][p], factor);
+            if (bits == 8) total = _mm256_add_epi32(total, _mm256_madd_epi16(high[r][p], high_factor));
             dot[r][p] = (avx2_vi)total;
         }
 }

@@ -33,7 +33,7 @@ INLINE __m512i splat4(const int8_t *p) {
 }
 
 /* vpdpbusd adds four products of an unsigned and a signed byte to 32 bits. */
-INLINE void dot_chunk(const uint8_t *codes, const int8_t *const *q, int64_t first, int rows, int part, int parts, int bits,
+INLINE void dot_chunk(const uint8_t *codes, const int8_t *const *q, int64_t first, int rows, int part, int parts, int bits, int times,
                       avx512_ti dot[][1]) {
     const __m512i nibble = _mm512_set1_epi8(15);
     __m512i even[QK_TILE_ROWS], odd[QK_TILE_ROWS];
@@ -60,7 +60,7 @@ INLINE void dot_chunk(const uint8_t *codes, const int8_t *const *q, int64_t firs
             }
         }
     }
-    for (int r = 0; r < rows; r++) dot[r][0] = (avx512_ti)_mm512_add_epi32(even[r], odd[r]);
+    for (int r = 0; r < rows; r++) dot[r][0] = (avx512_ti)_mm512_add_epi32(even[r], odd[r]) * times;
 }
 
 #include "kernels.h"

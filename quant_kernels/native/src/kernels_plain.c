@@ -42,7 +42,7 @@ INLINE plain_vf load_u8(const uint8_t *p) {
 }
 
 /* dot[r][p][column] of the codes of one chunk of inputs, from `first` on, and the rows' bytes there. */
-INLINE void dot_chunk(const uint8_t *codes, const int8_t *const *q, int64_t first, int rows, int part, int parts, int bits,
+INLINE void dot_chunk(const uint8_t *codes, const int8_t *const *q, int64_t first, int rows, int part, int parts, int bits, int times,
                       plain_vi dot[][2]) {
     const int per_unit = 32 / bits;
     for (int r = 0; r < rows; r++)
@@ -54,7 +54,7 @@ INLINE void dot_chunk(const uint8_t *codes, const int8_t *const *q, int64_t firs
                     const int32_t code = bits == 8 ? byte : i % 8 < 4 ? byte & 15 : byte >> 4;
                     total += code * q[r][first + i];
                 }
-                dot[r][p][column] = total;
+                dot[r][p][column] = total * times;
             }
 }
 
