@@ -1,8 +1,8 @@
 """What the CPU's int8 activations cost in quality: `python -m benchmarks.cpu_quality`.
 
 The next token's distribution at every place of a few texts, by our own kernels (int8 activations), by torch's int4
-kernel (bfloat16 activations, scales rounded to bfloat16), each against float32 with the same weights, where nothing else
-rounds. Prints a table and writes JSON. It measures no time.
+kernel (bfloat16 activations, scales rounded to bfloat16), each against float32 with the same weights, where nothing
+else rounds. Prints a table and writes JSON. It measures no time.
 """
 
 from __future__ import annotations

@@ -65,8 +65,8 @@ def _zeros(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> 
     """Zeros; on a CPU in pages that the system provides when they are first written.
 
     torch.zeros would write them all at once, which costs start-up time and memory for blocks that may never be used.
-    numpy.zeros asks for huge pages: then the first token of each layer writes 4 MB of zeros, and may wait for the system
-    to make room for them.
+    numpy.zeros asks for huge pages: then the first token of each layer writes 4 MB of zeros, and may wait until the
+    system has made room for them.
     """
     if device.type != "cpu":
         return torch.zeros(shape, dtype=dtype, device=device)

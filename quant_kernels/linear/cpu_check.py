@@ -1,4 +1,4 @@
-"""Whether the vector kernels give on this processor what plain C gives: asked once, before a model is laid out for them.
+"""Whether the vector kernels give on this processor what plain C gives: asked once, before a model is laid out.
 
 They are chosen by what the processor says it has, and not every processor was at hand when they were written.
 """

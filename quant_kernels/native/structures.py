@@ -1,4 +1,4 @@
-"""The records of `src/qk.h` and `src/stack.c`, field by field. Pointers are addresses of memory that the caller keeps."""
+"""The records of `src/qk.h` and `src/stack.c`, field by field. Pointers are addresses that the caller keeps alive."""
 
 from __future__ import annotations
 

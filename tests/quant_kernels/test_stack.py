@@ -299,7 +299,7 @@ def test_what_does_not_belong_together_is_refused() -> None:
     step = NativeInputs.of([(0, 2, [0])])
     with pytest.raises(ValueError, match="contiguous"):
         stack.run(inputs(model, 4)[::2], model.caches(2), step)
-    with pytest.raises(ValueError, match="residual is torch.bfloat16"):
+    with pytest.raises(ValueError, match=r"residual is torch\.bfloat16"):
         stack.run(inputs(model, 2).bfloat16(), model.caches(2), step)
     with pytest.raises(ValueError, match="1 caches of"):
         stack.run(inputs(model, 2), model.caches(2)[:1], step)
@@ -311,8 +311,8 @@ def test_what_does_not_belong_together_is_refused() -> None:
         stack.run(inputs(model, 2), half, step)
     with pytest.raises(ValueError, match="angles are of 16"):
         LayerStack(LIBRARY, _layers(model), model.final_norm, EPS, model.cos[:, :8], model.sin[:, :8])
+    layers = _layers(model)
     with pytest.raises(ValueError, match="layer 1 has linears of"):
-        layers = _layers(model)
         LayerStack(
             LIBRARY, [layers[0], replace(layers[1], out=layers[1].down)], model.final_norm, EPS, model.cos, model.sin
         )
