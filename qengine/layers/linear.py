@@ -67,12 +67,20 @@ class Linear:
     in which order this one wants its columns. Called alone, it takes and gives columns in their own order.
     """
 
-    def __init__(self, name: str, parts: Sequence[Weight], target: Target, *, order_is_folded: bool = False) -> None:
+    def __init__(
+        self,
+        name: str,
+        parts: Sequence[Weight],
+        target: Target,
+        *,
+        order_is_folded: bool = False,
+        is_sensitive: bool = False,
+    ) -> None:
         weights, why_separate = fuse(parts)
         self.name = name
         self.target = target
         self.plan = _plan(name, weights, why_separate, target, order_is_folded)
-        self.parts: list[PreparedLinear] = [prepare(w, target) for w in weights]
+        self.parts: list[PreparedLinear] = [prepare(w, target, is_sensitive=is_sensitive) for w in weights]
         self.in_features = self.parts[0].in_features
         self.out_features = sum(p.out_features for p in self.parts)
 
@@ -89,6 +97,10 @@ class Linear:
         if len(self.parts) == 1:
             return self.parts[0](x)
         return torch.cat([part(x) for part in self.parts], dim=-1)
+
+    def in_float32(self, x: torch.Tensor) -> torch.Tensor:
+        """x [M, K] to [M, N] in float32, not rounded before where the kernel has more."""
+        return self.parts[0].in_float32(x) if len(self.parts) == 1 else self(x).float()
 
     def partial_sums(self, x: torch.Tensor) -> torch.Tensor:
         """x [M, K], columns at their `places`, to [S, M, N] that add up to the result."""

@@ -19,6 +19,7 @@ from qengine.layers.linear import Linear
 from qengine.layers.mlp import GatedMLP
 from qengine.layers.norm import RMSNorm
 from qengine.layers.rope import RotaryEmbedding
+from qengine.models.fused import try_stack
 from qengine.models.parts import PartReader, ReadLinear
 from qengine.models.shapes import (
     EMBEDDING,
@@ -36,6 +37,7 @@ from quant_kernels.linear.dispatch import Target
 from quant_kernels.ops.base import Heads, StepInputs
 from quant_kernels.packed_weight import DenseWeight
 from quant_kernels.sharding import slice_outputs
+from quant_kernels.stack import LayerStack, NativeInputs
 
 
 class DecoderLayer:
@@ -72,6 +74,7 @@ class Decoder:
             the whole model's.
         embedding: of the first stage; None on others.
         norm, head: of the last stage; None on others.
+        stack: all layers as one call, for inputs that were made for it; None where they cannot be.
     """
 
     def __init__(
@@ -85,6 +88,7 @@ class Decoder:
         embedding: Embedding | None,
         norm: RMSNorm | None,
         head: Linear | None,
+        stack: LayerStack | None = None,
     ) -> None:
         self.config = config
         self.dtype = dtype
@@ -94,6 +98,7 @@ class Decoder:
         self.embedding = embedding
         self.norm = norm
         self.head = head
+        self.stack = stack
 
     def forward(self, x: torch.Tensor, cache: Sequence[LayerCache], inputs: StepInputs) -> torch.Tensor:
         """Run the layers; writes the cache.
@@ -105,6 +110,9 @@ class Decoder:
             [rows, hidden]: normalized hidden states from the last stage, the residual stream from the others.
         """
         residual = x if self.embedding is None else self.embedding(x)
+        if isinstance(inputs, NativeInputs):
+            assert self.stack is not None, "inputs for a stack that is not there"
+            return self.stack.run(residual.float(), cache, inputs)
         sums = None
         for layer, layer_cache in zip(self.layers, cache, strict=True):
             sums = layer(sums, residual, layer_cache, inputs)
@@ -116,6 +124,8 @@ class Decoder:
     def logits(self, hidden: torch.Tensor) -> torch.Tensor:
         """Hidden states [rows, hidden] of the last stage to float32 logits [rows, vocab], on every rank of it."""
         assert self.head is not None, "only the last stage has the head"
+        if self.group.size == 1:
+            return self.head.in_float32(hidden)
         return self.group.gather_vocab(self.head(hidden)).float()
 
     @property
@@ -194,15 +204,19 @@ class _Builder:
         is_last = self._stage.stop == config.num_layers
         embedding = self._embedding() if self._stage.start == 0 else None
         layers = [self._layer(layer) for layer in self._stage]
+        rope = RotaryEmbedding(config.rope, config.head_dim, max_position, target.device)
+        norm = self._norm(TensorShape(FINAL_NORM, (config.hidden_size,))) if is_last else None
+        is_whole = embedding is not None and self._group.size == 1
         return Decoder(
             self._local,
             target.dtype,
             layers,
-            RotaryEmbedding(config.rope, config.head_dim, max_position, target.device),
+            rope,
             self._group,
             embedding=embedding,
-            norm=self._norm(TensorShape(FINAL_NORM, (config.hidden_size,))) if is_last else None,
+            norm=norm,
             head=self._head(embedding, tied=tied) if is_last else None,
+            stack=try_stack(target, layers, norm, rope) if is_whole else None,
         )
 
     def _embedding(self) -> Embedding:
@@ -221,15 +235,16 @@ class _Builder:
             weight = DenseWeight(embedding.table)  # One table in memory, not two.
         else:
             weight = slice_outputs(weight, self._shape.vocab)
-        return Linear(HEAD, [weight], self._target)
+        return Linear(HEAD, [weight], self._target, is_sensitive=True)
 
     def _layer(self, layer: int) -> DecoderLayer:
         """One layer's worth: a merged linear is on its device, and its parts are gone, before the next is read."""
         config, local, ops = self._config, self._local, self._target.ops
         input_norm, post_norm, *head_norms = layer_norms(config, layer)
         qkv, o, gate_up, down = merged_linears(config, layer)
-        qkv_linear = Linear(qkv.name, self._parts.qkv(qkv), self._target)
-        o_linear = Linear(o.name, self._parts.o(o), self._target)
+        # All but gate_up, half of a layer's weights, and a quarter of what coarse activations cost (docs/cpu.md).
+        qkv_linear = Linear(qkv.name, self._parts.qkv(qkv), self._target, is_sensitive=True)
+        o_linear = Linear(o.name, self._parts.o(o), self._target, is_sensitive=True)
         gate_up_linear, down_linear = self._folded_mlp(gate_up, down)
         heads = Heads(
             local.num_heads,
@@ -246,7 +261,7 @@ class _Builder:
     def _folded_mlp(self, gate_up: MergedShape, down: MergedShape) -> tuple[Linear, Linear]:
         """gate_up and down, whose activation order moves into the outputs of gate and up: so down is read first."""
         weights, order = self._parts.down(down)
-        down_linear = Linear(down.name, weights, self._target, order_is_folded=order is not None)
+        down_linear = Linear(down.name, weights, self._target, order_is_folded=order is not None, is_sensitive=True)
         del weights
         return Linear(gate_up.name, self._parts.gate_up(gate_up, order), self._target), down_linear
 

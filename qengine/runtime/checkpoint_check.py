@@ -15,7 +15,7 @@ from dataclasses import dataclass
 import torch
 
 from qengine.errors import LoadError
-from qengine.runtime.inputs import PreparedStep
+from qengine.runtime.inputs import PreparedStep, StackSteps
 from qengine.runtime.runner import ModelRunner
 from qengine.scheduling.batch import Batch, BatchEntry
 
@@ -122,15 +122,26 @@ def _batch(runner: ModelRunner, wanted_len: int, max_len: int, max_rows: int) ->
 
 
 def _run(runner: ModelRunner, batch: Batch) -> tuple[BadNumbers | None, list[int]]:
-    """The first place that is not finite, and the likeliest next token after every row."""
+    """The first place that is not finite, and the likeliest next token after every row.
+
+    Layers that run as one call are looked into only where what they compute is not finite.
+    """
+    step, steps = runner.steps.prepare(batch), runner.steps
+    if isinstance(steps, StackSteps):
+        logits = runner.model.logits(runner.model.forward(step.token_ids, runner.cache.layers, step.inputs))
+        if bool(logits.isfinite().all()):
+            return None, logits.argmax(dim=-1).tolist()
+        step = steps.by_layer.prepare(batch)
     probes = _Probes()
-    logits = _forward(runner, runner.steps.prepare(batch), probes)
+    found = _forward(runner, step, probes)
     bad = probes.first_bad()
+    if bad is None and isinstance(steps, StackSteps):
+        bad = BadNumbers(None, "head", bool(logits.isnan().any()), bool(logits.isinf().any()))
     if bad is not None:
         runner.cache.clear_not_finite([block_id for entry in batch.entries for block_id in entry.block_ids])
     if bad is not None and bad.part == _STAGE_BEFORE:
         bad = None  # That stage says so itself, and better.
-    return bad, [] if logits is None else logits.argmax(dim=-1).tolist()
+    return bad, [] if found is None else found.argmax(dim=-1).tolist()
 
 
 def _forward(runner: ModelRunner, step: PreparedStep, probes: _Probes) -> torch.Tensor | None:

@@ -17,6 +17,7 @@ from qengine.scheduling.batch import Batch, BatchEntry
 from quant_kernels.attention.gathered import make_segments
 from quant_kernels.ops.base import StepInputs
 from quant_kernels.ops.torch_ops import TorchInputs
+from quant_kernels.stack import NativeInputs
 
 
 @dataclass(frozen=True, slots=True)
@@ -72,6 +73,24 @@ class CpuSteps:
         inputs = TorchInputs(torch.tensor(slots), cos, sin, segments)
         rows = torch.tensor(sample_rows(entries), dtype=torch.int64)
         return PreparedStep(torch.tensor(token_ids), inputs, entries, first_rows(entries), rows)
+
+
+class StackSteps:
+    """Steps for a stack of layers that is one call. Rows are in the batch's order.
+
+    Attributes:
+        by_layer: makes steps for the same layers one by one, to look between them.
+    """
+
+    def __init__(self, by_layer: CpuSteps) -> None:
+        self.by_layer = by_layer
+
+    def prepare(self, batch: Batch) -> PreparedStep:
+        entries = batch.entries
+        inputs = NativeInputs.of([(e.start, e.num_tokens, e.block_ids) for e in entries])
+        token_ids = torch.tensor([token for e in entries for token in e.token_ids])
+        rows = torch.tensor(sample_rows(entries), dtype=torch.int64)
+        return PreparedStep(token_ids, inputs, entries, first_rows(entries), rows)
 
 
 def first_rows(entries: Sequence[BatchEntry]) -> tuple[int, ...]:

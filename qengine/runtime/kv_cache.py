@@ -7,6 +7,7 @@ whom is the scheduler's business.
 
 from __future__ import annotations
 
+import mmap
 from collections.abc import Collection, Sequence
 from math import prod
 
@@ -64,7 +65,11 @@ def _zeros(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> 
     """Zeros; on a CPU in pages that the system provides when they are first written.
 
     torch.zeros would write them all at once, which costs start-up time and memory for blocks that may never be used.
+    numpy.zeros asks for huge pages: then the first token of each layer writes 4 MB of zeros, and may wait until the
+    system has made room for them.
     """
     if device.type != "cpu":
         return torch.zeros(shape, dtype=dtype, device=device)
-    return torch.from_numpy(np.zeros(prod(shape) * dtype.itemsize, dtype=np.uint8)).view(dtype).view(shape)
+    num_bytes = prod(shape) * dtype.itemsize
+    pages = mmap.mmap(-1, max(1, num_bytes), flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+    return torch.from_numpy(np.frombuffer(pages, np.uint8, num_bytes)).view(dtype).view(shape)

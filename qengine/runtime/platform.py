@@ -16,7 +16,7 @@ from qengine.config import EngineConfig, ModelConfig
 from qengine.errors import ConfigError, LoadError
 from qengine.models.decoder import Decoder
 from qengine.runtime import gpu_memory
-from qengine.runtime.inputs import CpuSteps
+from qengine.runtime.inputs import CpuSteps, StackSteps, Steps
 from qengine.runtime.kv_cache import KVCache
 from qengine.runtime.links import Links
 from qengine.runtime.machine_memory import CPU, available_memory, driver_cards
@@ -101,7 +101,7 @@ class Platform:
     @property
     def machine(self) -> Machine:
         """What the planner works with: the device as it is now."""
-        kernels: Kernels = "cpu" if self.target.selector is None else "gpu"
+        kernels: Kernels = "gpu" if self.target.selector is not None else "native" if self.target.native else "cpu"
         is_cuda = self.device.type == "cuda"
         card = gpu_memory.card_of(self.device) if is_cuda else Card(CPU, available_memory())
         dtype = str(self.target.dtype).removeprefix("torch.")
@@ -160,15 +160,20 @@ class Platform:
         selector = self.target.selector
         sampler = make_sampler(on_triton=selector is not None)
         if selector is None:
-            return ModelRunner(model, cache, CpuSteps(model.rope, cache.block_size, model.dtype), sampler, links=links)
+            stacked = model.stack is not None and cache.format == plain(torch.bfloat16)
+            by_layer = CpuSteps(model.rope, cache.block_size, model.dtype)
+            steps: Steps = StackSteps(by_layer) if stacked else by_layer
+            return ModelRunner(model, cache, steps, sampler, links=links)
         inputs, graphs = try_import("qengine.runtime.device_inputs"), try_import("qengine.runtime.graphs")
         assert inputs is not None and graphs is not None, "choose_device has looked for triton"  # noqa: PT018
-        steps = inputs.DeviceSteps(model.config, model.rope, cache.format, cache.block_size, selector.card, self.device)
+        queued = inputs.DeviceSteps(
+            model.config, model.rope, cache.format, cache.block_size, selector.card, self.device
+        )
         if self.recorder is None:
-            return ModelRunner(model, cache, steps, sampler, links=links)
+            return ModelRunner(model, cache, queued, sampler, links=links)
         max_blocks = -(-plan.max_model_len // cache.block_size)
-        recorded = graphs.DecodeGraphs(model, cache, steps, self.recorder, max_num_seqs, max_blocks)
-        return ModelRunner(model, cache, steps, sampler, recorded, links=links)
+        recorded = graphs.DecodeGraphs(model, cache, queued, self.recorder, max_num_seqs, max_blocks)
+        return ModelRunner(model, cache, queued, sampler, recorded, links=links)
 
 
 def choose_device(name: str) -> torch.device:

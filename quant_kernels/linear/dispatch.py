@@ -13,10 +13,13 @@ from typing import Protocol
 import torch
 
 from quant_kernels.late import try_import
-from quant_kernels.linear import cpu_int4
+from quant_kernels.linear import cpu_int4, cpu_int8
+from quant_kernels.linear.cpu_check import checked_library
 from quant_kernels.linear.cpu_int4 import CpuInt4Linear
+from quant_kernels.linear.cpu_int8 import CpuInt8Linear
 from quant_kernels.linear.dense import DenseLinear
 from quant_kernels.linear.p16 import layout
+from quant_kernels.native.library import Library
 from quant_kernels.ops.base import LayerOps
 from quant_kernels.ops.torch_ops import TorchOps
 from quant_kernels.packed_weight import DenseWeight, PackedWeight
@@ -59,6 +62,10 @@ class PreparedLinear(Protocol):
         """x [M, K], columns at their `places`, to [S, M, N] that add up to the result."""
         ...
 
+    def in_float32(self, x: torch.Tensor) -> torch.Tensor:
+        """x [M, K] to [M, N] in float32, not rounded before where the kernel has more."""
+        ...
+
     def try_silu_mul(self, x: torch.Tensor) -> torch.Tensor | None:
         """silu(gate) * up of a weight [gate | up] where one kernel does it all: [M, N / 2]."""
         ...
@@ -71,11 +78,13 @@ class Target:
     Attributes:
         device, dtype: of activations and results.
         selector: which Triton configurations to launch; None where Triton's kernels do not run.
+        native: our own kernels for the CPU; None to run on torch's.
     """
 
     device: torch.device
     dtype: torch.dtype
     selector: Selector | None = None
+    native: Library | None = None
 
     @property
     def ops(self) -> LayerOps:
@@ -97,7 +106,7 @@ class Target:
             ValueError: if the tuning table of the device is damaged.
         """
         if device.type != "cuda":
-            return cls(device, dtype)
+            return cls(device, dtype, native=checked_library() if dtype == torch.bfloat16 else None)
         return checked(cls(device, dtype, replace(Selector.of(device), half_sums=half_sums)))
 
 
@@ -134,6 +143,8 @@ def choose(weight: PackedWeight | DenseWeight, target: Target) -> tuple[str, str
         runs, reason = _can_run_p16(weight, target)
         name = P16
     elif target.device.type == "cpu":
+        if target.native is not None and cpu_int8.can_run(weight, target.dtype)[0]:
+            return CpuInt8Linear.kernel, f"{weight.bits}-bit codes on our int8 kernels ({target.native.level.text})"
         runs, reason = cpu_int4.can_run(weight, target.dtype)
         name = CpuInt4Linear.kernel
     else:
@@ -144,11 +155,19 @@ def choose(weight: PackedWeight | DenseWeight, target: Target) -> tuple[str, str
     return DenseLinear.kernel, f"expanded at load: {reason}"
 
 
-def prepare(weight: PackedWeight | DenseWeight, target: Target) -> PreparedLinear:
-    """Lay a weight out for the target with the kernel that `choose` names."""
+def prepare(weight: PackedWeight | DenseWeight, target: Target, *, is_sensitive: bool = False) -> PreparedLinear:
+    """Lay a weight out for the target with the kernel that `choose` names.
+
+    Args:
+        is_sensitive: errors of its result weigh more than those of others; a kernel that rounds activations to 8 bits
+            rounds them more finely here, and for all weights of 8 bits.
+    """
     kernel, _ = choose(weight, target)
     if isinstance(weight, PackedWeight) and kernel == CpuInt4Linear.kernel:
         return CpuInt4Linear(weight)
+    if isinstance(weight, PackedWeight) and kernel == CpuInt8Linear.kernel:
+        assert target.native is not None, "chosen only where there is one"
+        return CpuInt8Linear(weight, target.native, is_fine=is_sensitive or weight.bits == 8)
     if isinstance(weight, PackedWeight) and kernel == P16:
         module = try_import("quant_kernels.linear.p16.prepared")
         assert module is not None, "choose has looked for triton"

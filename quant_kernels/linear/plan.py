@@ -11,8 +11,9 @@ from dataclasses import dataclass
 
 import torch
 
-from quant_kernels.linear import cpu_int4, dense
+from quant_kernels.linear import cpu_int4, cpu_int8, dense
 from quant_kernels.linear.cpu_int4 import CpuInt4Linear
+from quant_kernels.linear.cpu_int8 import CpuInt8Linear
 from quant_kernels.linear.dispatch import P16, Target, choose, packed_for
 from quant_kernels.linear.p16 import layout
 from quant_kernels.packed_weight import DenseWeight, PackedWeight
@@ -56,7 +57,7 @@ def plan(weight: PackedWeight | DenseWeight, target: Target) -> LinearPlan:
     """The plan of a weight on a target."""
     kernel, reason = choose(weight, target)
     is_packed = isinstance(weight, PackedWeight)
-    runs_packed = is_packed and kernel in (P16, CpuInt4Linear.kernel)
+    runs_packed = is_packed and kernel in (P16, CpuInt4Linear.kernel, CpuInt8Linear.kernel)
     return LinearPlan(
         in_features=weight.in_features,
         out_features=weight.out_features,
@@ -90,6 +91,8 @@ def _stored_bytes(weight: PackedWeight | DenseWeight, kernel: str, dtype: torch.
         return layout.stored_bytes(weight, dtype)
     if isinstance(weight, PackedWeight) and kernel == CpuInt4Linear.kernel:
         return cpu_int4.stored_bytes(weight)
+    if isinstance(weight, PackedWeight) and kernel == CpuInt8Linear.kernel:
+        return cpu_int8.stored_bytes(weight)
     return dense.stored_bytes(weight, dtype)
 
 

@@ -20,6 +20,10 @@ class WholeLinear(ABC):
         """x [M, K] to [1, M, N]."""
         return self(x).unsqueeze(0)
 
+    def in_float32(self, x: torch.Tensor) -> torch.Tensor:
+        """x [M, K] to [M, N] in float32, not rounded before where the kernel has more."""
+        return self(x).float()
+
     def try_silu_mul(self, x: torch.Tensor) -> torch.Tensor | None:
         """None: the product is the next operation's."""
         return None

@@ -1,0 +1,102 @@
+/* What the files of this library share: weights, quantized rows, a step, and the table of kernels of one instruction set.
+ *
+ * All sizes are counts of elements, all strides too. Nothing here allocates memory that outlives a call. Python checks
+ * every pointer, shape and stride before it calls (quant_kernels/native/library.py); nothing is checked again here. */
+#ifndef QK_H
+#define QK_H
+
+#include <stdint.h>
+
+/* Instruction sets, in the order in which they are preferred. */
+enum { QK_PLAIN = 0, QK_AVX2 = 1, QK_AVX512 = 2, QK_LEVELS = 3 };
+/* Types of activations. */
+enum { QK_F32 = 0, QK_BF16 = 1 };
+/* Types of scales and mins. */
+enum { QK_SCALE_F16 = 0, QK_SCALE_BF16 = 1, QK_SCALE_F32 = 2 };
+/* How a weight is made of its code: (code - constant) * scale, (code - table) * scale, code * scale + min. */
+enum { QK_ZERO_CONST = 0, QK_ZERO_TABLE = 1, QK_ZERO_MIN = 2 };
+
+/* Inputs that share a scale of the activations, outputs of a block, and rows that are multiplied together. */
+#define QK_CHUNK 32
+#define QK_COLUMNS 16
+#define QK_TILE_ROWS 4
+/* Attention: keys of a tile, rows (query tokens times heads) of an item, and the largest head. */
+#define QK_TILE_KEYS 32
+#define QK_ITEM_ROWS 48
+#define QK_MAX_HEAD 256
+
+/* A weight of k inputs and n outputs. `data` is, for each block of 16 outputs and each group of inputs:
+ *
+ *     16 scales | 16 zeros (bytes; or mins, of the scales' type; or nothing) | codes
+ *
+ * Codes come in units of 64 bytes: four bytes for each of the 16 outputs. With 8 bits they are four neighbouring inputs;
+ * with 4 bits the low nibbles are inputs 0 to 3 of eight, and the high nibbles inputs 4 to 7. */
+typedef struct {
+    const uint8_t *data;
+    const float *bias;    /* [n] or NULL */
+    const int32_t *order; /* [k] or NULL: row i is fed x[order[i]], or 0 where that is negative */
+    int64_t k, n, group;
+    int32_t bits, scale_kind, zero_kind, zero_const;
+    int32_t planes; /* of the activations that it is multiplied by: 1, or 2 for 15 bits */
+    int32_t unused;
+} qk_weight;
+
+/* Rows of int8: x[r][i] is about (q[r][i] + low[r][i] / 254) * scale[r][i / 32], where the second plane is what the first
+ * one's rounding left. The sums are those of each chunk's q and low. */
+typedef struct {
+    int8_t *q, *low;
+    float *scale;
+    float *sum, *low_sum;
+    int64_t k;
+} qk_rows;
+
+/* Attention of rows over one layer of a paged cache of bfloat16 [blocks, block_size, num_kv_heads, head_dim]. */
+typedef struct {
+    const uint16_t *keys, *values;
+    int64_t block_size, num_heads, num_kv_heads, head_dim;
+    int64_t window; /* 0 for none */
+} qk_cache;
+
+/* Neighbouring rows of one sequence, and the blocks that hold it. */
+typedef struct {
+    int64_t first_row, num_rows;
+    int64_t start; /* position of its first row */
+    const int32_t *blocks;
+} qk_sequence;
+
+/* Room for one thread's attention item; see `qk_scratch_floats`. */
+typedef struct {
+    float *query, *keys, *values, *scores, *out;
+} qk_scratch;
+
+typedef struct {
+    /* Columns [first, first + count) of a row of `to`, from as many numbers. */
+    void (*quantize)(const float *x, int64_t count, const qk_rows *to, int64_t row, int64_t first);
+    /* [k / group][2][16]: scales and mins of a block, for `tile`. */
+    void (*tables)(const qk_weight *w, int64_t block, float *out);
+    /* out[r][c] for rows `row` and up and the 16 outputs of a block, without bias. */
+    void (*tile)(const qk_weight *w, int64_t block, const float *tables, const qk_rows *x, int64_t row, int64_t num_rows,
+                 float *out);
+    void (*rms_norm)(const float *x, const float *weight, int64_t n, float eps, float *out);
+    void (*silu_mul)(const float *gate, const float *up, int64_t n, float *out);
+    /* Attention of query tokens [first, first + count) of a sequence over one KV head, for all its query heads. */
+    void (*attend)(const qk_cache *c, const qk_sequence *s, int64_t first, int64_t count, int64_t kv_head,
+                   const float *query, int64_t query_stride, float *out, int64_t out_stride, const qk_scratch *room);
+    void (*to_bf16)(const float *x, int64_t n, uint16_t *out);
+    void (*from_bf16)(const uint16_t *x, int64_t n, float *out);
+} qk_kernels;
+
+extern const qk_kernels qk_plain, qk_avx2, qk_avx512;
+
+static inline int64_t qk_scale_bytes(const qk_weight *w) { return w->scale_kind == QK_SCALE_F32 ? 4 : 2; }
+
+static inline int64_t qk_zero_bytes(const qk_weight *w) {
+    return w->zero_kind == QK_ZERO_CONST ? 0 : w->zero_kind == QK_ZERO_TABLE ? 1 : qk_scale_bytes(w);
+}
+
+/* Bytes of one group of one block. */
+static inline int64_t qk_group_bytes(const qk_weight *w) {
+    return QK_COLUMNS * (qk_scale_bytes(w) + qk_zero_bytes(w) + w->group * w->bits / 8);
+}
+
+#endif
