@@ -197,8 +197,9 @@ def _counted(environment: TemplateEnvironment, name: str, function: Callable[...
         if name == "join" and not isinstance(value, str):
             value = list(value)
         _check_sizes(name, value, args, kwargs)
-        first = {"context": [context], "eval_context": [context.eval_ctx], "environment": [environment]}
-        return budget.make(function(*first.get(passes or "", []), value, *args, **kwargs))
+        known = {"context": context, "eval_context": context.eval_ctx, "environment": environment}
+        first = () if passes is None else (known[passes],)
+        return budget.make(function(*first, value, *args, **kwargs))
 
     return pass_context(counted)
 
@@ -255,9 +256,9 @@ def _check_sizes(name: str, value: Any, args: tuple[Any, ...], kwargs: Mapping[s
 
 def _check_join(value: Any, given: list[Any]) -> None:
     """As a filter the items are joined, as a method the text joins what it is given."""
-    if isinstance(value, list):
-        separator, items = str(given[0]) if given else "", value
-    else:
+    items: Any = value
+    separator = str(given[0]) if given else ""
+    if not isinstance(value, list):
         separator, items = str(value), given[0] if given and isinstance(given[0], list | tuple) else []
     _require_length(sum(len(item) if isinstance(item, str) else 1 for item in items) + len(separator) * len(items))
 
