@@ -38,7 +38,8 @@ for folder in json.loads(sys.stdin.read()):
         tokenizer = model_tokenizer(config, open_model(config.load))
         tokenizer.encode("aaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaa!" * 3)
         if tokenizer.chat_template is not None:
-            tokenizer.render_chat([{"role": "user", "content": "Hi"}])
+            said = tokenizer.render_chat([{"role": "user", "content": "Hi"}])
+            assert "class" not in said, said
         outcome = "read"
     except QEngineError as error:
         outcome = str(error)
@@ -130,8 +131,8 @@ CASES: Mapping[str, tuple[Callable[[Path], None], str]] = {
     ),
     "a template that looks for os": (_template("{{ cycler.__init__.__globals__.os.system('true') }}"), "not allowed"),
     "a template through lipsum": (_template("{{ lipsum.__globals__['os'].popen('true') }}"), "undefined|not allowed"),
-    "a template through attr": (_template("{{ ''|attr('__class__')|attr('__mro__') }}"), "not allowed|undefined"),
-    "a template through a format": (_template("{{ '{0.__class__}'.format(1) }}"), "not allowed|undefined"),
+    "a template through attr": (_template("{{ ''|attr('__class__')|attr('__mro__') }}"), "read"),
+    "a template through a format": (_template("{{ '{0.__class__}'.format(1) }}"), "read"),
     "a template through map": (_template("{{ ['']|map(attribute='__class__')|list }}"), "not allowed|read"),
     "a template that includes a file": (_template("{% include '/etc/passwd' %}"), "cannot render"),
     # Time
