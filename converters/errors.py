@@ -5,4 +5,4 @@ Invariant: a `CheckpointError` names the file or tensor, what was found, what wa
 
 
 class CheckpointError(ValueError):
-    """A model file that cannot be loaded, or written, with the reason."""
+    """A model or calibration file that cannot be loaded, or written, with the reason."""

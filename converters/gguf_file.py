@@ -28,11 +28,12 @@ from converters.report import shape_text
 MAGIC = b"GGUF"
 VERSIONS = (2, 3)
 MAX_PAIRS = 2**16
-#: Items of all arrays together; the largest vocabularies have some 300,000 tokens and as many merges.
-MAX_ARRAY_ITEMS = 2**22
+#: Items of all arrays together; the largest vocabularies have some 300,000 tokens with two numbers each, and 500,000
+#: merges.
+MAX_ARRAY_ITEMS = 2**21
 MAX_NAME_BYTES = 2**16
 #: Metadata and tensor table; a vocabulary of 260,000 with merges takes about 15 MB.
-MAX_HEAD_BYTES = 2**27
+MAX_HEAD_BYTES = 2**26
 _MAX_DIMS = 4
 _READ_BYTES = 2**20
 _STRING, _ARRAY = 8, 9

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 from qengine.imports import import_late
 
 if TYPE_CHECKING:
+    from qengine.evaluation import evaluate
     from qengine.llm import LLM
     from qengine.request import (
         CompletionOutput,
@@ -32,10 +33,12 @@ __all__ = [
     "SamplingParams",
     "StructuredOutputs",
     "__version__",
+    "evaluate",
 ]
 
 _HOMES = {
     "LLM": "qengine.llm",
+    "evaluate": "qengine.evaluation",
     "CompletionOutput": "qengine.request",
     "EmbeddingRequestOutput": "qengine.request",
     "Logprob": "qengine.request",

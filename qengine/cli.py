@@ -23,6 +23,7 @@ from qengine.commands.flags import COMMANDS, Flag
 from qengine.commands.parsing import Invocation, help_text, overview, parse
 from qengine.commands.settings import (
     chat_settings,
+    evaluate_settings,
     generate_settings,
     inspect_settings,
     plan_settings,
@@ -55,6 +56,7 @@ _RUNNERS = {
     "chat": _Command(chat_settings, "qengine.commands.chat", "warning"),
     "inspect": _Command(inspect_settings, "qengine.commands.inspect", "warning"),
     "plan": _Command(plan_settings, "qengine.commands.plan", "warning"),
+    "evaluate": _Command(evaluate_settings, "qengine.commands.evaluate", "warning"),
     "bench serve": _Command(bench_serve_settings, "qengine.commands.bench_serve", "warning"),
     "bench offline": _Command(bench_offline_settings, "qengine.commands.bench_offline", "warning"),
 }

@@ -27,12 +27,12 @@ FLOORS: tuple[tuple[str, ...], ...] = (
     ("layers",),
     ("models",),
     ("runtime",),
-    ("tokenizer", "grammars", "startup", "step_stats", "pooling", "engine", "llm"),
+    ("tokenizer", "grammars", "startup", "step_stats", "pooling", "engine", "llm", "evaluation"),
     ("serving", "client", "bench", "commands", "cli", "__main__"),
 )
 #: The same inside scheduling/, whose modules build on each other in one direction.
 SCHEDULING_BASE = ("block_pool", "batch")
-CONVERTER_USERS = ("qengine.runtime.loader", "qengine.runtime.opening", "qengine.commands")
+CONVERTER_USERS = ("qengine.runtime.loader", "qengine.runtime.opening", "qengine.evaluation.texts", "qengine.commands")
 LIGHT = (
     "qengine.config",
     "qengine.cli",
@@ -70,8 +70,25 @@ KERNEL_FLOORS: tuple[tuple[str, ...], ...] = (
     ("resources",),
 )
 KERNEL_IMPORTS = {"quant_kernels", "torch", "triton", "numpy"}
-UNSAFE_MODULES = {"pickle", "cPickle", "cloudpickle", "dill", "marshal", "shelve", "joblib"}
-UNSAFE_CALLS = {"eval", "exec", "torch.load", "yaml.load", "yaml.unsafe_load", "yaml.full_load"}
+UNSAFE_MODULES = {"pickle", "cPickle", "pickletools", "_pickle", "cloudpickle", "dill", "marshal", "shelve", "joblib"}
+UNSAFE_MODULES |= {"jsonpickle", "runpy", "code", "codeop"}
+UNSAFE_CALLS = {
+    "eval",
+    "exec",
+    "compile",
+    "torch.load",
+    "torch.hub.load",
+    "torch.jit.load",
+    "torch.package.PackageImporter",
+}
+UNSAFE_CALLS |= {"yaml.load", "yaml.load_all", "yaml.unsafe_load", "yaml.unsafe_load_all", "yaml.full_load"}
+UNSAFE_CALLS |= {"np.load", "numpy.load", "np.fromregex", "numpy.fromregex", "broadcast_object_list"}
+UNSAFE_ARGUMENTS = {
+    ("allow_pickle", "True"),
+    ("trust_remote_code", "True"),
+    ("weights_only", "False"),
+    ("shell", "True"),
+}
 MAX_LINES = 600
 
 
@@ -375,8 +392,11 @@ def nothing_runs_foreign_code(modules: Sequence[Module]) -> Iterator[str]:
             if target.partition(".")[0] in UNSAFE_MODULES or target in UNSAFE_CALLS:
                 yield module.violation(node, f"imports {target}")
         for node, name in calls(module):
-            if name in UNSAFE_CALLS:
+            if name in UNSAFE_CALLS or name.endswith((".Unpickler", ".recv_pyobj", ".broadcast_object_list")):
                 yield module.violation(node, f"calls {name}")
+            for given in node.keywords:
+                if (given.arg, ast.unparse(given.value)) in UNSAFE_ARGUMENTS:
+                    yield module.violation(node, f"calls {name} with {given.arg}={ast.unparse(given.value)}")
 
 
 def only_commands_print(modules: Sequence[Module]) -> Iterator[str]:
@@ -473,6 +493,10 @@ RULES: dict[Rule, tuple[tuple[str, str], ...]] = {
         ("qengine.engine", "from torch import load"),
         ("converters.open", "import torch\ntorch.load('x')"),
         ("converters.open", "eval('1')"),
+        ("converters.open", "import numpy as np\nnp.load('x', allow_pickle=True)"),
+        ("converters.open", "f(trust_remote_code=True)"),
+        ("qengine.parallel.group", "import torch\ntorch.distributed.broadcast_object_list([])"),
+        ("qengine.engine", "import subprocess\nsubprocess.run('ls', shell=True)"),
         ("qengine.commands.parsing", "import yaml\nyaml.load('x')"),
     ),
     only_commands_print: (("qengine.engine", "print('x')"), ("converters.open", "print('x')")),

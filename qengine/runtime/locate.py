@@ -95,6 +95,6 @@ def _read_config(folder: Path, model: str) -> dict[str, Any]:
         raise LoadError(f"'{model}' has no config.json; name a repository of safetensors weights or a local .gguf file")
     try:
         raw = json.loads(config.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         raise LoadError(f"'{model}': config.json is not readable as JSON: {error}") from error
     return raw if isinstance(raw, dict) else {}

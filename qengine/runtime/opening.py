@@ -6,7 +6,6 @@ far as headers tell. Imports no torch.
 
 from __future__ import annotations
 
-import json
 import logging
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -16,6 +15,7 @@ from typing import Any
 
 from converters.dummy_headers import DummyHeaders, read_declared
 from converters.errors import CheckpointError
+from converters.files import read_json_object
 from converters.open_headers import open_headers
 from converters.source import HeaderSource, LinearSlot, Slot, TensorSlot
 from qengine.config import LoadConfig, ModelConfig
@@ -140,12 +140,9 @@ def _read_generation_config(path: Path, choice: str) -> Mapping[str, Any]:
             raise LoadError(f"no generation_config.json at '{choice}'")
         return {}
     try:
-        raw = json.loads(file.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise LoadError(f"{file} is not readable as JSON: {error}") from error
-    if not isinstance(raw, dict):
-        raise LoadError(f"{file} holds {type(raw).__name__}, expected an object")
-    return raw
+        return read_json_object(file)
+    except CheckpointError as error:
+        raise LoadError(str(error)) from error
 
 
 def _sampling_defaults(generation: Mapping[str, Any]) -> Mapping[str, Any]:

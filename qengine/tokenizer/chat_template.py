@@ -2,8 +2,9 @@
 
 The environment is the one transformers gives templates (trim_blocks, lstrip_blocks, loop controls, tojson,
 raise_exception, strftime_now, {% generation %}), so a template renders here as it does there.
-Invariant: templates come from strangers and run in Jinja's sandbox, on plain copies of the messages, with a bounded
-result; whatever goes wrong in one is a RequestError. It does not accept templates from clients.
+Invariant: templates come from strangers and run in a sandbox (`template_sandbox`), on plain copies of the messages,
+with bounded time, memory and result; whatever goes wrong in one is a RequestError. It does not accept templates from
+clients.
 """
 
 from __future__ import annotations
@@ -17,18 +18,15 @@ from typing import Any
 
 from jinja2 import Template, TemplateError, TemplateSyntaxError, meta, nodes
 from jinja2.exceptions import SecurityError
-from jinja2.ext import Extension, loopcontrols
-from jinja2.parser import Parser
-from jinja2.sandbox import ImmutableSandboxedEnvironment
-from jinja2.utils import Namespace
 
 from qengine.errors import RequestError
 from qengine.tokenizer.library import shorten
+from qengine.tokenizer.template_sandbox import RaisedByTemplate, TemplateEnvironment
 
 DEFAULT_MAX_CHARS = 2**24
 MAX_OPTION_CHARS = 4096
-#: Longest string or list that `*`, and largest bit length that `**`, may make inside a template.
-MAX_PRODUCT = 2**20
+#: The longest template of a published model has some 20,000 characters.
+MAX_TEMPLATE_CHARS = 2**20
 #: Names that a template is given by us, or that mean something to other engines: never a client's to set.
 RESERVED_OPTIONS = frozenset(
     (
@@ -110,27 +108,33 @@ class ChatTemplate:
         return _cut_at_mark(text) if continue_final_message else text
 
     @cached_property
-    def _environment(self) -> _Environment:
-        return _Environment(self._now)
+    def _environment(self) -> TemplateEnvironment:
+        return TemplateEnvironment(self._now)
 
     @cached_property
     def _syntax_tree(self) -> nodes.Template:
         try:
-            return self._environment.parse(self.text)
-        except (TemplateSyntaxError, RecursionError) as error:
+            return self._environment.parse(self._checked_text)
+        except (TemplateSyntaxError, RecursionError, MemoryError) as error:
             raise _invalid(error) from error
 
     @cached_property
     def _compiled(self) -> Template:
         try:
-            return self._environment.from_string(self.text)
-        except (TemplateError, RecursionError, SyntaxError) as error:
+            return self._environment.from_string(self._checked_text)
+        except (TemplateError, RecursionError, SyntaxError, MemoryError) as error:
             raise _invalid(error) from error
+
+    @property
+    def _checked_text(self) -> str:
+        if len(self.text) > MAX_TEMPLATE_CHARS:
+            raise _invalid(ValueError(f"it has {len(self.text)} characters, at most {MAX_TEMPLATE_CHARS} are read"))
+        return self.text
 
     def _run(self, variables: Mapping[str, Any], max_chars: int) -> str:
         pieces, num_chars = [], 0
         try:
-            for piece in self._compiled.generate(variables):
+            for piece in self._compiled.generate(TemplateEnvironment.budgeted(variables)):
                 pieces.append(piece)
                 num_chars += len(piece)
                 if num_chars > max_chars:
@@ -143,7 +147,7 @@ class ChatTemplate:
                 param="messages",
                 code="context_length_exceeded",
             ) from None
-        except _RaisedByTemplate as error:
+        except RaisedByTemplate as error:
             raise RequestError(
                 f"the chat template refuses these messages: {shorten(str(error))}", param="messages"
             ) from error
@@ -265,87 +269,8 @@ def _cut_at_mark(text: str) -> str:
     return before if text.startswith(_END_MARK, position) else before.rstrip()
 
 
-# The environment
-
-
-class _RaisedByTemplate(TemplateError):  # noqa: N818  (an error of the template's making, not a kind of ours)
-    """`raise_exception` was called."""
-
-
 class _TooLongError(Exception):
     """The result passed its bound."""
-
-
-class _GenerationTag(Extension):
-    """{% generation %} ... {% endgeneration %}: marks what an assistant wrote, for training; only its body matters."""
-
-    tags = {"generation"}  # noqa: RUF012  (as Jinja declares it)
-
-    def parse(self, parser: Parser) -> nodes.Node:
-        line = next(parser.stream).lineno
-        body = parser.parse_statements(("name:endgeneration",), drop_needle=True)
-        return nodes.Scope(body, lineno=line)
-
-
-class _SafeNamespace(Namespace):
-    """A namespace without underscore names: a stored `__class__` would deceive the sandbox's own checks."""
-
-    def __init__(*args: Any, **kwargs: Any) -> None:
-        # As in Jinja, so that a template may store a name "self".
-        self, *rest = args
-        attributes = dict(*rest, **kwargs)
-        for name in attributes:
-            _check_stored_name(name)
-        Namespace.__init__(self, attributes)
-
-    def __setitem__(self, name: str, value: Any) -> None:
-        _check_stored_name(name)
-        super().__setitem__(name, value)
-
-
-def _check_stored_name(name: object) -> None:
-    if not isinstance(name, str) or name.startswith("_"):
-        raise SecurityError(f"a namespace cannot hold the name {name!r}")
-
-
-class _Environment(ImmutableSandboxedEnvironment):
-    """The sandbox, with transformers' names and a bound on what one multiplication can make."""
-
-    intercepted_binops = frozenset(("*", "**"))
-
-    def __init__(self, now: Callable[[], datetime]) -> None:
-        super().__init__(trim_blocks=True, lstrip_blocks=True, extensions=[_GenerationTag, loopcontrols])
-        del self.globals["lipsum"]
-        self.globals["namespace"] = _SafeNamespace
-        self.globals["raise_exception"] = _raise_exception
-        self.globals["strftime_now"] = lambda form: now().strftime(form)
-        self.filters["tojson"] = _tojson
-
-    def call_binop(self, context: Any, operator: str, left: Any, right: Any) -> Any:
-        if operator == "*":
-            repeated, times = (right, left) if isinstance(left, int) else (left, right)
-            is_bounded = not isinstance(repeated, str | list | tuple) or len(repeated) * times <= MAX_PRODUCT
-        else:
-            is_integral = isinstance(left, int) and isinstance(right, int)
-            is_bounded = not is_integral or left.bit_length() * right <= MAX_PRODUCT
-        if not is_bounded:
-            raise SecurityError(f"the result of '{operator}' is larger than {MAX_PRODUCT}")
-        return super().call_binop(context, operator, left, right)
-
-
-def _raise_exception(message: object) -> None:
-    raise _RaisedByTemplate(str(message))
-
-
-def _tojson(
-    value: Any,
-    ensure_ascii: bool = False,
-    indent: int | str | None = None,
-    separators: tuple[str, str] | None = None,
-    sort_keys: bool = False,
-) -> str:
-    """JSON as a model was trained on it: unlike Jinja's filter, nothing is escaped for HTML."""
-    return json.dumps(value, ensure_ascii=ensure_ascii, indent=indent, separators=separators, sort_keys=sort_keys)
 
 
 # What a template reads

@@ -18,6 +18,13 @@ from qengine.errors import ConfigError, LoadError, RequestError
 from qengine.imports import import_late
 from qengine.tokenizer.chat_template import DEFAULT_MAX_CHARS, ChatTemplate
 from qengine.tokenizer.library import library_errors, shorten
+from qengine.tokenizer.limits import (
+    MAX_CONFIG_BYTES,
+    MAX_TEMPLATE_BYTES,
+    MAX_TOKENIZER_BYTES,
+    check_normalizer,
+    require_size,
+)
 from qengine.tokenizer.token_bytes import decode_bytes, decoding_rule
 
 DEFAULT_TEMPLATE = "default"
@@ -266,8 +273,11 @@ def _read_backend(root: Path) -> tokenizers.Tokenizer:
         def broken(reason: str) -> LoadError:
             return LoadError(f"{path} is not a readable tokenizer ({reason}); download the file again")
 
+        require_size(path, MAX_TOKENIZER_BYTES)
         with library_errors(broken):
-            return tokenizers.Tokenizer.from_file(str(path))
+            backend = tokenizers.Tokenizer.from_file(str(path))
+        check_normalizer(backend, path)
+        return backend
     if not has_tokenizer(root):
         raise LoadError(
             f"{root} has no tokenizer: expected tokenizer.json (or one of {', '.join(_SLOW_FILES)}); "
@@ -297,6 +307,7 @@ def _convert_slow(root: Path) -> tokenizers.Tokenizer:
 def _read_json(path: Path) -> dict[str, Any]:
     if not path.is_file():
         return {}
+    require_size(path, MAX_CONFIG_BYTES)
     try:
         value = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError, RecursionError) as error:
@@ -316,10 +327,14 @@ def _added_token(value: Any, where: str, **defaults: bool) -> tokenizers.AddedTo
         return tokenizers.AddedToken(fields["content"], **flags)
 
 
+def _is_token_id(text: str) -> bool:
+    return text.isascii() and text.isdigit() and len(text) <= 10
+
+
 def _add_declared_tokens(backend: tokenizers.Tokenizer, config: Mapping[str, Any]) -> None:
     """Add the tokens of `added_tokens_decoder`, whose flags go before those of tokenizer.json."""
     declared = config.get("added_tokens_decoder", {})
-    if not isinstance(declared, dict) or not all(key.isascii() and key.isdigit() for key in declared):
+    if not isinstance(declared, dict) or not all(_is_token_id(key) for key in declared):
         raise LoadError("added_tokens_decoder of tokenizer_config.json is malformed, expected token ids with tokens")
     known = {repr(token) for token in backend.get_added_tokens_decoder().values()}
     tokens = [
@@ -372,6 +387,8 @@ def _chat_templates(root: Path, config: Mapping[str, Any]) -> dict[str, str]:
         paths[DEFAULT_TEMPLATE] = root / "chat_template.jinja"
     if not paths:
         return templates_from(config.get("chat_template"), f"{root / 'tokenizer_config.json'}")
+    for path in paths.values():
+        require_size(path, MAX_TEMPLATE_BYTES)
     try:
         return {name: path.read_text(encoding="utf-8") for name, path in paths.items()}
     except (OSError, ValueError) as error:

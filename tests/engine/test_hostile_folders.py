@@ -1,0 +1,230 @@
+"""A model folder made to harm: it cannot run code, hang, or take memory; it is refused, or read without what is evil.
+
+Each case is a fixture's folder with one file replaced, opened as an engine does, in a process that may take 512 MiB
+more than it has after its imports, and that would show whether anything was run.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from tests.engine.fixtures import path
+
+FIXTURE = Path(path("llama-gptq-sym-g128"))
+PROGRAM = """
+import json, resource, sys, time
+from qengine.config import EngineConfig
+from qengine.errors import QEngineError
+from qengine.runtime.loader import open_model
+from qengine.startup import model_tokenizer
+
+def size():
+    return int(open("/proc/self/statm").read().split()[0]) * resource.getpagesize()
+
+resource.setrlimit(resource.RLIMIT_AS, (size() + 2**29, resource.RLIM_INFINITY))
+for folder in json.loads(sys.stdin.read()):
+    started, before = time.process_time(), resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    try:
+        config = EngineConfig.from_options({"model": folder, "device": "cpu"})
+        tokenizer = model_tokenizer(config, open_model(config.load))
+        tokenizer.encode("aaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaa!" * 3)
+        if tokenizer.chat_template is not None:
+            said = tokenizer.render_chat([{"role": "user", "content": "Hi"}])
+            assert "class" not in said, said
+        outcome = "read"
+    except QEngineError as error:
+        outcome = str(error)
+    grew = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before
+    own = [name for name in sys.modules if "evil" in name or "transformers_modules" in name]
+    print(json.dumps([folder, time.process_time() - started, grew * 1024, outcome, own]), flush=True)
+"""
+EVIL_CODE = "open(__file__ + '.was_run', 'w').close()\nclass EvilModel: pass\nclass EvilTokenizer: pass\n"
+AUTO_MAP = {
+    "AutoConfig": "evil.EvilModel",
+    "AutoModelForCausalLM": "evil.EvilModel",
+    "AutoTokenizer": "evil.EvilTokenizer",
+}
+
+
+def _config(**changes: Any) -> Callable[[Path], None]:
+    def change(folder: Path) -> None:
+        file = folder / "config.json"
+        file.write_text(json.dumps({**json.loads(file.read_text()), **changes}))
+
+    return change
+
+
+def _tokenizer(**changes: Any) -> Callable[[Path], None]:
+    def change(folder: Path) -> None:
+        file = folder / "tokenizer.json"
+        file.write_text(json.dumps({**json.loads(file.read_text()), **changes}))
+
+    return change
+
+
+def _write(name: str, content: str) -> Callable[[Path], None]:
+    return lambda folder: (folder / name).write_text(content) and None
+
+
+def _huge(name: str) -> Callable[[Path], None]:
+    """A file of a terabyte without a byte on the disk."""
+
+    def change(folder: Path) -> None:
+        (folder / name).unlink(missing_ok=True)
+        with (folder / name).open("wb") as file:
+            file.truncate(2**40)
+
+    return change
+
+
+def _pipe(name: str) -> Callable[[Path], None]:
+    def change(folder: Path) -> None:
+        (folder / name).unlink(missing_ok=True)
+        os.mkfifo(folder / name)
+
+    return change
+
+
+def _template(text: str) -> Callable[[Path], None]:
+    return _write("chat_template.jinja", text)
+
+
+def _with_code(change: Callable[[Path], None]) -> Callable[[Path], None]:
+    def both(folder: Path) -> None:
+        (folder / "evil.py").write_text(EVIL_CODE)
+        change(folder)
+
+    return both
+
+
+def _regex(pattern: str) -> Callable[[Path], None]:
+    split = {"type": "Split", "pattern": {"Regex": pattern}, "behavior": "Isolated", "invert": False}
+    return _tokenizer(pre_tokenizer=split)
+
+
+DEEP = "[" * 200_000
+#: name -> (what is changed, what the refusal says; "read" where the evil is ignored).
+CASES: Mapping[str, tuple[Callable[[Path], None], str]] = {
+    "nothing": (lambda folder: None, "read"),
+    # Code
+    "auto_map beside a known architecture": (_with_code(_config(auto_map=AUTO_MAP)), "read"),
+    "auto_map with an unknown architecture": (
+        _with_code(_config(auto_map=AUTO_MAP, architectures=["EvilModel"], model_type="evil")),
+        "EvilModel",
+    ),
+    "a tokenizer of its own": (
+        _with_code(_write("tokenizer_config.json", json.dumps({"auto_map": AUTO_MAP, "tokenizer_class": "Evil"}))),
+        "read",
+    ),
+    "weights in a pickle": (
+        lambda folder: (folder / "model.safetensors").rename(folder / "pytorch_model.bin") and None,
+        "safetensors",
+    ),
+    "a template that looks for os": (_template("{{ cycler.__init__.__globals__.os.system('true') }}"), "not allowed"),
+    "a template through lipsum": (_template("{{ lipsum.__globals__['os'].popen('true') }}"), "undefined|not allowed"),
+    "a template through attr": (_template("{{ ''|attr('__class__')|attr('__mro__') }}"), "read"),
+    "a template through a format": (_template("{{ '{0.__class__}'.format(1) }}"), "read"),
+    "a template through map": (_template("{{ ['']|map(attribute='__class__')|list }}"), "not allowed|read"),
+    "a template that includes a file": (_template("{% include '/etc/passwd' %}"), "cannot render"),
+    # Time
+    "a template that loops": (
+        _template("{% for i in range(99999) %}{% for j in range(99999) %}{% endfor %}{% endfor %}"),
+        "seconds|steps",
+    ),
+    "a regex that backtracks": (_regex("(a+)+$"), "retry-limit"),
+    "a regex of choices that backtracks": (_regex("(a|aa)+$"), "retry-limit"),
+    "a regex that looks behind and repeats": (_regex("(?:(a*)*)*b"), "read|retry-limit"),
+    "a regex that is none": (_regex("(a"), "not a readable tokenizer"),
+    "a regex of a great count": (
+        _regex("(((a{1000}){1000}){1000})"),
+        "read|not a readable tokenizer|cannot be tokenized",
+    ),
+    "a normalizer that grows its text": (
+        _tokenizer(
+            normalizer={
+                "type": "Sequence",
+                "normalizers": [
+                    {"type": "Replace", "pattern": {"String": "a"}, "content": "a" * 10} for _ in range(12)
+                ],
+            }
+        ),
+        "grows|cannot be tokenized",
+    ),
+    "a pipe in the place of config.json": (_pipe("config.json"), "not a regular file"),
+    "a pipe in the place of tokenizer.json": (_pipe("tokenizer.json"), "not a regular file|no tokenizer"),
+    "a pipe in the place of the template": (_pipe("chat_template.jinja"), "read|not a regular file"),
+    # Memory
+    "config.json of a terabyte": (_huge("config.json"), "at most"),
+    "tokenizer.json of a terabyte": (_huge("tokenizer.json"), "at most"),
+    "tokenizer_config.json of a terabyte": (_huge("tokenizer_config.json"), "at most"),
+    "a template of a terabyte": (_huge("chat_template.jinja"), "at most"),
+    "generation_config.json of a terabyte": (_huge("generation_config.json"), "at most"),
+    "a template that doubles": (
+        _template("{% set n = namespace(x='ab') %}{% for i in range(60) %}{% set n.x = n.x ~ n.x %}{% endfor %}"),
+        "not allowed",
+    ),
+    "a vocabulary of 2**40": (_config(vocab_size=2**40), "vocab_size"),
+    "2**31 layers": (_config(num_hidden_layers=2**31), "num_hidden_layers"),
+    "a hidden size of 2**62": (_config(hidden_size=2**62), "hidden_size"),
+    "a context of 10**12": (_config(max_position_embeddings=10**12), "read"),
+    "no heads": (_config(num_attention_heads=0), "num_attention_heads"),
+    "an epsilon that is no number": (_config(rms_norm_eps=float("nan")), "rms_norm_eps"),
+    "a rope of 10**9 factors": (_config(rope_scaling={"rope_type": "llama3", "factor": 1e308}), "rope|read"),
+    "a million end tokens": (_config(eos_token_id=list(range(10**6))), "read|eos"),
+    "token ids of 2**62": (
+        _write("tokenizer_config.json", json.dumps({"added_tokens_decoder": {str(2**62): {"content": "<x>"}}})),
+        "read|added_tokens|token",
+    ),
+    "a token id of 10,000 digits": (
+        _write("tokenizer_config.json", json.dumps({"added_tokens_decoder": {"9" * 10_000: {"content": "<x>"}}})),
+        "added_tokens|token",
+    ),
+    # Depth
+    "config.json of brackets": (_write("config.json", DEEP), "not valid JSON"),
+    "tokenizer.json of brackets": (_write("tokenizer.json", DEEP), "not a readable tokenizer"),
+    "tokenizer_config.json of brackets": (_write("tokenizer_config.json", DEEP), "not readable JSON"),
+    "generation_config.json of brackets": (_write("generation_config.json", DEEP), "not valid JSON"),
+    "a template of brackets": (_template("{{ " + "(" * 100_000), "not valid Jinja"),
+    "a template of ifs": (_template("{% if 1 %}" * 50_000), "not valid Jinja"),
+}
+
+
+@pytest.fixture(scope="module")
+def outcomes(tmp_path_factory: pytest.TempPathFactory) -> dict[str, tuple[float, int, str, list[str], Path]]:
+    root = tmp_path_factory.mktemp("hostile")
+    folders = []
+    for number, (change, _) in enumerate(CASES.values()):
+        folder = root / str(number)
+        shutil.copytree(FIXTURE, folder)
+        change(folder)
+        folders.append(str(folder))
+    done = subprocess.run(
+        [sys.executable, "-c", PROGRAM], input=json.dumps(folders), capture_output=True, text=True, timeout=300,
+        check=False,
+    )  # fmt: skip
+    lines = [json.loads(line) for line in done.stdout.splitlines()]
+    assert done.returncode == 0, f"after {len(lines)} folders: {done.stderr[-3000:]}"
+    return {
+        name: (seconds, grew, said, own, Path(folder))
+        for name, (folder, seconds, grew, said, own) in zip(CASES, lines, strict=True)
+    }
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_a_hostile_folder(outcomes: dict[str, tuple[float, int, str, list[str], Path]], name: str) -> None:
+    seconds, grew, said, own, folder = outcomes[name]
+    assert any(part in said for part in CASES[name][1].split("|")), said
+    assert len(said) < 3000
+    assert seconds < 10
+    assert grew < 256 * 2**20
+    assert not own
+    assert not list(folder.glob("*.was_run"))
