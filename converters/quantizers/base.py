@@ -13,7 +13,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from enum import StrEnum
+from enum import Enum
 from typing import Protocol
 
 import torch
@@ -22,13 +22,16 @@ from torch import nn
 from quant_kernels.packed_weight import PackedWeight
 
 
-class Method(StrEnum):
-    """How codes are chosen."""
+class Method(str, Enum):
+    """How codes are chosen; prints as its value."""
 
     RTN = "rtn"
     GPTQ = "gptq"
     AWQ = "awq"
     AUTO = "auto"
+
+    def __str__(self) -> str:
+        return str(self.value)
 
 
 @dataclass(frozen=True, slots=True)
