@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from itertools import pairwise
+
 import numpy as np
 import pytest
 import torch
@@ -178,7 +180,7 @@ def test_descent_never_goes_up_and_ends_where_no_single_code_helps() -> None:
     for _ in range(30):
         codes, grid = descend(weight, hessian, codes, grid, SETTINGS, 1, refit=False)
         losses.append(loss(weight, hessian, codes, grid))
-    assert all(b <= a * 1.00001 for a, b in zip(losses, losses[1:], strict=False))
+    assert all(b <= a * 1.00001 for a, b in pairwise(losses))
     for n in range(6):
         for k in range(64):
             for other in (codes[n, k] - 1, codes[n, k] + 1):
