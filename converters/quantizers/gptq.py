@@ -34,35 +34,39 @@ class Factor:
     damping: float
 
 
-def condition(hessian: torch.Tensor) -> torch.Tensor:
-    """A copy whose dead columns (inputs that were always zero) count as one on the diagonal."""
-    hessian = hessian.clone()
+def condition_(hessian: torch.Tensor) -> torch.Tensor:
+    """Count dead columns (inputs that were always zero) as one on the diagonal, in place."""
     diagonal = hessian.diagonal()
     diagonal[diagonal == 0] = 1.0
     return hessian
 
 
 def factorize(hessian: torch.Tensor, damping: float) -> Factor | None:
-    """U of a conditioned Hessian, with growing damping; None if even the largest does not help."""
+    """U of a conditioned Hessian, with growing damping; None if even the largest does not help.
+
+    Holds two more matrices of the Hessian's size at its peak, and one in what it returns.
+    """
     order = torch.argsort(hessian.diagonal(), descending=True, stable=True)
-    sorted_hessian = hessian[order][:, order]
-    mean = sorted_hessian.diagonal().mean()
+    mean = hessian.diagonal().mean()
     while damping <= 1.0:
-        damped = sorted_hessian.clone()
+        damped = hessian[order.unsqueeze(1), order]
         damped.diagonal().add_(damping * mean)
-        upper = _upper(damped)
+        upper = _inverse_factor(damped)
         if upper is not None:
             return Factor(upper, order, damping)
         damping *= DAMPING_GROWTH
     return None
 
 
-def _upper(hessian: torch.Tensor) -> torch.Tensor | None:
-    lower, failed = torch.linalg.cholesky_ex(hessian)
-    if int(failed) or not bool(torch.isfinite(lower).all()):
-        return None
-    upper, failed = torch.linalg.cholesky_ex(torch.cholesky_inverse(lower), upper=True)
-    return None if int(failed) or not bool(torch.isfinite(upper).all()) else upper
+def _inverse_factor(hessian: torch.Tensor) -> torch.Tensor | None:
+    """Upper Cholesky factor of the inverse; destroys its argument."""
+    lower = _cholesky(hessian, upper=False)
+    return None if lower is None else _cholesky(torch.cholesky_inverse(lower, out=hessian), upper=True)
+
+
+def _cholesky(matrix: torch.Tensor, upper: bool) -> torch.Tensor | None:
+    factor, failed = torch.linalg.cholesky_ex(matrix, upper=upper)
+    return None if int(failed) or not bool(torch.isfinite(factor).all()) else factor
 
 
 def gptq_codes(weight: torch.Tensor, factor: Factor, grid: Grid, group_of: torch.Tensor) -> torch.Tensor:

@@ -21,29 +21,25 @@ class Moments:
     """Sums over positions; see the module."""
 
     hessian: torch.Tensor
-    cross: torch.Tensor
     mean_abs: torch.Tensor
+    cross: torch.Tensor | None = None
     weight_sum: float = 0.0
 
     @staticmethod
-    def empty(in_features: int, device: torch.device) -> Moments:
+    def empty(in_features: int, device: torch.device, with_cross: bool) -> Moments:
         """Of no position yet."""
         square = torch.zeros(in_features, in_features, device=device)
-        return Moments(square, square.clone(), torch.zeros(in_features, device=device))
+        cross = torch.zeros_like(square) if with_cross else None
+        return Moments(square, torch.zeros(in_features, device=device), cross)
 
     def add(self, x: torch.Tensor, y: torch.Tensor | None, weights: torch.Tensor | None) -> None:
         """Add positions: x and y [M, K], weights [M]; y None where it is x."""
         scaled = x if weights is None else x * weights.unsqueeze(1)
         self.hessian.addmm_(scaled.t(), x)
-        if y is not None:
+        if y is not None and self.cross is not None:
             self.cross.addmm_((y - x).t(), scaled)
         self.mean_abs += scaled.abs().sum(dim=0)
         self.weight_sum += float(len(x) if weights is None else weights.sum())
-
-    def scale_inputs(self, factor: torch.Tensor) -> Moments:
-        """Of inputs multiplied channel by channel by `factor` [K]."""
-        outer = factor.unsqueeze(1) * factor
-        return Moments(self.hessian * outer, self.cross * outer, self.mean_abs * factor, self.weight_sum)
 
 
 class _Captured(Exception):  # noqa: N818 - not an error: it ends a forward pass whose rest is not needed
@@ -60,13 +56,13 @@ def collect(
     """The moments of groups of a layer, over all batches.
 
     Args:
-        original: the layer with its original weights, for `cross`; None leaves that zero.
+        original: the layer with its original weights, for `cross`; None leaves that out.
         weigh: positions count by 1 / mean square of the layer's input, where a group's output is added to it.
 
     Raises:
         QuantizationError: naming layer and batch, if inputs are not finite.
     """
-    sums = [_empty(layer, group) for group in groups]
+    sums = [_empty(layer, group, original is not None) for group in groups]
     for index in range(len(inputs)):
         hidden = inputs.hidden(index)
         if not bool(torch.isfinite(hidden).all()):
@@ -94,9 +90,9 @@ def collect(
     return sums
 
 
-def _empty(layer: LayerView, group: LinearGroup) -> Moments:
+def _empty(layer: LayerView, group: LinearGroup, with_cross: bool) -> Moments:
     linear = layer.linear(group.names[0])
-    return Moments.empty(linear.in_features, linear.weight.device)
+    return Moments.empty(linear.in_features, linear.weight.device, with_cross)
 
 
 def _adds(layer: LayerView, group: LinearGroup, hidden: torch.Tensor) -> bool:

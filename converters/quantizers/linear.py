@@ -14,7 +14,7 @@ from torch import nn
 
 from converters.quantizers.base import LinearReport, Method, QuantizationError, QuantSettings
 from converters.quantizers.descent import descend
-from converters.quantizers.gptq import Factor, condition, factorize, gptq_codes
+from converters.quantizers.gptq import Factor, condition_, factorize, gptq_codes
 from converters.quantizers.grid import Grid, find_grid, group_index, pack, search_grid
 from converters.quantizers.hessian import Moments
 from converters.quantizers.recipe import Recipe, Search
@@ -23,46 +23,47 @@ from quant_kernels.packed_weight import CODES_PER_WORD, PackedWeight
 
 @dataclass(frozen=True, slots=True)
 class Problem:
-    """What the linears of one group share.
+    """What the linears of one group share; matrices are float32 [K, K] in the order of `perm`.
 
     Attributes:
-        hessian: per position, dead columns counted as one; float32 [K, K], in the order of `perm`.
-        cross: likewise, of original less quantized inputs with quantized ones.
-        damped: the Hessian that codes are chosen by.
-        factor: of `damped` for GPTQ, or None if it is not asked for or could not be had.
+        hessian: per position, dead columns counted as one, damped.
+        ridge: what the damping added to its diagonal.
+        cross: per position, of original less quantized inputs with quantized ones; None if there is none.
+        factor: of `hessian` for GPTQ, or None if it is not asked for or could not be had.
         perm: int64 [K]: the input at each place, by importance, if the groups are to follow it.
         notes: what the user should know.
     """
 
     hessian: torch.Tensor
-    cross: torch.Tensor
-    damped: torch.Tensor
-    factor: Factor | None
-    perm: torch.Tensor | None
+    ridge: float = 0.0
+    cross: torch.Tensor | None = None
+    factor: Factor | None = None
+    perm: torch.Tensor | None = None
     notes: tuple[str, ...] = ()
 
 
 def make_problem(moments: Moments, settings: QuantSettings, recipe: Recipe) -> Problem | None:
-    """The problem of a group; None where calibration says nothing about its inputs."""
+    """The problem of a group; None where calibration says nothing about its inputs. Uses the moments up."""
     if moments.weight_sum <= 0 or not bool(moments.hessian.any()):
         return None
-    hessian = condition(moments.hessian / moments.weight_sum)
-    cross = moments.cross / moments.weight_sum
+    hessian = condition_(moments.hessian.div_(moments.weight_sum))
+    cross = None if moments.cross is None else moments.cross.div_(moments.weight_sum)
+    if not recipe.feedback:
+        return Problem(hessian)
     perm = None
-    if settings.act_order and recipe.feedback:
+    if settings.act_order:
         perm = torch.argsort(hessian.diagonal(), descending=True, stable=True)
-        hessian, cross = hessian[perm][:, perm], cross[perm][:, perm]
-    if not (recipe.feedback or recipe.passes or recipe.correction):
-        return Problem(hessian, cross, hessian, None, None)
+        hessian = hessian[perm.unsqueeze(1), perm]
+        cross = None if cross is None else cross[perm.unsqueeze(1), perm]
     factor = factorize(hessian, settings.damping)
     if factor is None:
         note = "the Hessian cannot be factorized with any damping: rounded to nearest"
-        return Problem(hessian, cross, hessian, None, perm, (note,))
-    damped = hessian.clone()
-    damped.diagonal().add_(factor.damping * hessian.diagonal().mean())
+        return Problem(hessian, perm=perm, notes=(note,))
     raised = factor.damping > settings.damping
     notes = (f"damping raised from {settings.damping:g} to {factor.damping:g}",) if raised else ()
-    return Problem(hessian, cross, damped, factor if recipe.feedback else None, perm, notes)
+    ridge = float(factor.damping * hessian.diagonal().mean())
+    hessian.diagonal().add_(ridge)
+    return Problem(hessian, ridge, cross, factor, perm, notes)
 
 
 def quantize_linear(
@@ -83,13 +84,14 @@ def quantize_linear(
     ordered = weight if perm is None else weight[:, perm]
     method = settings.method
     if recipe.feedback and problem.factor is None:
-        recipe, method = replace(recipe, feedback=False, passes=0, correction=0.0), Method.RTN
+        recipe, method = replace(recipe, passes=0), Method.RTN
     codes, grid = _choose(ordered, problem, settings, recipe)
     record = pack(codes, grid, settings, method=method.value, bias=linear.bias, perm=perm)
     index = group_index(weight.shape[1], settings, weight.device)
     plain = find_grid(weight, settings).per_weight(index).nearest(weight)
-    error = relative_error(ordered, grid.per_weight(index).values(codes), problem.hessian)
-    rtn_error = relative_error(ordered, plain if perm is None else plain[:, perm], problem.hessian)
+    plain = plain if perm is None else plain[:, perm]
+    error = relative_error(ordered, grid.per_weight(index).values(codes), problem.hessian, problem.ridge)
+    rtn_error = relative_error(ordered, plain, problem.hessian, problem.ridge)
     return record, LinearReport(name, method.value, error, rtn_error, problem.notes)
 
 
@@ -98,28 +100,28 @@ def _choose(
 ) -> tuple[torch.Tensor, Grid]:
     index = group_index(weight.shape[1], settings, weight.device)
     target = weight
-    if recipe.correction:
-        target = corrected(weight, problem, recipe.correction)
+    if problem.cross is not None:
+        target = corrected(weight, problem.cross, problem.hessian, recipe.correction)
     grid = _ranges(target, problem.hessian, settings, recipe.search)
     if problem.factor is not None:
         codes = gptq_codes(target, problem.factor, grid, index)
     else:
         codes = grid.per_weight(index).codes(target)
     if recipe.passes:
-        codes, grid = descend(target, problem.damped, codes, grid, settings, recipe.passes)
+        codes, grid = descend(target, problem.hessian, codes, grid, settings, recipe.passes)
     return codes, grid
 
 
-def corrected(weight: torch.Tensor, problem: Problem, share: float) -> torch.Tensor:
+def corrected(weight: torch.Tensor, cross: torch.Tensor, hessian: torch.Tensor, share: float) -> torch.Tensor:
     """The weight whose outputs for the quantized inputs come nearest to those of `weight` for the original ones.
 
-    ``W + share * W C H^-1`` with C of (original - quantized) x quantized inputs: the layers before have changed the
-    inputs, and what of that is linear can be undone here. The damping keeps it from learning the calibration by heart.
+    ``W + share * W C H^-1``: the layers before have changed the inputs, and what of that is linear can be undone here.
+    The damping of H, and a share below one, keep it from learning the calibration by heart.
     """
-    lower, failed = torch.linalg.cholesky_ex(problem.damped)
+    lower, failed = torch.linalg.cholesky_ex(hessian)
     if int(failed):
         return weight
-    return weight + share * torch.cholesky_solve((weight @ problem.cross).t(), lower).t()
+    return weight + share * torch.cholesky_solve((weight @ cross).t(), lower).t()
 
 
 def _ranges(weight: torch.Tensor, hessian: torch.Tensor, settings: QuantSettings, search: Search) -> Grid:
@@ -138,11 +140,14 @@ def _round(weight: torch.Tensor, bias: torch.Tensor | None, settings: QuantSetti
     return pack(codes, grid, settings, method=Method.RTN.value, bias=bias)
 
 
-def relative_error(weight: torch.Tensor, found: torch.Tensor, hessian: torch.Tensor) -> float:
-    """Mean square of the outputs' error over that of the outputs, for inputs with this Hessian."""
-    error = found - weight
-    power = float(((weight @ hessian) * weight).sum())
-    return float(((error @ hessian) * error).sum()) / power if power > 0 else math.nan
+def relative_error(weight: torch.Tensor, found: torch.Tensor, hessian: torch.Tensor, ridge: float = 0.0) -> float:
+    """Mean square of the outputs' error over that of the outputs, for a Hessian that was damped by `ridge`."""
+    power, error = (_power(part, hessian, ridge) for part in (weight, found - weight))
+    return max(error, 0.0) / power if power > 0 else math.nan
+
+
+def _power(weight: torch.Tensor, hessian: torch.Tensor, ridge: float) -> float:
+    return float(((weight @ hessian) * weight).sum()) - ridge * float(weight.square().sum())
 
 
 def _check(name: str, linear: nn.Linear, settings: QuantSettings) -> None:

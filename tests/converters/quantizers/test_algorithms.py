@@ -10,7 +10,7 @@ import torch
 
 from converters.quantizers import Method, QuantSettings
 from converters.quantizers.descent import descend
-from converters.quantizers.gptq import condition, factorize, gptq_codes
+from converters.quantizers.gptq import condition_, factorize, gptq_codes
 from converters.quantizers.grid import Grid, find_grid, group_index, pack, search_grid
 from converters.quantizers.linear import relative_error
 from quant_kernels.packing import unpack_codes
@@ -203,7 +203,7 @@ def test_dead_columns_do_not_disturb_the_others() -> None:
     dead = torch.tensor([0, 7, 100])
     hessian[dead] = 0
     hessian[:, dead] = 0
-    factor = factorize(condition(hessian), 0.01)
+    factor = factorize(condition_(hessian), 0.01)
     assert factor is not None
     codes = gptq_codes(weight, factor, find_grid(weight, SETTINGS), group_index(192, SETTINGS, weight.device))
     nearest = find_grid(weight, SETTINGS).per_weight(group_index(192, SETTINGS, weight.device)).codes(weight)
