@@ -84,7 +84,7 @@ def quantize_linear(
     ordered = weight if perm is None else weight[:, perm]
     method = settings.method
     if recipe.feedback and problem.factor is None:
-        recipe, method = replace(recipe, passes=0), Method.RTN
+        recipe, method = replace(recipe, search=Search.FULL, passes=0), Method.RTN
     codes, grid = _choose(ordered, problem, settings, recipe)
     record = pack(codes, grid, settings, method=method.value, bias=linear.bias, perm=perm)
     index = group_index(weight.shape[1], settings, weight.device)
