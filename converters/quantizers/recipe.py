@@ -42,6 +42,6 @@ class Recipe:
 RECIPES = {
     Method.RTN: Recipe(calibrated=False, search=Search.FULL),
     Method.AWQ: Recipe(smooth=True, search=Search.OUTPUTS),
-    Method.GPTQ: Recipe(feedback=True),
+    Method.GPTQ: Recipe(feedback=True, passes=3),
     Method.AUTO: Recipe(correction=0.5, feedback=True, passes=3),
 }
