@@ -109,7 +109,13 @@ MODEL_FLAGS = Group(
     "Model",
     (
         Flag("--tokenizer", "folder with another tokenizer", "PATH"),
-        Flag("--quantization", "awq, gptq or gguf; must agree with the file", "METHOD", default="read", short="-q"),
+        Flag(
+            "--quantization",
+            "awq, gptq, compressed-tensors or gguf; must agree with the file",
+            "METHOD",
+            default="read",
+            short="-q",
+        ),
         Flag("--dtype", "compute in auto, half, float16, bfloat16 or float32", "DTYPE", default="auto"),
         Flag("--load-format", "auto, or dummy: random weights of the right shapes", "FORMAT", default="auto"),
         Flag("--bits", "of dummy weights", "N", count, default="the config's, or 4"),
