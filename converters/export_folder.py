@@ -72,8 +72,8 @@ class OutputFolder:
         elif not resume:
             os.close(lock)
             raise CheckpointError(
-                f"{partial} holds the work of an earlier run that did not end: --resume goes on with it; to begin anew, "
-                "remove that folder"
+                f"{partial} holds the work of an earlier run that did not end: --resume goes on with it; to begin "
+                "anew, remove that folder"
             )
         return folder
 

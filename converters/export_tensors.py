@@ -122,7 +122,9 @@ def scheme_of(traits: Sequence[LinearTraits], format: ExportFormat) -> ExportSch
         size = _CHANNEL
     else:
         size = gcd(*(trait.group_size for trait in traits))
-        short = [trait for trait in traits if trait.group_size % size or (trait.in_features % size and format != "gptq")]
+        short = [
+            trait for trait in traits if trait.group_size % size or (trait.in_features % size and format != "gptq")
+        ]
         if size < 8 or short:
             sizes = ", ".join(map(str, sorted({trait.group_size for trait in traits})))
             return f"its linears have groups of {sizes}, which have no common size"
@@ -138,7 +140,7 @@ def scheme_of(traits: Sequence[LinearTraits], format: ExportFormat) -> ExportSch
 def regroup(weight: PackedWeight, group_size: int) -> PackedWeight:
     """The same weight in smaller groups, whose size divides that of the old ones. Exact."""
     size = min(weight.group_size, weight.in_features)
-    if group_size == _CHANNEL or group_size == size:
+    if group_size in (_CHANNEL, size):
         return weight
     times, num_groups = size // group_size, -(-weight.in_features // group_size)
 

@@ -137,6 +137,6 @@ def _parts(header: bytes, tensors: Iterable[torch.Tensor]) -> Iterator[bytes | m
     for tensor in tensors:
         if not tensor.numel():
             continue
-        data = memoryview(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy())
+        data = tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data
         for start in range(0, len(data), _PART_BYTES):
             yield data[start : start + _PART_BYTES]
