@@ -16,7 +16,7 @@ import torch
 from tqdm import tqdm
 
 from converters.errors import CheckpointError
-from converters.export_files import Producer, model_card, quantization_config, write_companions, write_configs
+from converters.export_files import PROJECT_VERSION, Producer, model_card, quantization_config, write_companions, write_configs
 from converters.export_folder import OutputFolder, discarding, require_space
 from converters.export_shards import ShardWriter
 from converters.export_tensors import (
@@ -29,6 +29,7 @@ from converters.export_tensors import (
     scheme_of,
 )
 from converters.open import open_checkpoint
+from converters.quantize_request import dense_dtype
 from converters.skeleton import HEAD, OpenedModel
 from converters.source import LinearSlot, Slot, TensorSlot, WeightSource
 from quant_kernels.packed_weight import DenseWeight
@@ -67,7 +68,6 @@ def convert(
     out: str | os.PathLike[str],
     format: ExportFormat,
     *,
-    version: str,
     name: str | None = None,
     dtype: str | None = None,
     max_shard_bytes: int = MAX_SHARD_BYTES,
@@ -78,7 +78,6 @@ def convert(
     Args:
         model: a folder of safetensors, or a GGUF file.
         out: the folder to write, which must not exist.
-        version: of the project, for the files' metadata.
         name: of the model, for the card; None takes the path's last part.
         dtype: "float16" or "bfloat16", of what is not quantized; None keeps it (and takes the config's type for what
             is expanded).
@@ -93,7 +92,7 @@ def convert(
     chosen = _DTYPES[dtype] if dtype else None
     plan = _plan(source, opened, format, chosen, show_progress)
     require_space(target, _estimate(opened, plan))
-    producer = Producer(version, name or path.resolve().stem, "convert", {"source_format": source.description})
+    producer = Producer(PROJECT_VERSION, name or path.resolve().stem, "convert", {"source_format": source.description})
     config = opened.skeleton.exported_config(source.config, source.path)
     if plan.dtype is not None and (chosen is not None or format == "dense"):
         config["torch_dtype"] = str(plan.dtype).removeprefix("torch.")
@@ -122,7 +121,7 @@ def _plan(
     linears = [slot for slot in opened.skeleton.slots(tied=opened.tied) if isinstance(slot, LinearSlot)]
     names = tuple(slot.name for slot in linears)
     if format == "dense":
-        return _Plan(None, (), names, dtype or _stored_dtype(opened))
+        return _Plan(None, (), names, dtype or dense_dtype(source.config))
     traits: list[LinearTraits] = []
     reasons: list[tuple[str, str]] = []
     for slot in tqdm(linears, "Checking", unit=" linears", disable=not show_progress, leave=False):
@@ -152,15 +151,8 @@ def _plan(
         raise CheckpointError(f"{source.path} cannot be written as {format}: {scheme}")
     packed = tuple(trait.name for trait in traits)
     # The tables of a GGUF file are expanded to float32, which their config does not mean.
-    kept = dtype or (_stored_dtype(opened) if source.quantization == "gguf" else None)
+    kept = dtype or (dense_dtype(source.config) if source.quantization == "gguf" else None)
     return _Plan(scheme, packed, tuple(name for name in names if name not in set(packed)), kept)
-
-
-def _stored_dtype(opened: OpenedModel) -> torch.dtype:
-    """What the config says if it is a type of 16 bits, else float16."""
-    raw = opened.source.config
-    said = raw.get("dtype") or raw.get("torch_dtype")
-    return _DTYPES.get(said, torch.float16) if isinstance(said, str) else torch.float16
 
 
 def _tensors(source: WeightSource, slot: Slot, plan: _Plan) -> dict[str, torch.Tensor]:

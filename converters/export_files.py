@@ -10,6 +10,7 @@ import json
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +21,7 @@ from converters.gguf_tokenizer import read_tokenizer
 from converters.skeleton import HEAD
 
 PROJECT = "qengine"
+PROJECT_VERSION = version(PROJECT)
 #: What is copied of a folder: text and tokenizers, never code and never other weights.
 _COPIED = (
     "generation_config.json",

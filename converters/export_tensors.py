@@ -23,7 +23,7 @@ from quant_kernels.reference import to_dense
 ExportFormat = Literal["awq", "gptq", "compressed-tensors", "dense"]
 EXPORT_FORMATS: tuple[ExportFormat, ...] = ("awq", "gptq", "compressed-tensors", "dense")
 #: Inputs and outputs of a quantized linear that every reader of the format takes.
-_MULTIPLES = {"awq": (8, 8), "gptq": (32, 32), "compressed-tensors": (8, 1)}
+MULTIPLES = {"awq": (8, 8), "gptq": (32, 32), "compressed-tensors": (8, 1)}
 _BITS = {"awq": (4,), "gptq": (4, 8), "compressed-tensors": (4, 8)}
 _CHANNEL = -1
 
@@ -76,7 +76,7 @@ def obstacle(weight: PackedWeight, format: ExportFormat) -> str | None:
         return "its codes stand for the entries of a table"
     if weight.bits not in _BITS[format]:
         return f"it has {weight.bits} bits, and {format} has {' or '.join(map(str, _BITS[format]))}"
-    rows, columns = _MULTIPLES[format]
+    rows, columns = MULTIPLES[format]
     if weight.in_features % rows or weight.out_features % columns:
         sizes = f"{weight.in_features} inputs and {weight.out_features} outputs"
         return f"it has {sizes}, and {format} packs multiples of {rows} and {columns}"

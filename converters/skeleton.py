@@ -98,6 +98,10 @@ class Skeleton:
         layer: nn.Module = self._model.model.layers[index]
         return layer
 
+    def empty_end(self) -> tuple[nn.Module, nn.Linear]:
+        """The last norm and the head, on the meta device."""
+        return self._model.model.norm, self._model.lm_head
+
     def window(self, index: int) -> int | None:
         """Positions that a layer attends to, None for all."""
         window: int | None = getattr(self.config, "sliding_window", None)
