@@ -16,7 +16,14 @@ import torch
 from tqdm import tqdm
 
 from converters.errors import CheckpointError
-from converters.export_files import PROJECT_VERSION, Producer, model_card, quantization_config, write_companions, write_configs
+from converters.export_files import (
+    PROJECT_VERSION,
+    Producer,
+    model_card,
+    quantization_config,
+    write_companions,
+    write_configs,
+)
 from converters.export_folder import OutputFolder, discarding, require_space
 from converters.export_shards import ShardWriter
 from converters.export_tensors import (

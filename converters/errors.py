@@ -6,7 +6,7 @@ Invariant: a `CheckpointError` names the file or tensor, what was found, what wa
 
 
 class CheckpointError(ValueError):
-    """A model file that cannot be loaded, or written, with the reason."""
+    """A model or calibration file that cannot be loaded, or written, with the reason."""
 
 
 class WriteError(RuntimeError):

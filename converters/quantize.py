@@ -14,7 +14,7 @@ import os
 import sys
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -241,8 +241,8 @@ def _calibrate(
     most = max(int(sample.max()) for sample in samples.samples)
     if most >= config.vocab_size:
         raise CheckpointError(
-            f"{path}: its tokenizer gives id {most}, but the embedding has {config.vocab_size} rows; they are not of the "
-            "same model"
+            f"{path}: its tokenizer gives id {most}, but the embedding has {config.vocab_size} rows; they are not "
+            "of the same model"
         )
     return samples
 
@@ -376,9 +376,8 @@ class _Run:
         if streams is not None and part + 1 < self.num_parts:
             after = self._streams(part + 1)
         module, view = self._load(index)
-        inputs = None
+        inputs, targets = None, None
         if streams is not None:
-            targets = None
             if index is not None:
                 # The last layer has targets too, though nobody comes after it.
                 targets = after.reference if after is not None else self._stream("target", part)
@@ -391,10 +390,13 @@ class _Run:
         unload(module)
         names = {own: full_name(view, own) for own in (*result.weights, *result.tensors)}
         self.state.keep(result, names)
-        self.state.count(list(result.report), time.perf_counter() - started)
-        self.observer.finished(part, self.num_parts, result.report, self.state.seconds)
+        report = [replace(line, name=HEAD) if index is None else line for line in result.report]
+        self.state.count(report, time.perf_counter() - started)
+        self.observer.finished(part, self.num_parts, report, self.state.seconds)
         if streams is not None:
             streams.remove()
+        if targets is not None and after is None:
+            targets.remove()
         return after
 
     def _load(self, index: int | None) -> tuple[nn.Module, LayerView]:
@@ -462,7 +464,9 @@ def _assemble(folder: OutputFolder, run: _Run, producer: Producer, path: Path, s
     opened, source, request = run.opened, run.source, run.request
     parts = [run.state.read(part) for part in range(run.num_parts)]
     records = {name: part for part in parts for name in part.records}
-    has_order = any(part.record(name).perm is not None for name, part in records.items()) if request.act_order else False
+    has_order = (
+        any(part.record(name).perm is not None for name, part in records.items()) if request.act_order else False
+    )
     scheme = request.scheme(has_order=has_order)
     shards = ShardWriter(folder, shard_bytes, producer.header())
     # What was absorbed is of the type that quantizers were told; the rest keeps its own, but for expanded tables.

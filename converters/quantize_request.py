@@ -162,8 +162,8 @@ def _check_groups(request: QuantRequest, linears: Iterable[LinearSlot]) -> None:
     fitting = next((size for size in (128, 64, 32, 16) if size < request.group_size and common % size == 0), -1)
     size, name = next(iter(bad.items()))
     raise CheckpointError(
-        f"{name} has {size} inputs, which are not whole groups of {request.group_size}, as {request.format} needs them; "
-        f"--group-size {fitting} fits all linears"
+        f"{name} has {size} inputs, which are not whole groups of {request.group_size}, as {request.format} needs "
+        f"them; --group-size {fitting} fits all linears"
     )
 
 

@@ -139,7 +139,9 @@ class FinishedPart:
         facts = json.loads(self._file.metadata[name])
         origin = facts.pop("of")
         parts = {part: f"{_RECORD}{name}:{part}" for part in _TENSORS}
-        tensors: dict[str, Any] = {part: self._file.read(key) for part, key in parts.items() if key in self._file.tensors}
+        tensors: dict[str, Any] = {
+            part: self._file.read(key) for part, key in parts.items() if key in self._file.tensors
+        }
         return PackedWeight(**facts, **tensors, origin=origin)
 
     def changed(self, name: str) -> torch.Tensor | None:
