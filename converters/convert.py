@@ -25,9 +25,9 @@ from converters.export_files import (
     write_configs,
 )
 from converters.export_folder import OutputFolder, discarding, require_space
+from converters.export_formats import ExportFormat
 from converters.export_shards import ShardWriter
 from converters.export_tensors import (
-    ExportFormat,
     ExportScheme,
     LinearTraits,
     joined,
@@ -36,7 +36,7 @@ from converters.export_tensors import (
     scheme_of,
 )
 from converters.open import open_checkpoint
-from converters.quantize_request import dense_dtype
+from converters.quantize_fit import dense_dtype
 from converters.skeleton import HEAD, OpenedModel
 from converters.source import LinearSlot, Slot, TensorSlot, WeightSource
 from quant_kernels.packed_weight import DenseWeight
@@ -147,7 +147,7 @@ def _plan(
     if reasons:
         raise CheckpointError(
             f"{source.path} ({source.description}) cannot be written as {format} without quantizing it again. "
-            f"{joined(reasons)}. Write it as dense, and quantize that"
+            f"{joined(reasons)}. To quantize it again: qengine quantize"
         )
     if not traits:
         raise CheckpointError(

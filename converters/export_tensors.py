@@ -10,20 +10,16 @@ from __future__ import annotations
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 from math import gcd
-from typing import Literal
 
 import torch
 
+from converters.export_formats import MULTIPLES, ExportFormat
 from converters.formats.awq import pack_awq_codes, pack_awq_columns
 from converters.formats.bitfields import pack_columns
 from quant_kernels.packed_weight import DenseWeight, PackedWeight
 from quant_kernels.packing import expand_zeros, gather_rows
 from quant_kernels.reference import to_dense
 
-ExportFormat = Literal["awq", "gptq", "compressed-tensors", "dense"]
-EXPORT_FORMATS: tuple[ExportFormat, ...] = ("awq", "gptq", "compressed-tensors", "dense")
-#: Inputs and outputs of a quantized linear that every reader of the format takes.
-MULTIPLES = {"awq": (8, 8), "gptq": (32, 32), "compressed-tensors": (8, 1)}
 _BITS = {"awq": (4,), "gptq": (4, 8), "compressed-tensors": (4, 8)}
 _CHANNEL = -1
 

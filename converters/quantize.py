@@ -39,8 +39,9 @@ from converters.export_tensors import linear_tensors
 from converters.hidden_states import HiddenStates
 from converters.layers import LayerRunner, full_name, load_head, load_layer, unload, view_head, view_layer
 from converters.open import open_checkpoint
+from converters.quantize_fit import check_model, dense_dtype, export_scheme, quantizer_settings
 from converters.quantize_memory import MemoryPlan, PeakMemory, plan_memory
-from converters.quantize_request import FORMATS, QuantRequest, check_model, dense_dtype, make_request
+from converters.quantize_request import FORMATS, QuantRequest, make_request
 from converters.quantize_state import FinishedPart, RunState
 from converters.quantizers import LayerView, LinearReport, QuantizationError, quantize_layer
 from converters.safetensors_writer import write_error
@@ -383,7 +384,7 @@ class _Run:
                 targets = after.reference if after is not None else self._stream("target", part)
                 self._run_all(view, index, streams.reference, targets, "of the original model")
             inputs = _Inputs(streams, targets, self.runner, index, len(self.batches), self.device)
-        result = quantize_layer(view, inputs, self.request.settings(dense_dtype(self.source.config)))
+        result = quantize_layer(view, inputs, quantizer_settings(self.request, dense_dtype(self.source.config)))
         if streams is not None and after is not None and index is not None:
             self._run_all(view, index, streams.hidden, after.hidden, "of the quantized model")
             after.sync()
@@ -467,7 +468,7 @@ def _assemble(folder: OutputFolder, run: _Run, producer: Producer, path: Path, s
     has_order = (
         any(part.record(name).perm is not None for name, part in records.items()) if request.act_order else False
     )
-    scheme = request.scheme(has_order=has_order)
+    scheme = export_scheme(request, has_order=has_order)
     shards = ShardWriter(folder, shard_bytes, producer.header())
     # What was absorbed is of the type that quantizers were told; the rest keeps its own, but for expanded tables.
     kept = dense_dtype(source.config) if source.quantization == "gguf" else None

@@ -1,25 +1,18 @@
 """What a quantization was asked for: defaults filled in, contradictions refused before anything is read or written.
 
-Invariant: a request that exists can be expressed by its format for every linear of the model that `check_model` has
-seen. Nothing here needs weights.
+Invariant: a request that exists does not contradict itself; whether it fits a model is `quantize_fit`'s question.
+Without torch, so that a command can refuse its options at once.
 """
 
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass
-from math import gcd
 from typing import Any
 
-import torch
-
 from converters.errors import CheckpointError
-from converters.export_tensors import MULTIPLES, ExportFormat, ExportScheme
-from converters.layers import is_skipped
-from converters.quantizers import Method, QuantSettings
-from converters.skeleton import HEAD, Skeleton
-from converters.source import LinearSlot
+from converters.export_formats import ExportFormat
 
 FORMATS: tuple[ExportFormat, ...] = ("awq", "gptq", "compressed-tensors")
 #: Format and symmetry of each method where they are not given: what other programs know such a model as.
@@ -29,7 +22,6 @@ _DEFAULTS: Mapping[str, tuple[ExportFormat, bool]] = {
     "rtn": ("awq", False),
     "auto": ("awq", False),
 }
-_DTYPES = {"float16": torch.float16, "bfloat16": torch.bfloat16}
 
 
 @dataclass(frozen=True, slots=True)
@@ -54,22 +46,6 @@ class QuantRequest:
     def skip_pattern(self) -> re.Pattern[str] | None:
         """Full names of modules in which it is found stay dense."""
         return None if self.skip is None else re.compile(self.skip)
-
-    def settings(self, dense_dtype: torch.dtype) -> QuantSettings:
-        """The same for a quantizer."""
-        return QuantSettings(
-            Method(self.method),
-            bits=self.bits,
-            group_size=self.group_size,
-            sym=self.sym,
-            act_order=self.act_order,
-            min_zero=1 if self.format == "gptq" else 0,
-            dense_dtype=dense_dtype,
-        )
-
-    def scheme(self, *, has_order: bool) -> ExportScheme:
-        """What the config will say."""
-        return ExportScheme(self.format, self.bits, self.group_size, self.sym, has_order)
 
     def as_json(self) -> dict[str, Any]:
         """By name."""
@@ -97,7 +73,7 @@ def make_request(
     if bits not in (4, 8):
         raise CheckpointError(f"bits is {bits}, expected 4 or 8")
     if group_size != -1 and (group_size < 8 or group_size % 8):
-        raise CheckpointError(f"group size is {group_size}, expected -1 (one group) or a multiple of 8 such as 128")
+        raise CheckpointError(f"group_size is {group_size}, expected -1 (one group) or a multiple of 8 such as 128")
     own_format, own_sym = _DEFAULTS[method]
     if format is None:
         # AWQ's format has four bits and natural order; GPTQ's has room for both.
@@ -127,47 +103,3 @@ def _check_awq(*, bits: int, act_order: bool, lm_head: bool) -> None:
     for is_fault, what in faults:
         if is_fault:
             raise CheckpointError(f"format awq cannot express {what}; choose gptq or compressed-tensors")
-
-
-def check_model(request: QuantRequest, skeleton: Skeleton) -> tuple[LinearSlot, ...]:
-    """The linears that will be quantized, in the order of the model.
-
-    Raises:
-        CheckpointError: if the format cannot express one of them, or none is left.
-    """
-    pattern = request.skip_pattern
-    linears = [slot for slot in skeleton.slots(tied=False) if isinstance(slot, LinearSlot)]
-    wanted = [slot for slot in linears if slot.name != HEAD or request.lm_head]
-    chosen = tuple(slot for slot in wanted if slot.name == HEAD or not is_skipped(slot.name, pattern))
-    if not chosen:
-        raise CheckpointError(f"skip '{request.skip}' leaves no linear to quantize")
-    rows, columns = MULTIPLES[request.format]
-    for slot in chosen:
-        if slot.in_features % rows or slot.out_features % columns:
-            raise CheckpointError(
-                f"{slot.name} has {slot.in_features} inputs and {slot.out_features} outputs; {request.format} packs "
-                f"multiples of {rows} and {columns}. Skip it (--skip), or choose another format"
-            )
-    if request.format != "gptq" and request.group_size != -1:
-        _check_groups(request, chosen)
-    return chosen
-
-
-def _check_groups(request: QuantRequest, linears: Iterable[LinearSlot]) -> None:
-    sizes = {slot.in_features: slot.name for slot in reversed(tuple(linears))}
-    bad = {size: name for size, name in sizes.items() if size % request.group_size}
-    if not bad:
-        return
-    common = gcd(*sizes)
-    fitting = next((size for size in (128, 64, 32, 16) if size < request.group_size and common % size == 0), -1)
-    size, name = next(iter(bad.items()))
-    raise CheckpointError(
-        f"{name} has {size} inputs, which are not whole groups of {request.group_size}, as {request.format} needs "
-        f"them; --group-size {fitting} fits all linears"
-    )
-
-
-def dense_dtype(config: Mapping[str, Any]) -> torch.dtype:
-    """The type of what is not quantized: the config's if it has 16 bits, else float16."""
-    said = config.get("dtype") or config.get("torch_dtype")
-    return _DTYPES.get(said, torch.float16) if isinstance(said, str) else torch.float16

@@ -10,9 +10,8 @@ import numpy.typing as npt
 import pytest
 import torch
 
+from converters.export_formats import EXPORT_FORMATS, ExportFormat
 from converters.export_tensors import (
-    EXPORT_FORMATS,
-    ExportFormat,
     ExportScheme,
     LinearTraits,
     linear_tensors,
