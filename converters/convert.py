@@ -98,13 +98,13 @@ def convert(
     opened = OpenedModel.check(source)
     chosen = _DTYPES[dtype] if dtype else None
     plan = _plan(source, opened, format, chosen, show_progress)
-    require_space(target, _estimate(opened, plan))
     producer = Producer(PROJECT_VERSION, name or path.resolve().stem, "convert", {"source_format": source.description})
     config = opened.skeleton.exported_config(source.config, source.path)
     if plan.dtype is not None and (chosen is not None or format == "dense"):
         config["torch_dtype"] = str(plan.dtype).removeprefix("torch.")
         config.pop("dtype", None)
     with discarding(OutputFolder.create(target, source=path, resume=None)) as folder:
+        require_space(folder.out, _estimate(opened, plan))
         shards = ShardWriter(folder, max_shard_bytes, producer.header())
         for slot in _with_progress(opened, "Converting", show_progress):
             shards.add(_tensors(source, slot, plan))

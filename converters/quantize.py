@@ -13,7 +13,8 @@ import logging
 import os
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -42,7 +43,7 @@ from converters.open import open_checkpoint
 from converters.quantize_fit import check_model, dense_dtype, export_scheme, quantizer_settings
 from converters.quantize_memory import MemoryPlan, PeakMemory, plan_memory
 from converters.quantize_request import FORMATS, QuantRequest, make_request
-from converters.quantize_state import FinishedPart, RunState
+from converters.quantize_state import FinishedPart, RunState, has_finished_layers
 from converters.quantizers import LayerView, LinearReport, QuantizationError, quantize_layer
 from converters.safetensors_writer import write_error
 from converters.skeleton import EMBEDDING, HEAD, OpenedModel
@@ -168,13 +169,12 @@ def quantize(
     memory = plan_memory(
         opened.skeleton,
         linears,
-        [(len(batch), len(batch[0])) for batch in batches],
+        [batch.size for batch in batches],
         method=request.method,
         on_gpu=chosen.type == "cuda",
     )
     peak = PeakMemory(chosen)
-    folder = OutputFolder.create(Path(out), source=path, resume=resume)
-    try:
+    with _output(Path(out), path, resume) as folder:
         if not folder.work.is_dir():
             require_space(folder.out, memory.disk)
             _make(folder.work)
@@ -198,14 +198,31 @@ def quantize(
         run.all_parts()
         producer = _producer(request, samples, name or path.resolve().stem)
         num_bytes = _assemble(folder, run, producer, path, memory.shard)
-    finally:
-        folder.close()
     return Quantized(
         folder.out, tuple(state.report), state.seconds, num_bytes, memory, peak.host, peak.on_device, samples
     )
 
 
 # Before
+
+
+@contextmanager
+def _output(out: Path, source: Path, resume: bool) -> Iterator[OutputFolder]:
+    """The folder; what ends the block early leaves it only if there are finished layers, and a layer is no failure."""
+    folder = OutputFolder.create(out, source=source, resume=resume)
+    was_there = folder.work.is_dir()
+    try:
+        yield folder
+    except QuantizationError:
+        # The same would happen again, and what was asked for instead would be another run.
+        folder.discard()
+        raise
+    except BaseException:
+        if not was_there and not has_finished_layers(folder.work):
+            folder.discard()
+        raise
+    finally:
+        folder.close()
 
 
 def _device(name: str) -> torch.device:
@@ -248,15 +265,29 @@ def _calibrate(
     return samples
 
 
-def _batches(samples: CalibrationSet) -> list[torch.Tensor]:
-    """Samples of one length side by side, int64 [B, T], in the order in which lengths first occur."""
-    by_length: dict[int, list[torch.Tensor]] = {}
-    for sample in samples.samples:
-        by_length.setdefault(len(sample), []).append(sample)
+@dataclass(frozen=True, slots=True)
+class _Batch:
+    """Samples of one length, int64 [B, T], and their numbers in the calibration set."""
+
+    ids: torch.Tensor
+    numbers: tuple[int, ...]
+
+    @property
+    def size(self) -> tuple[int, int]:
+        return len(self.ids), self.ids.shape[1]
+
+
+def _batches(samples: CalibrationSet) -> list[_Batch]:
+    """Samples of one length side by side, in the order in which lengths first occur."""
+    by_length: dict[int, list[int]] = {}
+    for number, sample in enumerate(samples.samples):
+        by_length.setdefault(len(sample), []).append(number)
     batches = []
     for length, alike in by_length.items():
         step = max(1, _BATCH_TOKENS // length)
-        batches += [torch.stack(alike[start : start + step]) for start in range(0, len(alike), step)]
+        for start in range(0, len(alike), step):
+            numbers = tuple(alike[start : start + step])
+            batches.append(_Batch(torch.stack([samples.samples[number] for number in numbers]), numbers))
     return batches
 
 
@@ -337,7 +368,7 @@ class _Run:
     opened: OpenedModel
     source: WeightSource
     device: torch.device
-    batches: Sequence[torch.Tensor]
+    batches: Sequence[_Batch]
     state: RunState
     observer: Observer
     show_progress: bool
@@ -409,38 +440,38 @@ class _Run:
         return module, view_layer(skeleton, module, index, self.request.skip_pattern)
 
     def _run_all(self, view: LayerView, index: int, inputs: HiddenStates, outputs: HiddenStates, whose: str) -> None:
-        for batch in range(len(self.batches)):
-            values = self.runner.run(index, view.module, inputs.read(batch).to(self.device))
+        for place, batch in enumerate(self.batches):
+            values = self.runner.run(index, view.module, inputs.read(place).to(self.device))
             self._require_finite(values, batch, f"{view.name} {whose}")
-            outputs.write(batch, values)
+            outputs.write(place, values)
 
     def _embed(self, streams: _Streams) -> None:
         config = self.opened.skeleton.config
         name = f"{EMBEDDING}.weight"
         table = self.source.read_tensor(TensorSlot(name, (config.vocab_size, config.hidden_size)))
-        for batch, ids in enumerate(self.batches):
-            values = table[ids].float()
+        for index, batch in enumerate(self.batches):
+            values = table[batch.ids].float()
             self._require_finite(values, batch, name)
-            streams.hidden.write(batch, values)
-            streams.reference.write(batch, values)
+            streams.hidden.write(index, values)
+            streams.reference.write(index, values)
 
-    def _require_finite(self, values: torch.Tensor, batch: int, where: str) -> None:
+    def _require_finite(self, values: torch.Tensor, batch: _Batch, where: str) -> None:
         finite = values.isfinite().flatten(1).all(dim=1)
         if bool(finite.all()):
             return
         row = int((~finite).nonzero()[0])
-        sample = sum(len(ids) for ids in self.batches[:batch]) + row
-        ids = self.batches[batch][row]
+        ids = batch.ids[row]
         raise QuantizationError(
-            f"{where} gives NaN or infinity for calibration sample {sample} ({len(ids)} tokens, beginning with "
-            f"{ids[:8].tolist()}); nothing was written. Check the model with qengine generate, or leave the sample out"
+            f"{where} gives NaN or infinity for calibration sample {batch.numbers[row]} ({len(ids)} tokens, beginning "
+            f"with {ids[:8].tolist()}); nothing was written. Check the model with qengine generate, or leave that "
+            "sample out"
         )
 
     def _streams(self, part: int) -> _Streams:
         return _Streams(self._stream("hidden", part), self._stream("reference", part))
 
     def _stream(self, name: str, part: int) -> HiddenStates:
-        sizes = [(len(ids), ids.shape[1]) for ids in self.batches]
+        sizes = [batch.size for batch in self.batches]
         path = self.state.folder / f"{name}-{part:05d}.bin"
         return HiddenStates(path, sizes, self.opened.skeleton.config.hidden_size)
 

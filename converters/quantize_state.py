@@ -123,6 +123,11 @@ class RunState:
         return FinishedPart(file)
 
 
+def has_finished_layers(folder: Path) -> bool:
+    """Whether a run has left anything that is worth keeping."""
+    return (folder / _STATE).is_file()
+
+
 class FinishedPart:
     """Records and changed tensors of one part, read as they are asked for."""
 
