@@ -36,7 +36,7 @@ from tests.converters.tiny_models import (
 
 def run(model: Path, out: Path, **more: Any) -> Quantized:
     """Quantize a tiny model in groups of 16, calibrated on the texts beside it where that is needed."""
-    options = {"group_size": 16, "method": "gptq", "seq_len": 32, "device": "cpu", "encoder": Letters(), **more}
+    options = {"group_size": 16, "method": "gptq", "seq_len": 38, "device": "cpu", "encoder": Letters(), **more}
     texts = model.parent / "texts.jsonl"
     if not texts.exists():
         write_texts(texts)
