@@ -244,7 +244,7 @@ def make_samples(
     rows = _pieces(texts.rows, encoder, seq_len) if texts.is_running else texts.rows
     samples = []
     for row in evenly(rows, num_samples):
-        ids = _encode(row, encoder)[:seq_len]
+        ids = encode_row(row, encoder)[:seq_len]
         if ids:
             samples.append(torch.tensor(ids, dtype=torch.int64))
     if not samples:
@@ -263,7 +263,8 @@ def evenly(rows: Sequence[Any], count: int) -> Sequence[Any]:
     return rows if len(rows) <= count else [rows[index * len(rows) // count] for index in range(count)]
 
 
-def _encode(row: str | Conversation, encoder: TextEncoder) -> list[int]:
+def encode_row(row: str | Conversation, encoder: TextEncoder) -> list[int]:
+    """Token ids of one text or conversation, with what the model expects around it."""
     if isinstance(row, str):
         return list(encoder.encode(row))
     if encoder.chat_template is None:

@@ -49,6 +49,11 @@ def builtin_texts() -> list[str | Messages]:
     return [*_reference(), *_library(), *_own_texts(), *_own_conversations()]
 
 
+def held_out_texts() -> list[str]:
+    """What the builtin calibration leaves for measuring: long topics of the reference, about 50,000 characters."""
+    return [topics[name] for name in sorted(HELD_OUT_TOPICS & topics.keys())]
+
+
 def _reference() -> Iterator[str]:
     """Longest topics first; a paragraph that several of them share is taken once."""
     seen = {paragraph for name in HELD_OUT_TOPICS for paragraph in topics.get(name, "").split("\n\n")}

@@ -17,6 +17,7 @@ from tqdm import tqdm
 
 from converters.errors import CheckpointError
 from converters.export_files import (
+    CARD,
     PROJECT_VERSION,
     Producer,
     model_card,
@@ -115,7 +116,7 @@ def convert(
             quantization = quantization_config(plan.scheme, plan.dense, producer, head_is_quantized=is_head)
         write_configs(folder, config, quantization)
         write_companions(folder, source, path)
-        folder.write_text("README.md", model_card(producer, plan.scheme, shards.num_bytes))
+        folder.write_text(CARD, model_card(producer, plan.scheme, shards.num_bytes))
         folder.finish(producer.entries())
     description = "dense" if plan.scheme is None else f"{plan.scheme.format} {plan.scheme.bits}-bit"
     return Converted(folder.out, description, len(plan.packed), len(plan.dense), shards.num_bytes)

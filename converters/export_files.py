@@ -14,7 +14,7 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-from converters.export_folder import OutputFolder
+from converters.export_folder import OutputFolder, replace_text
 from converters.export_tensors import ExportScheme
 from converters.gguf_source import GGUFSource
 from converters.gguf_tokenizer import read_tokenizer
@@ -38,6 +38,7 @@ _COPIED = (
     "chat_template.jinja",
     "chat_template.json",
 )
+_RUN = "```console\n$ qengine serve PATH\n```"
 _LICENSES = re.compile(r"(LICEN[SC]E|NOTICE|USE_POLICY)([._-].*)?", re.IGNORECASE)
 
 
@@ -198,6 +199,14 @@ def _write_gguf_companions(folder: OutputFolder, metadata: Mapping[str, Any]) ->
         folder.write_json("generation_config.json", generation)
 
 
+CARD = "README.md"
+
+
+def add_section(out: Path, section: str) -> None:
+    """Put a section before the last part of a finished checkpoint's card. Raises WriteError."""
+    replace_text(out, CARD, lambda text: text.replace(_RUN, f"{section.strip()}\n\n{_RUN}", 1))
+
+
 def model_card(producer: Producer, scheme: ExportScheme | None, num_bytes: int, sections: Sequence[str] = ()) -> str:
     """README.md: what this is, how it was made, how it is run."""
     if scheme is None:
@@ -211,7 +220,6 @@ def model_card(producer: Producer, scheme: ExportScheme | None, num_bytes: int, 
     rows |= {name.replace("_", " ").capitalize(): value for name, value in producer.details.items()}
     rows["Weights"] = f"{num_bytes / 1e9:.2f} GB" if num_bytes >= 1e8 else f"{num_bytes / 1e6:.1f} MB"
     table = [f"| {name} | {value if isinstance(value, str) else json.dumps(value)} |" for name, value in rows.items()]
-    run = "```console\n$ qengine serve PATH\n```"
-    parts = [f"# {title}", "\n".join(["| | |", "| --- | --- |", *table]), *sections, run]
+    parts = [f"# {title}", "\n".join(["| | |", "| --- | --- |", *table]), *sections, _RUN]
     hashes = "`manifest.json` has the SHA-256 of every file. The license is that of the original model."
     return "\n\n".join([*parts, hashes]) + "\n"

@@ -13,14 +13,14 @@ import fcntl
 import json
 import os
 import shutil
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
 
 from converters.errors import CheckpointError, WriteError
-from converters.files import DataFile
+from converters.files import DataFile, read_json_object
 from converters.safetensors_writer import Written, sync_folder, write_file, write_safetensors
 
 MANIFEST = "manifest.json"
@@ -180,6 +180,31 @@ def discarding(folder: OutputFolder) -> Iterator[OutputFolder]:
     except BaseException:
         folder.discard()
         raise
+
+
+def replace_text(out: Path, name: str, change: Callable[[str], str]) -> None:
+    """Change a text file of a finished checkpoint, and its line in the manifest. Each is replaced at once.
+
+    Raises:
+        CheckpointError: if one of them is not there.
+        WriteError: if they cannot be written; what was there stays.
+    """
+    file, manifest_file = out / name, out / MANIFEST
+    manifest = read_json_object(manifest_file)
+    status = DataFile.at(file)
+    data = change(status.read_bytes(0, status.num_bytes).decode()).encode()
+    fresh = {path: path.with_name(path.name + ".new") for path in (file, manifest_file)}
+    try:
+        written = write_file(fresh[file], [data], len(data))
+        manifest["files"][name] = {"bytes": written.num_bytes, "sha256": written.sha256}
+        text = (json.dumps(manifest, indent=2, ensure_ascii=False) + "\n").encode()
+        write_file(fresh[manifest_file], [text], len(text))
+        for path, new in fresh.items():
+            os.replace(new, path)
+    finally:
+        for new in fresh.values():
+            new.unlink(missing_ok=True)
+    sync_folder(out)
 
 
 def require_space(out: Path, num_bytes: int) -> None:

@@ -27,6 +27,7 @@ from converters.calibrate import CalibrationSet, TextEncoder, calibration_set
 from converters.encoder import HubEncoder
 from converters.errors import CheckpointError, WriteError
 from converters.export_files import (
+    CARD,
     PROJECT_VERSION,
     Producer,
     model_card,
@@ -521,7 +522,7 @@ def _assemble(folder: OutputFolder, run: _Run, producer: Producer, path: Path, s
     quantization = quantization_config(scheme, dense, producer, head_is_quantized=request.lm_head)
     write_configs(folder, config, quantization)
     write_companions(folder, source, path)
-    folder.write_text("README.md", model_card(producer, scheme, shards.num_bytes))
+    folder.write_text(CARD, model_card(producer, scheme, shards.num_bytes))
     folder.finish(producer.entries())
     return shards.num_bytes
 

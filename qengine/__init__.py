@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 from qengine.imports import import_late
 
 if TYPE_CHECKING:
+    from qengine.evaluation import evaluate
     from qengine.llm import LLM
     from qengine.request import CompletionOutput, Logprob, RequestOutput, SamplingParams, StructuredOutputs
 
@@ -24,10 +25,12 @@ __all__ = [
     "SamplingParams",
     "StructuredOutputs",
     "__version__",
+    "evaluate",
 ]
 
 _HOMES = {
     "LLM": "qengine.llm",
+    "evaluate": "qengine.evaluation",
     "CompletionOutput": "qengine.request",
     "Logprob": "qengine.request",
     "RequestOutput": "qengine.request",

@@ -24,6 +24,7 @@ from qengine.commands.parsing import Invocation, help_text, overview, parse
 from qengine.commands.quantize_settings import convert_settings, quantize_settings
 from qengine.commands.settings import (
     chat_settings,
+    evaluate_settings,
     generate_settings,
     inspect_settings,
     plan_settings,
@@ -58,6 +59,7 @@ _RUNNERS = {
     "plan": _Command(plan_settings, "qengine.commands.plan", "warning"),
     "quantize": _Command(quantize_settings, "qengine.commands.quantize", "warning"),
     "convert": _Command(convert_settings, "qengine.commands.convert", "warning"),
+    "evaluate": _Command(evaluate_settings, "qengine.commands.evaluate", "warning"),
     "bench serve": _Command(bench_serve_settings, "qengine.commands.bench_serve", "warning"),
     "bench offline": _Command(bench_offline_settings, "qengine.commands.bench_offline", "warning"),
 }

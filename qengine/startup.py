@@ -118,7 +118,7 @@ def start_on(
     watch = watch or StartTimes()
     worker = Worker(platform, config, opened)
     watch.lap("plan")
-    tokenizer = _load_tokenizer(config, opened)
+    tokenizer = model_tokenizer(config, opened)
     watch.lap("tokenizer")
     watch.loaded(worker.load(show_progress=show_progress))
     plan = worker.plan()
@@ -160,7 +160,7 @@ def _start_ranks(
         route=_route(config, platform.device) if route is None else route,
     )
     try:
-        tokenizer = _load_tokenizer(config, opened)
+        tokenizer = model_tokenizer(config, opened)
         watch.lap("tokenizer")
         executor.join()
         watch.lap("ranks")
@@ -209,7 +209,12 @@ def _parts(
     )
 
 
-def _load_tokenizer(config: EngineConfig, opened: OpenedModel) -> Tokenizer:
+def model_tokenizer(config: EngineConfig, opened: OpenedModel) -> Tokenizer:
+    """The tokenizer that belongs to the model, or the one that is given in its place.
+
+    Raises:
+        LoadError: there is none, it is broken, or it has more tokens than the model.
+    """
     if config.load.tokenizer is not None:
         tokenizer = load_tokenizer(config.load.tokenizer)
     elif opened.gguf_metadata is not None:

@@ -27,12 +27,18 @@ FLOORS: tuple[tuple[str, ...], ...] = (
     ("layers",),
     ("models",),
     ("runtime",),
-    ("tokenizer", "grammars", "startup", "step_stats", "engine", "llm"),
+    ("tokenizer", "grammars", "startup", "step_stats", "engine", "llm", "evaluation"),
     ("serving", "client", "bench", "commands", "cli", "__main__"),
 )
 #: The same inside scheduling/, whose modules build on each other in one direction.
 SCHEDULING_BASE = ("block_pool", "batch")
-CONVERTER_USERS = ("qengine.runtime.loader", "qengine.runtime.opening", "qengine.tokenizer.gguf", "qengine.commands")
+CONVERTER_USERS = (
+    "qengine.runtime.loader",
+    "qengine.runtime.opening",
+    "qengine.tokenizer.gguf",
+    "qengine.evaluation.texts",
+    "qengine.commands",
+)
 LIGHT = (
     "qengine.config",
     "qengine.cli",

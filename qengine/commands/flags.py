@@ -365,6 +365,31 @@ PLAN_FLAGS = Group(
         _switch("--json", "one JSON object instead of a table"),
     ),
 )
+EVALUATE_FLAGS = Group(
+    "What to measure",
+    (
+        Flag("--against", "the original, to compare with: a folder, a .gguf file or a hub id", "MODEL"),
+        Flag(
+            "--text",
+            "builtin, a .txt file (one text), a .jsonl file (a text or conversation per row), or a dataset of the hub",
+            "TEXT",
+            default="builtin",
+        ),
+        Flag("--window", "tokens that the model reads together", "N", count, default="2048, or the model's context"),
+        Flag("--stride", "tokens from window to window; what overlaps is context", "N", count, default="the window"),
+        Flag("--max-tokens", "most tokens of the text, from its start", "N", count, default="all"),
+        _switch("--json", "one JSON object instead of a table"),
+    ),
+)
+_RUN_AS = ("--tokenizer", "--quantization", "--dtype", "--skip-check")
+EVALUATE_MODEL_FLAGS = Group(
+    "Model",
+    (
+        *(flag for flag in MODEL_FLAGS.flags if flag.name in _RUN_AS),
+        *(flag for flag in DEVICE_FLAGS.flags if flag.name == "--device"),
+        *(flag for flag in MEMORY_FLAGS.flags if flag.name.startswith("--gpu-memory")),
+    ),
+)
 _NOT_PLANNED = ("--enable-prefix-caching",)
 PLAN_MEMORY_FLAGS = Group(
     MEMORY_FLAGS.title, tuple(flag for flag in MEMORY_FLAGS.flags if flag.name not in _NOT_PLANNED)
@@ -526,6 +551,16 @@ COMMANDS: dict[str, CommandHelp] = {
             ("qengine convert model.gguf ./model --format dense", "a GGUF file as plain safetensors"),
         ),
         (("model", SOURCE_HELP), ("out", OUT_HELP)),
+    ),
+    "evaluate": CommandHelp(
+        "Measure a model: perplexity, and its divergence from the original that it was made of.",
+        (EVALUATE_FLAGS, EVALUATE_MODEL_FLAGS, GENERAL_FLAGS),
+        (
+            ("qengine evaluate", "the bundled model on the builtin text"),
+            ("qengine evaluate OUT --against MODEL", "a quantized model and what it was made of"),
+            ("qengine evaluate MODEL --text wiki.test.raw.txt --stride 512", "one's own text, with context"),
+            ("qengine evaluate OUT --against MODEL --text chats.jsonl --json", "conversations, for a program"),
+        ),
     ),
     "bench serve": CommandHelp(
         "Load a server with requests at random times: latencies, throughput, goodput.",

@@ -7,13 +7,18 @@ quantized; 2 the model, the calibration or the request; 130 Ctrl-C.
 from __future__ import annotations
 
 import math
+import os
 import sys
 from collections.abc import Sequence
+from pathlib import Path
 
+from converters.export_files import add_section
 from converters.quantize import Observer, Preview, Quantized, quantize
 from converters.quantizers import LinearReport
+from qengine.commands.evaluate import as_text
 from qengine.commands.making import find_model, making_errors
 from qengine.commands.quantize_settings import QuantizeSettings
+from qengine.evaluation import evaluate
 
 _GIB = 2**30
 
@@ -40,23 +45,37 @@ def run(settings: QuantizeSettings) -> int:
                 show_progress=True,
             )
     except BaseException:
-        if shown.num_finished is not None:
-            kept = f"{shown.num_finished} layers are done and kept in {settings.out}.partial"
-            print(f"{kept}; the same command with --resume goes on with them", file=sys.stderr)
+        partial = f"{settings.out.rstrip('/')}.partial"
+        if shown.num_finished and os.path.isdir(partial):
+            done_so_far = f"{shown.num_finished} of {shown.num_parts} layers are done and kept in {partial}"
+            print(f"\n{done_so_far}; the same command with --resume goes on with them", file=sys.stderr)
         raise
     print("\n".join(_table(done)))
+    if settings.evaluate:
+        _evaluate(done, location.path, settings.device)
     return 0
 
 
+def _evaluate(done: Quantized, original: Path, device: str) -> None:
+    """Measure the result against the original, show it, and add it to the card."""
+    print("\nmeasuring the result against the original; what is written is complete", flush=True)
+    found = evaluate(str(done.out), against=str(original), device=device.partition(":")[0], show_progress=True)
+    print(as_text(found))
+    with making_errors():
+        add_section(done.out, f"## Quality\n\n{found.as_markdown()}")
+
+
 class _Shown(Observer):
-    """Prints the plan. `num_finished` is None before the work begins."""
+    """Prints the plan, and counts what is done."""
 
     def __init__(self, title: str) -> None:
         self._title = title
-        self.num_finished: int | None = None
+        self.num_finished = 0
+        self.num_parts = 0
 
     def begins(self, preview: Preview) -> None:
         self.num_finished = preview.num_finished
+        self.num_parts = preview.num_layers + preview.request.lm_head
         print("\n".join(_plan(self._title, preview)), flush=True)
 
     def finished(self, part: int, num_parts: int, report: Sequence[LinearReport], seconds: float) -> None:

@@ -104,6 +104,20 @@ class PlanSettings:
     as_json: bool = False
 
 
+@dataclass(frozen=True, slots=True)
+class EvaluateSettings:
+    """`options` are those of the engine, checked; sizes that are None are chosen by the model."""
+
+    model: str | None
+    options: Mapping[str, Any]
+    against: str | None = None
+    text: str = "builtin"
+    window: int | None = None
+    stride: int | None = None
+    max_tokens: int | None = None
+    as_json: bool = False
+
+
 def serve_settings(given: Invocation) -> ServeSettings:
     """Raises ConfigError."""
     engine = engine_config(given.options)
@@ -207,6 +221,24 @@ def plan_settings(given: Invocation) -> PlanSettings:
             f"--gpu names {len(cards)} cards and -tp is {num_ranks}; name one card for all ranks, or one for each"
         )
     return PlanSettings(engine, cards, num_ranks, bool(options.get("json", False)))
+
+
+def evaluate_settings(given: Invocation) -> EvaluateSettings:
+    """Raises ConfigError."""
+    options = given.options
+    engine_config(options)
+    sizes = {name: options.get(name) for name in ("window", "stride", "max_tokens")}
+    for name, size in sizes.items():
+        if size is not None and size < 1:
+            raise ConfigError(f"{name} is {size}, expected a whole number of at least 1")
+    return EvaluateSettings(
+        options.get("model"),
+        _pick(options, ENGINE_GROUPS),
+        against=options.get("against"),
+        text=options.get("text", "builtin"),
+        as_json=bool(options.get("json", False)),
+        **sizes,
+    )
 
 
 def _cards(text: str) -> tuple[tuple[str, int], ...] | Literal["auto"]:
