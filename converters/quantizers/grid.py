@@ -14,6 +14,10 @@ from converters.quantizers.base import QuantSettings
 from quant_kernels.packed_weight import PackedWeight
 from quant_kernels.packing import pack_codes
 
+#: Ranges that are tried: all of it, and so many steps down.
+RANGE_STEPS = 16
+RANGE_STEP = 0.025
+
 
 @dataclass(frozen=True, slots=True)
 class Grid:
@@ -35,10 +39,13 @@ class Grid:
         """The nearest values."""
         return self.values(self.codes(weight))
 
-    def group(self, index: int) -> Grid:
-        """One group's column of the tables: [N, 1]."""
-        part = slice(index, index + 1)
+    def slice(self, part: slice) -> Grid:
+        """A run of columns of the tables."""
         return Grid(self.scales[:, part], self.zeros[:, part], self.max_code)
+
+    def column(self, index: int) -> Grid:
+        """One column of the tables: [N]."""
+        return Grid(self.scales[:, index], self.zeros[:, index], self.max_code)
 
     def per_weight(self, group_of: torch.Tensor) -> Grid:
         """Tables [N, K] for inputs that belong to the groups int64 [K]."""
@@ -73,9 +80,41 @@ def grouped(weight: torch.Tensor, rows: int) -> torch.Tensor:
 
 
 def find_grid(weight: torch.Tensor, settings: QuantSettings) -> Grid:
-    """The grid of each group of a weight: tables [N, G]."""
+    """The grid of each group of a weight, from its least to its largest value: tables [N, G]."""
     groups = grouped(weight, settings.rows_per_group(weight.shape[1]))
     return range_grid(groups.amin(dim=2), groups.amax(dim=2), settings)
+
+
+def search_grid(weight: torch.Tensor, importance: torch.Tensor, settings: QuantSettings) -> Grid:
+    """The best of narrower ranges for each group, by the square error of rounding to nearest: tables [N, G].
+
+    Args:
+        importance: of each input, [K]; of each pair of inputs of a group, [G, rows, rows], which needs whole groups.
+    """
+    rows = settings.rows_per_group(weight.shape[1])
+    groups = grouped(weight, rows)
+    low, high = groups.amin(dim=2), groups.amax(dim=2)
+    weights = grouped(importance.unsqueeze(0), rows) if importance.dim() == 1 else None
+    best: Grid | None = None
+    least = torch.full_like(low, torch.inf)
+    for step in range(RANGE_STEPS):
+        share = 1 - step * RANGE_STEP
+        grid = range_grid(low * share, high * share, settings)
+        error = Grid(grid.scales.unsqueeze(2), grid.zeros.unsqueeze(2), grid.max_code).nearest(groups) - groups
+        if weights is not None:
+            loss = (error.square() * weights).sum(dim=2)
+        else:
+            loss = (torch.einsum("ngi,gij->ngj", error, importance) * error).sum(dim=2)
+        if best is None:
+            best, least = grid, loss
+            continue
+        better = loss < least
+        least = torch.where(better, loss, least)
+        best = Grid(
+            torch.where(better, grid.scales, best.scales), torch.where(better, grid.zeros, best.zeros), grid.max_code
+        )
+    assert best is not None, "at least one range is tried"
+    return best
 
 
 def group_index(in_features: int, settings: QuantSettings, device: torch.device) -> torch.Tensor:

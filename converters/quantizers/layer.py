@@ -1,18 +1,31 @@
-"""Quantize one decoder layer: the methods put together."""
+"""Quantize one decoder layer: AWQ's factors, then the codes of each group of linears, in the order in which they run.
+
+A group's inputs are taken from the layer as quantized so far. Invariant: when a layer is done its module holds exactly
+what the records and tensors of the result say, so that running it gives the next layer's inputs.
+"""
 
 from __future__ import annotations
 
-import math
+import copy
 
 import torch
 
-from converters.quantizers.base import LayerInputs, LayerResult, LayerView, LinearReport, QuantSettings
-from converters.quantizers.grid import find_grid, group_index, pack
+from converters.quantizers.awq import fold, search_factors
+from converters.quantizers.base import (
+    LayerInputs,
+    LayerResult,
+    LayerView,
+    LinearReport,
+    QuantizationError,
+    QuantSettings,
+)
+from converters.quantizers.hessian import collect
+from converters.quantizers.linear import make_problem, quantize_linear
+from converters.quantizers.recipe import RECIPES, Recipe
 from quant_kernels.packed_weight import PackedWeight
 from quant_kernels.reference import dequantize
 
 
-@torch.no_grad()
 def quantize_layer(layer: LayerView, inputs: LayerInputs | None, settings: QuantSettings) -> LayerResult:
     """Choose the codes of every linear of a layer, and leave the quantized weights in its module.
 
@@ -21,17 +34,46 @@ def quantize_layer(layer: LayerView, inputs: LayerInputs | None, settings: Quant
         inputs: the hidden states; None for rounding to nearest, which needs none.
 
     Raises:
-        QuantizationError: for inputs or weights that are not finite.
+        QuantizationError: for inputs or weights that are not finite, and for a method that needs inputs without them.
     """
+    return quantize_with(layer, inputs, settings, RECIPES[settings.method])
+
+
+@torch.no_grad()
+def quantize_with(layer: LayerView, inputs: LayerInputs | None, settings: QuantSettings, recipe: Recipe) -> LayerResult:
+    """The same with steps of one's own."""
+    if recipe.calibrated and (inputs is None or not len(inputs)):
+        raise QuantizationError(f"{layer.name}: method '{settings.method}' needs calibration texts, and there are none")
+    tensors = _smooth(layer, inputs, settings, recipe) if recipe.smooth and inputs is not None else {}
+    original = copy.deepcopy(layer.module) if recipe.correction else None
     weights: dict[str, PackedWeight] = {}
-    lines = []
+    report: list[LinearReport] = []
     for group in layer.groups:
+        problem = None
+        if recipe.calibrated and inputs is not None:
+            [moments] = collect(layer, (group,), inputs, original, recipe.weigh)
+            problem = make_problem(moments, settings, recipe)
         for name in group.names:
             linear = layer.linear(name)
-            grid = find_grid(linear.weight, settings)
-            index = group_index(linear.in_features, settings, linear.weight.device)
-            codes = grid.per_weight(index).codes(linear.weight)
-            weights[name] = pack(codes, grid, settings, method="rtn", bias=linear.bias)
+            weights[name], line = quantize_linear(f"{layer.name}.{name}", linear, problem, settings, recipe)
             linear.weight.data = dequantize(weights[name]).t().contiguous()
-            lines.append(LinearReport(f"{layer.name}.{name}", "rtn", math.nan, math.nan))
-    return LayerResult(weights, report=lines)
+            if linear.bias is not None:
+                linear.bias.data = linear.bias.to(settings.dense_dtype).float()
+            report.append(line)
+    return LayerResult(weights, tensors, report)
+
+
+def _smooth(layer: LayerView, inputs: LayerInputs, settings: QuantSettings, recipe: Recipe) -> dict[str, torch.Tensor]:
+    """Fold AWQ's factors wherever a group has a producer; returns the dense tensors that changed.
+
+    All inputs are collected first: a factor may change a weight that is quantized before its group is reached.
+    """
+    groups = tuple(group for group in layer.groups if group.producer is not None)
+    if not groups:
+        return {}
+    quantized = {name for group in layer.groups for name in group.names}
+    changed: dict[str, torch.Tensor] = {}
+    for group, moments in zip(groups, collect(layer, groups, inputs, None, recipe.weigh), strict=True):
+        if moments.weight_sum > 0:
+            changed |= fold(layer, group, search_factors(layer, group, moments, settings), settings)
+    return {name: tensor for name, tensor in changed.items() if name.rpartition(".")[0] not in quantized}

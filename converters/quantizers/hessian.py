@@ -1,0 +1,130 @@
+"""What calibration says about the inputs of a group of linears: second moments, summed batch by batch.
+
+With x the inputs that the quantized layers before make, y those of the original ones and w a weight per position:
+``hessian = sum w x x^T`` and ``cross = sum w (y - x) x^T``, both float32 [K, K], and ``mean_abs = mean |x|``.
+The output error of codes with error E is then ``trace(E hessian E^T)``, without seeing the inputs again.
+Invariant: memory does not grow with the calibration.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import nn
+
+from converters.quantizers.base import LayerInputs, LayerView, LinearGroup, QuantizationError
+
+
+@dataclass(slots=True)
+class Moments:
+    """Sums over positions; see the module."""
+
+    hessian: torch.Tensor
+    cross: torch.Tensor
+    mean_abs: torch.Tensor
+    weight_sum: float = 0.0
+
+    @staticmethod
+    def empty(in_features: int, device: torch.device) -> Moments:
+        """Of no position yet."""
+        square = torch.zeros(in_features, in_features, device=device)
+        return Moments(square, square.clone(), torch.zeros(in_features, device=device))
+
+    def add(self, x: torch.Tensor, y: torch.Tensor | None, weights: torch.Tensor | None) -> None:
+        """Add positions: x and y [M, K], weights [M]; y None where it is x."""
+        scaled = x if weights is None else x * weights.unsqueeze(1)
+        self.hessian.addmm_(scaled.t(), x)
+        if y is not None:
+            self.cross.addmm_((y - x).t(), scaled)
+        self.mean_abs += scaled.abs().sum(dim=0)
+        self.weight_sum += float(len(x) if weights is None else weights.sum())
+
+    def scale_inputs(self, factor: torch.Tensor) -> Moments:
+        """Of inputs multiplied channel by channel by `factor` [K]."""
+        outer = factor.unsqueeze(1) * factor
+        return Moments(self.hessian * outer, self.cross * outer, self.mean_abs * factor, self.weight_sum)
+
+
+class _Captured(Exception):  # noqa: N818 - not an error: it ends a forward pass whose rest is not needed
+    """Stops a layer once the inputs of a linear are known."""
+
+
+def collect(
+    layer: LayerView,
+    groups: tuple[LinearGroup, ...],
+    inputs: LayerInputs,
+    original: nn.Module | None = None,
+    weigh: bool = False,
+) -> list[Moments]:
+    """The moments of groups of a layer, over all batches.
+
+    Args:
+        original: the layer with its original weights, for `cross`; None leaves that zero.
+        weigh: positions count by 1 / mean square of the layer's input, where a group's output is added to it.
+
+    Raises:
+        QuantizationError: naming layer and batch, if inputs are not finite.
+    """
+    sums = [_empty(layer, group) for group in groups]
+    for index in range(len(inputs)):
+        hidden = inputs.hidden(index)
+        if not bool(torch.isfinite(hidden).all()):
+            raise QuantizationError(
+                f"{layer.name}: calibration sample {index} gives inputs that are not finite; expected finite hidden "
+                "states; leave the sample out, or check the model's weights in the layers before"
+            )
+        found = _group_inputs(layer.module, groups, inputs, hidden)
+        wanted = None if original is None else _group_inputs(original, groups, inputs, inputs.reference(index))
+        stream = hidden.reshape(-1, hidden.shape[-1]).square().mean(dim=1)
+        for place, group in enumerate(groups):
+            x = found[place]
+            if x is None:
+                continue
+            if not bool(torch.isfinite(x).all()):
+                raise QuantizationError(
+                    f"{layer.name}.{group.names[0]}: calibration sample {index} gives inputs that are not finite; "
+                    "expected finite activations; leave the sample out, or check the layer's weights"
+                )
+            y = None if wanted is None else wanted[place]
+            weights = stream.clamp(min=1e-12).reciprocal() if weigh and _adds(layer, group, hidden) else None
+            # An expert sees some positions only, and not the same ones in both streams.
+            aligned = len(x) == len(stream)
+            sums[place].add(x, y if aligned else None, weights if aligned else None)
+    return sums
+
+
+def _empty(layer: LayerView, group: LinearGroup) -> Moments:
+    linear = layer.linear(group.names[0])
+    return Moments.empty(linear.in_features, linear.weight.device)
+
+
+def _adds(layer: LayerView, group: LinearGroup, hidden: torch.Tensor) -> bool:
+    """Whether the group is one linear whose output is added to the layer's input, as those of attention and MLP are."""
+    return len(group.names) == 1 and layer.linear(group.names[0]).out_features == hidden.shape[-1]
+
+
+def _group_inputs(
+    module: nn.Module, groups: tuple[LinearGroup, ...], inputs: LayerInputs, hidden: torch.Tensor
+) -> list[torch.Tensor | None]:
+    """What is fed to each group, [M, K]; None for one that was not run. Stops after the last."""
+    found: list[torch.Tensor | None] = [None] * len(groups)
+
+    def keep(place: int, args: tuple[torch.Tensor, ...]) -> None:
+        found[place] = args[0].detach().reshape(-1, args[0].shape[-1]).float()
+        if all(part is not None for part in found):
+            raise _Captured
+
+    def hook(place: int) -> object:
+        linear = module.get_submodule(groups[place].names[0])
+        return linear.register_forward_pre_hook(lambda _, args: keep(place, args))
+
+    hooks = [hook(place) for place in range(len(groups))]
+    try:
+        inputs.run(module, hidden)
+    except _Captured:
+        pass
+    finally:
+        for handle in hooks:
+            handle.remove()  # type: ignore[attr-defined]
+    return found

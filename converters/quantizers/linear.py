@@ -1,0 +1,159 @@
+"""The codes of one linear, from its weight and the moments of its inputs.
+
+Invariant: the record is exact and the result does not depend on the thread that asks; what had to be done differently
+(more damping, rounding instead) is a note, never silent. It does not run the layer.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass, replace
+
+import torch
+from torch import nn
+
+from converters.quantizers.base import LinearReport, Method, QuantizationError, QuantSettings
+from converters.quantizers.descent import descend
+from converters.quantizers.gptq import Factor, condition, factorize, gptq_codes
+from converters.quantizers.grid import Grid, find_grid, group_index, pack, search_grid
+from converters.quantizers.hessian import Moments
+from converters.quantizers.recipe import Recipe, Search
+from quant_kernels.packed_weight import CODES_PER_WORD, PackedWeight
+
+
+@dataclass(frozen=True, slots=True)
+class Problem:
+    """What the linears of one group share.
+
+    Attributes:
+        hessian: per position, dead columns counted as one; float32 [K, K], in the order of `perm`.
+        cross: likewise, of original less quantized inputs with quantized ones.
+        damped: the Hessian that codes are chosen by.
+        factor: of `damped` for GPTQ, or None if it is not asked for or could not be had.
+        perm: int64 [K]: the input at each place, by importance, if the groups are to follow it.
+        notes: what the user should know.
+    """
+
+    hessian: torch.Tensor
+    cross: torch.Tensor
+    damped: torch.Tensor
+    factor: Factor | None
+    perm: torch.Tensor | None
+    notes: tuple[str, ...] = ()
+
+
+def make_problem(moments: Moments, settings: QuantSettings, recipe: Recipe) -> Problem | None:
+    """The problem of a group; None where calibration says nothing about its inputs."""
+    if moments.weight_sum <= 0 or not bool(moments.hessian.any()):
+        return None
+    hessian = condition(moments.hessian / moments.weight_sum)
+    cross = moments.cross / moments.weight_sum
+    perm = None
+    if settings.act_order and recipe.feedback:
+        perm = torch.argsort(hessian.diagonal(), descending=True, stable=True)
+        hessian, cross = hessian[perm][:, perm], cross[perm][:, perm]
+    if not (recipe.feedback or recipe.passes or recipe.correction):
+        return Problem(hessian, cross, hessian, None, None)
+    factor = factorize(hessian, settings.damping)
+    if factor is None:
+        note = "the Hessian cannot be factorized with any damping: rounded to nearest"
+        return Problem(hessian, cross, hessian, None, perm, (note,))
+    damped = hessian.clone()
+    damped.diagonal().add_(factor.damping * hessian.diagonal().mean())
+    raised = factor.damping > settings.damping
+    notes = (f"damping raised from {settings.damping:g} to {factor.damping:g}",) if raised else ()
+    return Problem(hessian, cross, damped, factor if recipe.feedback else None, perm, notes)
+
+
+def quantize_linear(
+    name: str, linear: nn.Linear, problem: Problem | None, settings: QuantSettings, recipe: Recipe
+) -> tuple[PackedWeight, LinearReport]:
+    """The record of a linear, and its line of the report. `name` is the full one.
+
+    Raises:
+        QuantizationError: if the weight is not finite, or its inputs do not fill whole words.
+    """
+    _check(name, linear, settings)
+    weight = linear.weight.data.float()
+    if problem is None:
+        notes = ("calibration never reached it: rounded to nearest",) if recipe.calibrated else ()
+        record = _round(weight, linear.bias, settings)
+        return record, LinearReport(name, Method.RTN.value, math.nan, math.nan, notes)
+    perm = problem.perm
+    ordered = weight if perm is None else weight[:, perm]
+    method = settings.method
+    if recipe.feedback and problem.factor is None:
+        recipe, method = replace(recipe, feedback=False, passes=0, correction=0.0), Method.RTN
+    codes, grid = _choose(ordered, problem, settings, recipe)
+    record = pack(codes, grid, settings, method=method.value, bias=linear.bias, perm=perm)
+    index = group_index(weight.shape[1], settings, weight.device)
+    plain = find_grid(weight, settings).per_weight(index).nearest(weight)
+    error = relative_error(ordered, grid.per_weight(index).values(codes), problem.hessian)
+    rtn_error = relative_error(ordered, plain if perm is None else plain[:, perm], problem.hessian)
+    return record, LinearReport(name, method.value, error, rtn_error, problem.notes)
+
+
+def _choose(
+    weight: torch.Tensor, problem: Problem, settings: QuantSettings, recipe: Recipe
+) -> tuple[torch.Tensor, Grid]:
+    index = group_index(weight.shape[1], settings, weight.device)
+    target = weight
+    if recipe.correction:
+        target = corrected(weight, problem, recipe.correction)
+    grid = _ranges(target, problem.hessian, settings, recipe.search)
+    if problem.factor is not None:
+        codes = gptq_codes(target, problem.factor, grid, index)
+    else:
+        codes = grid.per_weight(index).codes(target)
+    if recipe.passes:
+        codes, grid = descend(target, problem.damped, codes, grid, settings, recipe.passes)
+    return codes, grid
+
+
+def corrected(weight: torch.Tensor, problem: Problem, share: float) -> torch.Tensor:
+    """The weight whose outputs for the quantized inputs come nearest to those of `weight` for the original ones.
+
+    ``W + share * W C H^-1`` with C of (original - quantized) x quantized inputs: the layers before have changed the
+    inputs, and what of that is linear can be undone here. The damping keeps it from learning the calibration by heart.
+    """
+    lower, failed = torch.linalg.cholesky_ex(problem.damped)
+    if int(failed):
+        return weight
+    return weight + share * torch.cholesky_solve((weight @ problem.cross).t(), lower).t()
+
+
+def _ranges(weight: torch.Tensor, hessian: torch.Tensor, settings: QuantSettings, search: Search) -> Grid:
+    rows = settings.rows_per_group(weight.shape[1])
+    if search is Search.FULL:
+        return find_grid(weight, settings)
+    if search is Search.INPUTS or weight.shape[1] % rows:
+        return search_grid(weight, hessian.diagonal(), settings)
+    spans = [slice(start, start + rows) for start in range(0, weight.shape[1], rows)]
+    return search_grid(weight, torch.stack([hessian[span, span] for span in spans]), settings)
+
+
+def _round(weight: torch.Tensor, bias: torch.Tensor | None, settings: QuantSettings) -> PackedWeight:
+    grid = find_grid(weight, settings)
+    codes = grid.per_weight(group_index(weight.shape[1], settings, weight.device)).codes(weight)
+    return pack(codes, grid, settings, method=Method.RTN.value, bias=bias)
+
+
+def relative_error(weight: torch.Tensor, found: torch.Tensor, hessian: torch.Tensor) -> float:
+    """Mean square of the outputs' error over that of the outputs, for inputs with this Hessian."""
+    error = found - weight
+    power = float(((weight @ hessian) * weight).sum())
+    return float(((error @ hessian) * error).sum()) / power if power > 0 else math.nan
+
+
+def _check(name: str, linear: nn.Linear, settings: QuantSettings) -> None:
+    if not bool(torch.isfinite(linear.weight).all()):
+        raise QuantizationError(
+            f"{name}: the weight holds values that are not finite (NaN or infinity); expected finite ones; "
+            "check the checkpoint, or leave the linear as it is with --skip"
+        )
+    per_word = CODES_PER_WORD[settings.bits]
+    if linear.in_features % per_word:
+        raise QuantizationError(
+            f"{name}: {linear.in_features} inputs; expected a multiple of {per_word}, because {per_word} codes share a "
+            "word; leave the linear as it is with --skip"
+        )
