@@ -21,10 +21,11 @@ from converters.files import list_folder, read_json_object, shown
 logger = logging.getLogger(__name__)
 
 SUPPORTED = (
-    "GPTQ (2, 3, 4 or 8 bits, formats gptq and gptq_v2), AWQ (4 bits, version gemm), GGUF (F32, F16, BF16, Q8_0, Q4_0, "
-    "Q4_1) and unquantized safetensors"
+    "GPTQ (2, 3, 4 or 8 bits, formats gptq and gptq_v2), AWQ (4 bits, version gemm), compressed-tensors (4 or 8 bits, "
+    "format pack-quantized), GGUF (F32, F16, BF16, Q8_0, Q4_0, Q4_1) and unquantized safetensors"
 )
 GPTQ_BITS = (2, 3, 4, 8)
+COMPRESSED_BITS = (4, 8)
 _FILES = ("quantize_config.json", "quant_config.json")
 _SYNONYMS = {
     "w_bit": "bits",
@@ -36,9 +37,11 @@ _SYNONYMS = {
 _MAX_RULES = 4096
 _MAX_PATTERN_CHARS = 256
 _MAX_WILDCARDS = 6
+#: What compressed-tensors calls its codes. Other programs use the name for other layouts, so a config must say it.
+_PACKED = re.compile(r"\.weight_packed$")
 #: Tensor names that betray a layout nobody here can read, whatever the config says.
 _FOREIGN_LAYOUTS = (
-    (re.compile(r"\.weight_packed$"), "compressed-tensors (pack-quantized)"),
+    (_PACKED, "of packed weights that no config declares as compressed-tensors"),
     (re.compile(r"\.weight_scale_inv$"), "fp8 with block scales"),
     (re.compile(r"\.weight\.quant_state\.|\.weight\.absmax$|\.SCB$"), "bitsandbytes"),
     (re.compile(r"_proj_blocks$"), "mxfp4"),
@@ -75,7 +78,8 @@ class QuantizationScheme:
 
     Attributes:
         method: which reader understands the tensors.
-        checkpoint_format: "gptq" (zero points stored less one), "gptq_v2" (stored as they are) or "gemm" (AWQ).
+        checkpoint_format: "gptq" (zero points stored less one), "gptq_v2" (stored as they are), "gemm" (AWQ) or
+            "pack-quantized" (compressed-tensors).
         bits: of a code, before overrides; None if not said.
         group_size: rows that share a scale, -1 for all rows of a layer; None if not said.
         symmetric: the zero point is 2 ** (bits - 1) everywhere.
@@ -86,7 +90,7 @@ class QuantizationScheme:
         modules_to_not_convert: parts of names of modules that stay dense.
     """
 
-    method: Literal["gptq", "awq"]
+    method: Literal["gptq", "awq", "compressed-tensors"]
     checkpoint_format: str
     bits: int | None = None
     group_size: int | None = None
@@ -98,9 +102,14 @@ class QuantizationScheme:
     modules_to_not_convert: tuple[str, ...] = ()
 
     @property
+    def name(self) -> str:
+        """The method as people write it."""
+        return self.method if self.method == "compressed-tensors" else self.method.upper()
+
+    @property
     def description(self) -> str:
         """One line for people."""
-        name = self.method.upper() + (" v2" if self.checkpoint_format == "gptq_v2" else "")
+        name = self.name + (" v2" if self.checkpoint_format == "gptq_v2" else "")
         parts = [name if self.bits is None else f"{name} {self.bits}-bit"]
         if self.group_size is not None:
             parts.append("per channel" if self.group_size == -1 else f"group {self.group_size}")
@@ -166,10 +175,10 @@ def detect(checkpoint: Checkpoint, declaration: Declaration | None) -> Quantizat
     Raises:
         CheckpointError: if it is quantized in a way that is not supported, with what is.
     """
-    _refuse_foreign_tensors(checkpoint)
     if declaration is None:
         declaration = _declaration_of_metadata(checkpoint)
     values = dict(declaration.values) if declaration else {}
+    _refuse_foreign_tensors(checkpoint, values.get("quant_method"))
     where = declaration.where if declaration else str(checkpoint.path)
     if not values.get("quant_method"):
         guess = _method_by_shapes(checkpoint) or _method_by_keys(values)
@@ -388,21 +397,102 @@ def _extra_config(reader: _Reader) -> tuple[DynamicRule, ...]:
     return tuple(rules)
 
 
+# compressed-tensors
+
+
+def _compressed_tensors(reader: _Reader) -> QuantizationScheme:
+    """Rules in the order in which the library asks: ignored, then targets by exact name, by pattern, and by class."""
+    layout = reader.text("checkpoint_format", "pack-quantized")
+    if layout not in ("pack-quantized", "mixed-precision"):
+        raise CheckpointError(_unsupported(reader.where, f"compressed-tensors in the format '{shown(layout)}'"))
+    for key in ("sparsity_config", "transform_config"):
+        value = reader.values.get(key)
+        if isinstance(value, Mapping) and value and value.get("format") != "dense":
+            raise CheckpointError(_unsupported(reader.where, f"compressed-tensors with a {key}"))
+    groups = reader.values.get("config_groups")
+    if not isinstance(groups, dict) or len(groups) > _MAX_RULES:
+        raise reader.fail("config_groups", "an object of groups")
+    where = f"{reader.where}: config_groups"
+    schemes = [_compressed_group(group, f"{where}['{shown(name)}']", layout) for name, group in groups.items()]
+    targets = [(target, scheme) for names, scheme in schemes for target in names]
+    exact = [(t, s) for t, s in targets if "." in t and not t.startswith("re:")]
+    patterns = [(t, s) for t, s in targets if t.startswith("re:")]
+    base = next((s for t, s in targets if "." not in t and not t.startswith("re:")), None)
+    ignored = [DynamicRule(_target(name, reader.where), skip=True) for name in reader.names("ignore")]
+    found = [replace(scheme, pattern=_target(target, where)) for target, scheme in (*exact, *patterns)]
+    usual = base or (schemes[0][1] if schemes else DynamicRule(_EVERYTHING))
+    return QuantizationScheme(
+        method="compressed-tensors",
+        checkpoint_format="pack-quantized",
+        bits=usual.bits,
+        group_size=usual.group_size,
+        symmetric=_or(usual.symmetric, True),
+        desc_act=any(_has_order(group) for group in groups.values()),
+        quantizer=_quantizer(reader.values),
+        dynamic=(*ignored, *found),
+    )
+
+
+def _compressed_group(group: Any, where: str, layout: str) -> tuple[tuple[str, ...], DynamicRule]:
+    """What a group targets, and a rule (whose pattern is not set yet) of what it says."""
+    preset = isinstance(group, list)
+    if not isinstance(group, dict):
+        hint = "; presets by name are not read" if preset else ""
+        raise CheckpointError(f"{where} is a {type(group).__name__}, expected an object with targets and weights{hint}")
+    part = _Reader(group, where)
+    own = part.text("format", "pack-quantized" if layout == "pack-quantized" else "")
+    if own != "pack-quantized":
+        raise CheckpointError(_unsupported(where, f"compressed-tensors in the format '{shown(own)}'"))
+    if group.get("input_activations") is not None:
+        raise CheckpointError(_unsupported(where, "compressed-tensors with quantized activations"))
+    weights = group.get("weights")
+    if not isinstance(weights, dict):
+        raise part.fail("weights", "an object")
+    numbers = _Reader({**weights, "bits": weights.get("num_bits")}, f"{where}: weights")
+    if numbers.text("type", "int") != "int":
+        raise CheckpointError(_unsupported(where, f"compressed-tensors of type '{shown(weights['type'])}'"))
+    size = numbers.group_size()
+    strategy = numbers.text("strategy") or ("group" if size is not None and size > 0 else "channel")
+    if strategy not in ("group", "channel"):
+        raise CheckpointError(_unsupported(where, f"compressed-tensors with the strategy '{shown(strategy)}'"))
+    return part.names("targets"), DynamicRule(
+        _EVERYTHING,
+        bits=numbers.bits(COMPRESSED_BITS),
+        group_size=size if strategy == "group" else -1,
+        symmetric=_or(numbers.flag("symmetric"), True),
+    )
+
+
+_EVERYTHING = re.compile("")
+
+
+def _has_order(group: Any) -> bool:
+    weights = group.get("weights") if isinstance(group, dict) else None
+    return isinstance(weights, dict) and weights.get("actorder") in ("group", "dynamic", True)
+
+
+def _target(name: str, where: str) -> re.Pattern[str]:
+    """ "re:" begins a pattern that matches from the start; anything else is a module's whole name."""
+    return _compile(name[3:], where) if name.startswith("re:") else re.compile(re.escape(name) + r"\Z")
+
+
 _METHODS: Mapping[str, Callable[[_Reader], QuantizationScheme]] = {
     "gptq": _gptq,
     "awq": _awq,
     "auto-round": _auto_round,
     "intel/auto-round": _auto_round,
+    "compressed-tensors": _compressed_tensors,
 }
 
 
 # Without a declaration
 
 
-def _refuse_foreign_tensors(checkpoint: Checkpoint) -> None:
+def _refuse_foreign_tensors(checkpoint: Checkpoint, method: object) -> None:
+    own = _PACKED if method == "compressed-tensors" else None
     for name in checkpoint.tensors:
         for pattern, what in _FOREIGN_LAYOUTS:
-            if pattern.search(name):
+            if pattern is not own and pattern.search(name):
                 raise CheckpointError(_unsupported(f"{checkpoint.path}, tensor {shown(name)}", what))
 
 

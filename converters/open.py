@@ -18,8 +18,8 @@ def open_checkpoint(path: str | os.PathLike[str], quantization: str | None = Non
     """Open a folder of safetensors, a GGUF file, or a folder that holds one GGUF model.
 
     Args:
-        quantization: what the caller believes the file to be: "awq", "gptq", "gguf" (or "awq_marlin", "gptq_marlin",
-            which mean the same as the first two). None takes the file as it is.
+        quantization: what the caller believes the file to be: "awq", "gptq", "compressed-tensors", "gguf" (or
+            "awq_marlin" and "gptq_marlin", which mean the same as the first two). None takes the file as it is.
 
     Raises:
         CheckpointError: if it cannot be loaded, or `quantization` disagrees with the file.

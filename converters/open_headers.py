@@ -22,7 +22,14 @@ from converters.safetensors_headers import SafetensorsHeaders
 from converters.source import HeaderSource
 
 #: What may be asked for, and what it means. The names after Marlin choose kernels elsewhere; here they mean the format.
-_REQUESTS = {"awq": "awq", "awq_marlin": "awq", "gptq": "gptq", "gptq_marlin": "gptq", "gguf": "gguf"}
+_REQUESTS = {
+    "awq": "awq",
+    "awq_marlin": "awq",
+    "gptq": "gptq",
+    "gptq_marlin": "gptq",
+    "compressed-tensors": "compressed-tensors",
+    "gguf": "gguf",
+}
 _UNFINISHED = ".partial"
 _LATER_PART = re.compile(r"-(?!00001-of-)\d{5}-of-\d{5}\.gguf$")
 _CONVERT_HINT = (

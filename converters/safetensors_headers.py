@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import logging
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -20,6 +20,7 @@ from converters.errors import CheckpointError
 from converters.files import read_json_object
 from converters.formats.awq_headers import AWQHeaders
 from converters.formats.base import FLOAT_DTYPES, LinearHeaders, check_tensor
+from converters.formats.compressed_tensors_headers import CompressedTensorsHeaders
 from converters.formats.dense_headers import DenseHeaders
 from converters.formats.gptq_headers import GPTQHeaders
 from converters.report import Notices, Report, shape_text
@@ -37,6 +38,13 @@ _STRAY_MASKS = re.compile(r"(^|\.)(attn|self_attn|attention)\.bias$")
 #: A bias that nothing asks for is read, to see if it is zero, only up to this size.
 _MAX_BIAS_BYTES = 4 * 2**20
 _HEAD = "lm_head"
+#: What each method calls a module's codes.
+_CODES = {"gptq": "qweight", "awq": "qweight", "compressed-tensors": "weight_packed"}
+_HEADERS: Mapping[str, Callable[[QuantizationScheme, Notices], LinearHeaders]] = {
+    "gptq": GPTQHeaders,
+    "awq": AWQHeaders,
+    "compressed-tensors": CompressedTensorsHeaders,
+}
 
 
 class SafetensorsHeaders:
@@ -64,9 +72,10 @@ class SafetensorsHeaders:
         declaration = find_declaration(folder, config)
         checkpoint = open_folder(folder, declaration.weight_file_stem if declaration else None)
         scheme = detect(checkpoint, declaration)
-        if scheme is not None and not any(name.endswith(".qweight") for name in checkpoint.tensors):
+        codes = None if scheme is None else _CODES[scheme.method]
+        if scheme is not None and not any(name.endswith(f".{codes}") for name in checkpoint.tensors):
             raise CheckpointError(
-                f"{folder} is declared {scheme.method.upper()} but holds no quantized tensor (qweight); "
+                f"{folder} is declared {scheme.name} but holds no quantized tensor ({codes}); "
                 "if its weights are meant to be plain, remove quantization_config from config.json"
             )
         return cls(folder, config, checkpoint, scheme)
@@ -141,7 +150,7 @@ class SafetensorsHeaders:
         """What a module without any weight should have had."""
         if self.scheme is None or self.scheme.for_module(module).skipped:
             return f"{module}.weight"
-        return f"{module}.qweight (or .weight)"
+        return f"{module}.{_CODES[self.scheme.method]} (or .weight)"
 
     def _may_be_left_over(self, info: TensorInfo, slot_names: set[str]) -> bool:
         name = info.name
@@ -157,7 +166,7 @@ def _formats(scheme: QuantizationScheme | None, notices: Notices) -> tuple[Linea
     """Formats in the order in which they are asked whether a module is theirs."""
     if scheme is None:
         return (DenseHeaders(),)
-    return (GPTQHeaders(scheme, notices) if scheme.method == "gptq" else AWQHeaders(scheme, notices), DenseHeaders())
+    return (_HEADERS[scheme.method](scheme, notices), DenseHeaders())
 
 
 def _has_values(info: TensorInfo) -> bool:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import copy
 import logging
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -19,6 +19,7 @@ from converters.checkpoint import Checkpoint
 from converters.detect import QuantizationScheme
 from converters.formats.awq import AWQFormat
 from converters.formats.base import LinearFormat
+from converters.formats.compressed_tensors import CompressedTensorsFormat
 from converters.formats.dense import DenseFormat
 from converters.formats.gptq import GPTQFormat
 from converters.read_ahead import ByteRange, Reader
@@ -28,6 +29,12 @@ from converters.source import LinearSlot, Slot, TensorSlot, Weight
 from converters.tensors import ReadableCheckpoint
 
 logger = logging.getLogger(__name__)
+
+_FORMATS: Mapping[str, Callable[[QuantizationScheme, Notices], LinearFormat]] = {
+    "gptq": GPTQFormat,
+    "awq": AWQFormat,
+    "compressed-tensors": CompressedTensorsFormat,
+}
 
 
 class SafetensorsSource(SafetensorsHeaders):
@@ -76,4 +83,4 @@ def _readers(scheme: QuantizationScheme | None, notices: Notices) -> tuple[Linea
     """Readers in the order in which they are asked whether a module is theirs."""
     if scheme is None:
         return (DenseFormat(),)
-    return (GPTQFormat(scheme, notices) if scheme.method == "gptq" else AWQFormat(scheme, notices), DenseFormat())
+    return (_FORMATS[scheme.method](scheme, notices), DenseFormat())

@@ -70,7 +70,7 @@ class HeaderSource(Protocol):
     Attributes:
         path: the folder or file.
         config: the keys of ``config.json`` as transformers names them (made from the metadata for GGUF).
-        quantization: "gptq", "awq", "gguf" or None for a plain checkpoint.
+        quantization: "gptq", "awq", "compressed-tensors", "gguf" or None for a plain checkpoint.
         description: one human-readable line, e.g. "GPTQ 4-bit, group 128, symmetric, act-order".
     """
 

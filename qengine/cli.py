@@ -21,6 +21,7 @@ from qengine import __version__, environment
 from qengine.commands.bench_settings import bench_offline_settings, bench_serve_settings
 from qengine.commands.flags import COMMANDS, Flag
 from qengine.commands.parsing import Invocation, help_text, overview, parse
+from qengine.commands.quantize_settings import convert_settings, quantize_settings
 from qengine.commands.settings import (
     chat_settings,
     evaluate_settings,
@@ -56,6 +57,8 @@ _RUNNERS = {
     "chat": _Command(chat_settings, "qengine.commands.chat", "warning"),
     "inspect": _Command(inspect_settings, "qengine.commands.inspect", "warning"),
     "plan": _Command(plan_settings, "qengine.commands.plan", "warning"),
+    "quantize": _Command(quantize_settings, "qengine.commands.quantize", "warning"),
+    "convert": _Command(convert_settings, "qengine.commands.convert", "warning"),
     "evaluate": _Command(evaluate_settings, "qengine.commands.evaluate", "warning"),
     "bench serve": _Command(bench_serve_settings, "qengine.commands.bench_serve", "warning"),
     "bench offline": _Command(bench_offline_settings, "qengine.commands.bench_offline", "warning"),

@@ -26,7 +26,11 @@ AUTO: Literal["auto"] = "auto"
 DTYPES = {"auto": "auto", "half": "float16", "float16": "float16", "bfloat16": "bfloat16", "float32": "float32"}
 DTYPES["float"] = "float32"
 KV_CACHE_DTYPES = ("auto", "float16", "bfloat16", "float32", "int8", "fp8", "fp8_e4m3", "fp8_e5m2")
-QUANTIZATIONS = {"awq": "awq", "gptq": "gptq", "gguf": "gguf", "awq_marlin": "awq", "gptq_marlin": "gptq"}
+QUANTIZATIONS = {
+    **{name: name for name in ("awq", "gptq", "compressed-tensors", "gguf")},
+    "awq_marlin": "awq",
+    "gptq_marlin": "gptq",
+}
 LOAD_FORMATS = ("auto", "dummy")
 P2P_MODES = ("auto", "on", "off")
 DEVICES = ("auto", "cpu", "cuda")

@@ -31,7 +31,8 @@ class LLM:
     Args:
         model: a folder, a .gguf file, a hub id, or None for the bundled model.
         tokenizer: a folder with another tokenizer.
-        quantization: "awq" or "gptq"; None reads it from the file, disagreeing with the file is an error.
+        quantization: "awq", "gptq" or "compressed-tensors"; None reads it from the file, disagreeing with the file is
+            an error.
         dtype: "auto", "bfloat16", "float16" or "float32" (float32 is the exact, slow path).
         tensor_parallel_size: devices that share each layer, each driven by a process of its own.
         pipeline_parallel_size: groups of devices that share the layers.

@@ -32,7 +32,13 @@ FLOORS: tuple[tuple[str, ...], ...] = (
 )
 #: The same inside scheduling/, whose modules build on each other in one direction.
 SCHEDULING_BASE = ("block_pool", "batch")
-CONVERTER_USERS = ("qengine.runtime.loader", "qengine.runtime.opening", "qengine.evaluation.texts", "qengine.commands")
+CONVERTER_USERS = (
+    "qengine.runtime.loader",
+    "qengine.runtime.opening",
+    "qengine.tokenizer.gguf",
+    "qengine.evaluation.texts",
+    "qengine.commands",
+)
 LIGHT = (
     "qengine.config",
     "qengine.cli",
@@ -347,7 +353,7 @@ def imports_stand_at_the_top(modules: Sequence[Module]) -> Iterator[str]:
 
 def one_module_imports_by_name(modules: Sequence[Module]) -> Iterator[str]:
     for module in modules:
-        if module.name in ("qengine.imports", "quant_kernels.late"):
+        if module.name in ("qengine.imports", "quant_kernels.late", "converters.late"):
             continue
         for node, name in calls(module):
             if name in ("importlib.import_module", "import_module", "__import__"):

@@ -16,13 +16,15 @@ import torch
 
 from converters.formats.awq_headers import BITS, ZERO_IF_NONE_STORED, AWQHeaders, Names
 from converters.formats.base import read_bias, read_scales
-from converters.formats.bitfields import transpose_nibbles, unpack_columns
+from converters.formats.bitfields import pack_columns, transpose_nibbles, unpack_columns
 from converters.source import LinearSlot
 from converters.tensors import ReadableCheckpoint
 from quant_kernels.packed_weight import PackedWeight
 
 #: The nibble of a word that holds column 8c + j.
 _NIBBLE_OF_COLUMN = (0, 4, 1, 5, 2, 6, 3, 7)
+#: The column that lies in each nibble.
+_COLUMN_OF_NIBBLE = (0, 2, 4, 6, 1, 3, 5, 7)
 #: Words that are rearranged at a time: what a core's cache holds.
 _WORDS_AT_ONCE = 2**17
 
@@ -67,3 +69,22 @@ def _codes(qweight: torch.Tensor) -> torch.Tensor:
         nibbles = transpose_nibbles(qweight[first * 8 : (first + step) * 8])[:, _NIBBLE_OF_COLUMN]
         codes[first : first + step] = nibbles.transpose(1, 2).reshape(len(nibbles), -1)
     return codes
+
+
+def pack_awq_codes(codes: torch.Tensor) -> torch.Tensor:
+    """int32 [K / 8, N], packed along K as in a record, to AWQ's int32 [K, N / 8], packed along N."""
+    blocks, columns = codes.shape
+    words = torch.empty(blocks * 8, columns // 8, dtype=torch.int32)
+    step = max(1, _WORDS_AT_ONCE // columns)
+    for first in range(0, blocks, step):
+        part = codes[first : first + step]
+        nibbles = part.view(len(part), -1, 8).transpose(1, 2)[:, _COLUMN_OF_NIBBLE]
+        rows = transpose_nibbles(nibbles.reshape(len(part) * 8, -1))
+        words[first * 8 : (first + len(part)) * 8] = rows.reshape(len(part) * 8, -1)
+    return words
+
+
+def pack_awq_columns(fields: torch.Tensor) -> torch.Tensor:
+    """uint8 [G, N] to AWQ's int32 [G, N / 8]."""
+    groups = len(fields)
+    return pack_columns(fields.view(groups, -1, 8)[:, :, _COLUMN_OF_NIBBLE].reshape(groups, -1), BITS)

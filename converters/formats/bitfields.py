@@ -42,6 +42,11 @@ def unpack_columns(words: torch.Tensor, bits: int) -> torch.Tensor:
     return unpack_rows(words.t().contiguous(), bits).t().contiguous()
 
 
+def pack_columns(fields: torch.Tensor, bits: int) -> torch.Tensor:
+    """uint8 [G, N] of 4 or 8 bits to int32 [G, N * bits / 32], LSB first along columns."""
+    return pack_codes(fields.t().contiguous(), bits).t().contiguous()
+
+
 def add_one_to_words(words: torch.Tensor, bits: int) -> torch.Tensor:
     """Add one to every field by one addition per word, carries running into the next field, modulo 2**32."""
     ones = sum(1 << shift for shift in range(0, 32, bits))

@@ -17,16 +17,15 @@ from __future__ import annotations
 import torch
 
 from converters.detect import QuantizationScheme
-from converters.errors import CheckpointError
-from converters.files import shown
 from converters.formats.base import read_bias, read_scales
 from converters.formats.bitfields import add_one_to_words, unpack_columns, widen_rows
 from converters.formats.gptq_headers import GPTQHeaders, Layout
+from converters.formats.groups import ordered_weight, read_group_of_row
 from converters.report import Notices
-from converters.source import LinearSlot
+from converters.source import LinearSlot, Weight
 from converters.tensors import ReadableCheckpoint
-from quant_kernels.packed_weight import CODES_PER_WORD, DenseWeight, PackedWeight
-from quant_kernels.packing import gather_rows, unpack_codes
+from quant_kernels.packed_weight import CODES_PER_WORD
+from quant_kernels.packing import unpack_codes
 
 #: Word rows looked at when the zero-point convention is cross-checked.
 _SAMPLED_WORDS = 16
@@ -39,34 +38,27 @@ class GPTQFormat(GPTQHeaders):
         super().__init__(scheme, notices)
         self._zero_points = _ZeroPoints(scheme, notices)
 
-    def read(self, slot: LinearSlot, checkpoint: ReadableCheckpoint) -> PackedWeight | DenseWeight:
+    def read(self, slot: LinearSlot, checkpoint: ReadableCheckpoint) -> Weight:
         """The linear as a record of 4 bits (2, 3, 4) or 8; dense where groups are irregular."""
         layout = self.layout(slot, checkpoint.tensors)
         scales = read_scales(checkpoint, f"{slot.name}.scales")
         words = checkpoint.read(f"{slot.name}.qweight")
         codes = words if layout.bits in CODES_PER_WORD else widen_rows(words, layout.bits)
-        group_of_row = self._read_group_of_row(slot, layout, checkpoint)
+        group_of_row = read_group_of_row(
+            f"{slot.name}.g_idx", slot, layout.num_groups, layout.group_size, checkpoint, self._notices
+        )
         constant, zeros = self._zero_points.read(slot, layout, checkpoint)
         if zeros is not None:
             self._zero_points.cross_check(slot, layout, codes, zeros, group_of_row)
-        order = None if group_of_row is None else torch.argsort(group_of_row, stable=True)
-        if group_of_row is not None and order is not None and not _is_regular(group_of_row[order], layout.group_size):
-            self._notices.warn(
-                "irregular groups", f"{slot.name} has groups of unequal sizes; such layers run unquantized, exactly"
-            )
-            zeros = torch.full(scales.shape, constant or 0, dtype=torch.uint8) if zeros is None else zeros
-            weight = _expand(codes, layout.stored_bits, scales, zeros, group_of_row)
-            return DenseWeight(weight, read_bias(slot, checkpoint))
-        return PackedWeight(
+        return ordered_weight(
+            slot,
             bits=layout.stored_bits,
-            codes=codes if order is None else gather_rows(codes, layout.stored_bits, order),
+            codes=codes,
             scales=scales,
             group_size=layout.group_size,
-            in_features=slot.in_features,
-            out_features=slot.out_features,
             zero_const=constant,
             zeros=zeros,
-            perm=None if order is None else order.to(torch.int32),
+            group_of_row=group_of_row,
             bias=read_bias(slot, checkpoint),
             origin={
                 "format": "gptq",
@@ -74,29 +66,8 @@ class GPTQFormat(GPTQHeaders):
                 "checkpoint_format": self._scheme.checkpoint_format,
                 "quantizer": self._scheme.quantizer,
             },
+            notices=self._notices,
         )
-
-    # Activation order
-
-    def _read_group_of_row(
-        self, slot: LinearSlot, layout: Layout, checkpoint: ReadableCheckpoint
-    ) -> torch.Tensor | None:
-        """g_idx as int64 [in], or None where row k simply uses group k // group_size."""
-        name = f"{slot.name}.g_idx"
-        if layout.num_groups == 1 or name not in checkpoint.tensors:
-            return None
-        group_of_row = checkpoint.read(name).to(torch.int64)
-        low, high = int(group_of_row.min()), int(group_of_row.max())
-        if low < 0 or high >= layout.num_groups:
-            raise CheckpointError(
-                f"{checkpoint.path}: {shown(name)} holds groups from {low} to {high}, expected 0 to "
-                f"{layout.num_groups - 1}; the file is damaged"
-            )
-        if high == 0:
-            self._notices.warn("empty g_idx", f"{name} is all zero although there are several groups; ignoring it")
-            return None
-        natural = torch.arange(slot.in_features) // layout.group_size
-        return None if torch.equal(group_of_row, natural) else group_of_row
 
 
 class _ZeroPoints:
@@ -160,16 +131,3 @@ class _ZeroPoints:
                 f"the weights of {slot.name} are {mean:+.2f} steps off zero on average under checkpoint_format {said}, "
                 f"which the config says; if the output is noise, try {other} in the config",
             )
-
-
-def _is_regular(sorted_groups: torch.Tensor, group_size: int) -> bool:
-    """Whether the sorted rows fill one group after the other, the last one being perhaps short."""
-    return torch.equal(sorted_groups, torch.arange(len(sorted_groups)) // group_size)
-
-
-def _expand(
-    codes: torch.Tensor, bits: int, scales: torch.Tensor, zeros: torch.Tensor, group_of_row: torch.Tensor
-) -> torch.Tensor:
-    """float32 [out, in], exact: a small integer times a scale of 11 significant bits."""
-    steps = unpack_codes(codes, bits).float() - zeros.float()[group_of_row]
-    return (steps * scales.float()[group_of_row]).t().contiguous()

@@ -109,7 +109,13 @@ MODEL_FLAGS = Group(
     "Model",
     (
         Flag("--tokenizer", "folder with another tokenizer", "PATH"),
-        Flag("--quantization", "awq, gptq or gguf; must agree with the file", "METHOD", default="read", short="-q"),
+        Flag(
+            "--quantization",
+            "awq, gptq, compressed-tensors or gguf; must agree with the file",
+            "METHOD",
+            default="read",
+            short="-q",
+        ),
         Flag("--dtype", "compute in auto, half, float16, bfloat16 or float32", "DTYPE", default="auto"),
         Flag("--load-format", "auto, or dummy: random weights of the right shapes", "FORMAT", default="auto"),
         Flag("--bits", "of dummy weights", "N", count, default="the config's, or 4"),
@@ -389,6 +395,56 @@ PLAN_MEMORY_FLAGS = Group(
     MEMORY_FLAGS.title, tuple(flag for flag in MEMORY_FLAGS.flags if flag.name not in _NOT_PLANNED)
 )
 
+QUANTIZE_FLAGS = Group(
+    "What to make",
+    (
+        Flag("--method", "auto, gptq, awq, or rtn: rounding, which needs no calibration", "METHOD", default="gptq"),
+        Flag("--bits", "4 or 8", "N", count, default="4"),
+        Flag("--group-size", "inputs that share a scale; -1 for one group", "N", count, default="128"),
+        _switch("--sym", "the zero point is the middle of the range (gptq's usual)"),
+        _switch("--asym", "each group has a zero point (the other methods' usual)"),
+        _switch("--act-order", "groups by importance of their inputs (gptq and auto, not in awq's format)"),
+        Flag(
+            "--format",
+            "of the checkpoint: awq, gptq or compressed-tensors",
+            "FORMAT",
+            default="gptq for gptq, else awq",
+        ),
+        Flag("--skip", "modules in whose full name this is found stay as they are, such as 'layers\\.0\\.'", "REGEX"),
+        _switch("--lm-head", "quantize the output projection too"),
+    ),
+)
+CALIBRATION_FLAGS = Group(
+    "Calibration",
+    (
+        Flag(
+            "--calibration", "builtin, FILE.txt, FILE.jsonl (rows with a text), or a hub id", "TEXTS", default="builtin"
+        ),
+        Flag("--num-samples", "texts to read", "N", count, default="128"),
+        Flag("--seq-len", "tokens that longer texts are cut to", "N", count, default="2048"),
+    ),
+)
+RUN_FLAGS = Group(
+    "How",
+    (
+        Flag("--device", "auto, cpu, cuda or cuda:N", "DEVICE", default="auto"),
+        _switch("--resume", "go on with what a run that did not end has left"),
+        _switch("--evaluate", "measure the result against the original, and write it into its README.md"),
+    ),
+)
+CONVERT_FLAGS = Group(
+    "What to make",
+    (
+        Flag("--format", "awq, gptq, compressed-tensors or dense (unquantized)", "FORMAT"),
+        Flag(
+            "--dtype",
+            "float16 or bfloat16, of what is not quantized",
+            "DTYPE",
+            default="as it is; the config's for GGUF and dense",
+        ),
+    ),
+)
+
 GENERAL_FLAGS = Group(
     "General",
     (
@@ -402,13 +458,23 @@ _BUNDLED = "left out: the bundled SmolLM2-135M-Instruct"
 MODEL_HELP = f"a folder, a .gguf file, or a hub id such as organization/name; {_BUNDLED}"
 
 
+SOURCE_HELP = "a folder, a .gguf file, or a hub id; demo is the bundled SmolLM2-135M-Instruct"
+OUT_HELP = "the folder to write, which must not exist"
+
+
 @dataclass(frozen=True, slots=True)
 class CommandHelp:
-    """What a command takes and says of itself."""
+    """What a command takes and says of itself.
+
+    Attributes:
+        words: what stands beside the flags, by option name, with its help; the last ones may be left out only where
+            there is one.
+    """
 
     summary: str
     groups: tuple[Group, ...]
     examples: tuple[tuple[str, str], ...]
+    words: tuple[tuple[str, str], ...] = (("model", MODEL_HELP),)
 
     @property
     def flags(self) -> dict[str, Flag]:
@@ -465,6 +531,26 @@ COMMANDS: dict[str, CommandHelp] = {
             ("qengine plan MODEL --gpu 24GB,12GB --kv-cache-dtype int8", "cards that are unlike"),
             ("qengine plan DIR --load-format dummy -q awq --gpu 8GB", "from a config.json alone"),
         ),
+    ),
+    "quantize": CommandHelp(
+        "Make a 4-bit checkpoint of a model, one layer in memory at a time; a run that is stopped can go on.",
+        (QUANTIZE_FLAGS, CALIBRATION_FLAGS, RUN_FLAGS, GENERAL_FLAGS),
+        (
+            ("qengine quantize demo ./smol-awq --method awq --group-size 64", "the bundled model"),
+            ("qengine quantize ./Qwen3-8B ./Qwen3-8B-GPTQ --calibration texts.jsonl", "calibrated on one's own texts"),
+            ("qengine quantize MODEL OUT --method auto --evaluate", "the best method, and what it cost in quality"),
+            ("qengine quantize MODEL OUT --resume", "after Ctrl-C, a power cut or a full disk"),
+        ),
+        (("model", SOURCE_HELP), ("out", OUT_HELP)),
+    ),
+    "convert": CommandHelp(
+        "Write a checkpoint in another format without quantizing it again: every weight stays what it is.",
+        (CONVERT_FLAGS, GENERAL_FLAGS),
+        (
+            ("qengine convert ./model-awq ./model-gptq --format gptq", "from AWQ to GPTQ, bit for bit"),
+            ("qengine convert model.gguf ./model --format dense", "a GGUF file as plain safetensors"),
+        ),
+        (("model", SOURCE_HELP), ("out", OUT_HELP)),
     ),
     "evaluate": CommandHelp(
         "Measure a model: perplexity, and its divergence from the original that it was made of.",

@@ -16,7 +16,7 @@ from typing import Any, NoReturn
 
 import yaml
 
-from qengine.commands.flags import COMMANDS, MODEL_HELP, Flag, any_text, text
+from qengine.commands.flags import COMMANDS, Flag, any_text, text
 from qengine.config import nearest
 from qengine.errors import ConfigError
 
@@ -65,10 +65,9 @@ def parse(command: str, argv: Sequence[str]) -> Invocation:
     known, rest = _build(flags).parse_known_args(words)
     given = vars(known)
     greedy: str | None = given.pop("greedy_flag", None)
-    model = _model_from(command, flags, rest, literal)
+    named = _words_from(command, flags, rest, literal)
     options = {name: _convert(flags[name], value) for name, value in given.items()}
-    if model is not None:
-        options["model"] = model
+    options.update(named)
     merged = {**_read_config(options.get("config"), command, flags), **options}
     merged.pop("config", None)
     if greedy is not None and "model" not in merged and _may_be_a_model(greedy, flags):
@@ -108,16 +107,25 @@ def _build(flags: Mapping[str, Flag]) -> _Parser:
     return parser
 
 
-def _model_from(command: str, flags: Mapping[str, Flag], rest: Sequence[str], literal: Sequence[str]) -> str | None:
+def _words_from(command: str, flags: Mapping[str, Flag], rest: Sequence[str], literal: Sequence[str]) -> dict[str, str]:
+    """What stands beside the flags: a MODEL that may be left out, or as many words as the command takes."""
     for word in rest:
         if word.startswith("-") and len(word) > 1:
             raise ConfigError(_unknown_flag(command, flags, word.partition("=")[0]))
     words = [*rest, *literal]
-    if len(words) > 1:
-        raise ConfigError(f"{command} takes one MODEL, but was given {' and '.join(repr(w) for w in words)}")
-    if words and not words[0].strip():
-        raise ConfigError("MODEL is empty; give a folder, a .gguf file or a hub id, or leave it out")
-    return words[0] if words else None
+    names = [name for name, _ in COMMANDS[command].words]
+    takes = " and ".join(name.upper() for name in names)
+    if len(words) > len(names):
+        given = " and ".join(repr(w) for w in words)
+        raise ConfigError(f"{command} takes {'one MODEL' if len(names) == 1 else takes}, but was given {given}")
+    if len(names) > 1 and len(words) < len(names):
+        given = f"was given only {words[0]!r}" if words else "was given neither"
+        raise ConfigError(f"{command} takes {takes}, but {given} (qengine {command} --help shows examples)")
+    for name, word in zip(names, words, strict=False):
+        if not word.strip():
+            hint = "; give a folder, a .gguf file or a hub id, or leave it out" if len(names) == 1 else ""
+            raise ConfigError(f"{name.upper()} is empty{hint}")
+    return dict(zip(names, words, strict=False))
 
 
 def _unknown_flag(command: str, flags: Mapping[str, Flag], word: str) -> str:
@@ -214,8 +222,11 @@ def help_text(command: str, width: int = 100) -> str:
     """What `qengine COMMAND --help` prints, in lines of at most `width` columns."""
     described = COMMANDS[command]
     width = max(60, min(width, 110))
-    lines = [f"usage: qengine {command} [MODEL] [flags]", "", *textwrap.wrap(described.summary, width), ""]
-    lines += _entry("MODEL", MODEL_HELP, width)
+    names = [name.upper() for name, _ in described.words]
+    usage = " ".join(names) if len(names) > 1 else f"[{names[0]}]"
+    lines = [f"usage: qengine {command} {usage} [flags]", "", *textwrap.wrap(described.summary, width), ""]
+    for name, meaning in described.words:
+        lines += _entry(name.upper(), meaning, width)
     for group in described.groups:
         lines += ["", f"{group.title}:"]
         for flag in group.flags:

@@ -27,6 +27,12 @@ BUNDLED_NAME = "SmolLM2-135M-Instruct"
 _SMALL_FILES = ["*.json", "*.jinja", "tokenizer.model", "spiece.model", "merges.txt"]
 #: The same weights once more, in other layouts.
 _IGNORED = ["consolidated*", "original/*", "*/*"]
+#: Published checkpoints of each kind, as examples in messages.
+_EXAMPLES = {
+    "awq": "Qwen/Qwen2.5-7B-Instruct-AWQ",
+    "gptq": "Qwen/Qwen2.5-7B-Instruct-GPTQ-Int4",
+    "compressed-tensors": "RedHatAI/Meta-Llama-3.1-8B-Instruct-quantized.w4a16",
+}
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[\w.-]+")
 
 
@@ -55,11 +61,11 @@ def locate_model(load: LoadConfig) -> ModelLocation:
 
 
 def _locate_bundled(load: LoadConfig) -> ModelLocation:
-    if load.quantization in ("awq", "gptq"):
+    if load.quantization in _EXAMPLES:
         raise LoadError(
             f"--quantization {load.quantization} needs a MODEL: the bundled {BUNDLED_NAME} is a GGUF file. "
-            f"Give a folder or hub id of a checkpoint with {load.quantization.upper()} weights, for example: "
-            f"qengine serve Qwen/Qwen2.5-7B-Instruct-{'AWQ' if load.quantization == 'awq' else 'GPTQ-Int4'}"
+            f"Give a folder or hub id of a checkpoint with such weights, for example: "
+            f"qengine serve {_EXAMPLES[load.quantization]}"
         )
     spec = importlib.util.find_spec(BUNDLED_PACKAGE)
     folders = list(spec.submodule_search_locations or ()) if spec is not None else []

@@ -106,3 +106,16 @@ def assert_equal(weight: Weight, expected: npt.NDArray[Any]) -> None:
     found = natural(weight)
     assert found.shape == expected.shape
     assert np.array_equal(found, expected)
+
+
+def compressed_config(bits: int = 4, group_size: int = 64, *, symmetric: bool = False, **more: Any) -> dict[str, Any]:
+    """One group for all linears but the head, changed by `more` (of the weights' own entry)."""
+    strategy = {"strategy": "channel"} if group_size == -1 else {"strategy": "group", "group_size": group_size}
+    weights = {"num_bits": bits, "type": "int", "symmetric": symmetric, **strategy, **more}
+    return {
+        "quant_method": "compressed-tensors",
+        "format": "pack-quantized",
+        "quantization_status": "compressed",
+        "config_groups": {"group_0": {"targets": ["Linear"], "weights": weights}},
+        "ignore": ["lm_head"],
+    }

@@ -176,3 +176,39 @@ def half_split(rows: npt.NDArray[Any], num_heads: int) -> npt.NDArray[Any]:
             for pair in range(half)
         ]
     )
+
+
+# compressed-tensors
+
+
+def compressed_tensors(
+    name: str, linear: Quantized, *, g_idx: npt.NDArray[Any] | None = None, with_zeros: bool = True
+) -> dict[str, torch.Tensor]:
+    """The tensors of module `name`, format pack-quantized; an order is written only if `g_idx` is given."""
+    tensors = {
+        f"{name}.weight_packed": torch.from_numpy(pack(linear.codes.T, linear.bits)),
+        f"{name}.weight_scale": linear.scales.t().contiguous(),
+        f"{name}.weight_shape": torch.tensor([linear.out_features, linear.in_features]),
+    }
+    if with_zeros:
+        # Outputs that do not fill a word are padded.
+        padding = -linear.out_features % (32 // linear.bits)
+        padded = np.pad(linear.zeros, ((0, 0), (0, padding)))
+        tensors[f"{name}.weight_zero_point"] = torch.from_numpy(pack(padded, linear.bits).T.copy())
+    if g_idx is not None:
+        tensors[f"{name}.weight_g_idx"] = torch.from_numpy(g_idx.astype(np.int32))
+    return tensors
+
+
+def compressed_weight(tensors: dict[str, torch.Tensor], name: str, bits: int) -> Floats:
+    """float32 [K, N] of the tensors of module `name`."""
+    out_features, in_features = tensors[f"{name}.weight_shape"].tolist()
+    codes = unpack(tensors[f"{name}.weight_packed"].numpy(), bits)[:, :in_features].T
+    scales = tensors[f"{name}.weight_scale"].t()
+    zeros = np.full(scales.shape, 2 ** (bits - 1))
+    if f"{name}.weight_zero_point" in tensors:
+        zeros = unpack(tensors[f"{name}.weight_zero_point"].numpy().T, bits)[:, :out_features]
+    groups = np.arange(in_features) // (in_features // len(scales))
+    if f"{name}.weight_g_idx" in tensors:
+        groups = tensors[f"{name}.weight_g_idx"].numpy().astype(np.int64)
+    return Quantized(bits, codes, zeros, scales, groups).weight

@@ -442,7 +442,10 @@ def test_a_config_that_is_a_folder(folder: Path) -> None:
 
 UNSUPPORTED: dict[str, tuple[dict[str, Any], str]] = {
     "bitsandbytes": ({"quant_method": "bitsandbytes", "load_in_4bit": True}, "bitsandbytes"),
-    "compressed-tensors": ({"quant_method": "compressed-tensors", "format": "pack-quantized"}, "compressed-tensors"),
+    "compressed-tensors of floats": (
+        {"quant_method": "compressed-tensors", "format": "float-quantized"},
+        "compressed-tensors",
+    ),
     "fp8": ({"quant_method": "fp8", "fmt": "e4m3"}, "fp8"),
     "mxfp4": ({"quant_method": "mxfp4"}, "mxfp4"),
     "hqq": ({"quant_method": "hqq"}, "hqq"),

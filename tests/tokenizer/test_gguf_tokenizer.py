@@ -13,9 +13,9 @@ import regex
 import tokenizers
 from transformers import AutoTokenizer
 
+from converters.gguf_tokenizer import PRE_TOKENIZERS
 from qengine.errors import LoadError
 from qengine.tokenizer import Tokenizer, tokenizer_from_gguf
-from qengine.tokenizer.gguf import PRE_TOKENIZERS
 from qengine.tokenizer.token_bytes import byte_alphabet
 from tests.tokenizer.sentencepiece_model import CORPUS, reference_ids, sentencepiece_metadata
 

@@ -1,0 +1,577 @@
+"""Quantize a model on the machine that one has: one decoder layer in memory at a time, every finished layer on disk.
+
+    embed the calibration -> for each layer: load, run, quantize, run again, keep -> assemble the checkpoint
+
+Invariant: a run that is killed at any moment and resumed writes the same bytes as one that was not; the output appears
+under its name when it is complete (see `export_folder`). Also a script: ``python -m converters.quantize --help``.
+"""
+
+from __future__ import annotations
+
+import argparse
+import logging
+import os
+import sys
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+from tqdm import tqdm
+
+from converters.calibrate import CalibrationSet, TextEncoder, calibration_set
+from converters.encoder import HubEncoder
+from converters.errors import CheckpointError, WriteError
+from converters.export_files import (
+    CARD,
+    PROJECT_VERSION,
+    Producer,
+    model_card,
+    quantization_config,
+    write_companions,
+    write_configs,
+)
+from converters.export_folder import OutputFolder, require_space
+from converters.export_shards import ShardWriter
+from converters.export_tensors import linear_tensors
+from converters.hidden_states import HiddenStates
+from converters.layers import LayerRunner, full_name, load_head, load_layer, unload, view_head, view_layer
+from converters.open import open_checkpoint
+from converters.quantize_fit import check_model, dense_dtype, export_scheme, quantizer_settings
+from converters.quantize_memory import MemoryPlan, PeakMemory, plan_memory
+from converters.quantize_request import FORMATS, QuantRequest, make_request
+from converters.quantize_state import FinishedPart, RunState, has_finished_layers
+from converters.quantizers import LayerView, LinearReport, QuantizationError, quantize_layer
+from converters.safetensors_writer import write_error
+from converters.skeleton import EMBEDDING, HEAD, OpenedModel
+from converters.source import LinearSlot, TensorSlot, WeightSource
+
+logger = logging.getLogger(__name__)
+
+#: Tokens of a batch, unless a single sample has more.
+_BATCH_TOKENS = 4096
+
+
+@dataclass(frozen=True, slots=True)
+class Quantized:
+    """What came of it.
+
+    Attributes:
+        out: the folder.
+        report: a line for each linear.
+        seconds: over all runs.
+        num_bytes: of the weights.
+        planned: memory as predicted.
+        host_bytes, device_bytes: memory as measured.
+        calibration: name, samples and tokens; None if none was needed.
+    """
+
+    out: Path
+    report: tuple[LinearReport, ...]
+    seconds: float
+    num_bytes: int
+    planned: MemoryPlan
+    host_bytes: int
+    device_bytes: int
+    calibration: CalibrationSet | None
+
+
+@dataclass(frozen=True, slots=True)
+class Preview:
+    """What is known before the work begins, for whoever wants to say it."""
+
+    request: QuantRequest
+    description: str
+    num_layers: int
+    num_linears: int
+    num_finished: int
+    calibration: CalibrationSet | None
+    memory: MemoryPlan
+    device: torch.device
+
+
+class Observer:
+    """What a caller is told meanwhile; the methods do nothing."""
+
+    def begins(self, preview: Preview) -> None:
+        """Before the first layer is loaded."""
+
+    def finished(self, part: int, num_parts: int, report: Sequence[LinearReport], seconds: float) -> None:
+        """After each layer, whose state is saved."""
+
+
+def quantize(
+    model: str | os.PathLike[str],
+    out: str | os.PathLike[str],
+    *,
+    method: str = "gptq",
+    bits: int = 4,
+    group_size: int = 128,
+    sym: bool | None = None,
+    act_order: bool = False,
+    format: str | None = None,
+    calibration: str = "builtin",
+    num_samples: int = 128,
+    seq_len: int = 2048,
+    device: str = "auto",
+    resume: bool = False,
+    skip: str | None = None,
+    lm_head: bool = False,
+    name: str | None = None,
+    encoder: TextEncoder | None = None,
+    observer: Observer | None = None,
+    show_progress: bool = False,
+) -> Quantized:
+    """Quantize a model and write it as a checkpoint.
+
+    Args:
+        model: a folder of safetensors, or a GGUF file.
+        out: the folder to write, which must not exist.
+        method: "rtn", "gptq", "awq" or "auto".
+        sym: the zero point is the middle of the range; None is what the method's format usually has.
+        format: "awq", "gptq" or "compressed-tensors"; None is the method's own.
+        calibration: "builtin", a .txt or .jsonl file, or a dataset of the hub.
+        device: "auto", "cpu", "cuda" or "cuda:N".
+        resume: go on with what an earlier run left.
+        skip: a regular expression; modules in whose full name it is found stay dense.
+        lm_head: quantize the head too.
+        name: of the model, for the card; None takes the path's last part.
+        encoder: the tokenizer; None opens the model's own.
+        observer: is told what will be and what has been done.
+
+    Raises:
+        CheckpointError: if the model or the calibration cannot be read, or the request contradicts itself or the model.
+        QuantizationError: if weights or activations are not finite.
+        WriteError: if the disk is full or read-only; finished layers are kept for `resume`.
+    """
+    request = make_request(
+        method=method,
+        bits=bits,
+        group_size=group_size,
+        sym=sym,
+        act_order=act_order,
+        format=format,
+        skip=skip,
+        lm_head=lm_head,
+    )
+    path = Path(model)
+    source = open_checkpoint(path)
+    opened = OpenedModel.check(source)
+    linears = check_model(request, opened.skeleton)
+    chosen = _device(device)
+    samples = None
+    if request.needs_calibration:
+        samples = _calibrate(source, path, opened, calibration, encoder, num_samples, seq_len)
+    batches = [] if samples is None else _batches(samples)
+    memory = plan_memory(
+        opened.skeleton,
+        linears,
+        [batch.size for batch in batches],
+        method=request.method,
+        on_gpu=chosen.type == "cuda",
+    )
+    peak = PeakMemory(chosen)
+    with _output(Path(out), path, resume) as folder:
+        if not folder.work.is_dir():
+            require_space(folder.out, memory.disk)
+            _make(folder.work)
+        asked = {**request.as_json(), "model": _identity(path), "by": PROJECT_VERSION}
+        asked["calibration"] = None if samples is None else samples.sha256
+        state = RunState.begin(folder.work, asked)
+        watcher = observer or Observer()
+        watcher.begins(
+            Preview(
+                request,
+                source.description,
+                opened.skeleton.num_layers,
+                len(linears),
+                state.finished,
+                samples,
+                memory,
+                chosen,
+            )
+        )
+        run = _Run(request, opened, source, chosen, batches, state, watcher, show_progress)
+        run.all_parts()
+        producer = _producer(request, samples, name or path.resolve().stem)
+        num_bytes = _assemble(folder, run, producer, path, memory.shard)
+    return Quantized(
+        folder.out, tuple(state.report), state.seconds, num_bytes, memory, peak.host, peak.on_device, samples
+    )
+
+
+# Before
+
+
+@contextmanager
+def _output(out: Path, source: Path, resume: bool) -> Iterator[OutputFolder]:
+    """The folder; what ends the block early leaves it only if there are finished layers, and a layer is no failure."""
+    folder = OutputFolder.create(out, source=source, resume=resume)
+    was_there = folder.work.is_dir()
+    try:
+        yield folder
+    except QuantizationError:
+        # The same would happen again, and what was asked for instead would be another run.
+        folder.discard()
+        raise
+    except BaseException:
+        if not was_there and not has_finished_layers(folder.work):
+            folder.discard()
+        raise
+    finally:
+        folder.close()
+
+
+def _device(name: str) -> torch.device:
+    if name == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        device = torch.device(name)
+    except RuntimeError:
+        raise CheckpointError(f"device '{name}' is not known, expected auto, cpu, cuda or cuda:N") from None
+    if device.type not in ("cpu", "cuda"):
+        raise CheckpointError(f"device '{name}' is not supported, expected auto, cpu, cuda or cuda:N")
+    if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
+        raise CheckpointError(f"device '{name}' is not there: torch sees {torch.cuda.device_count()} GPUs")
+    return device
+
+
+def _calibrate(
+    source: WeightSource,
+    path: Path,
+    opened: OpenedModel,
+    calibration: str,
+    encoder: TextEncoder | None,
+    num_samples: int,
+    seq_len: int,
+) -> CalibrationSet:
+    config = opened.skeleton.config
+    longest = config.max_position_embeddings
+    if seq_len > longest:
+        logger.warning("samples are cut to %d tokens, the model's longest context, and not to %d", longest, seq_len)
+        seq_len = longest
+    if encoder is None:
+        encoder = HubEncoder.open(source, path)
+    samples = calibration_set(calibration, encoder, num_samples=num_samples, seq_len=seq_len)
+    most = max(int(sample.max()) for sample in samples.samples)
+    if most >= config.vocab_size:
+        raise CheckpointError(
+            f"{path}: its tokenizer gives id {most}, but the embedding has {config.vocab_size} rows; they are not "
+            "of the same model"
+        )
+    return samples
+
+
+@dataclass(frozen=True, slots=True)
+class _Batch:
+    """Samples of one length, int64 [B, T], and their numbers in the calibration set."""
+
+    ids: torch.Tensor
+    numbers: tuple[int, ...]
+
+    @property
+    def size(self) -> tuple[int, int]:
+        return len(self.ids), self.ids.shape[1]
+
+
+def _batches(samples: CalibrationSet) -> list[_Batch]:
+    """Samples of one length side by side, in the order in which lengths first occur."""
+    by_length: dict[int, list[int]] = {}
+    for number, sample in enumerate(samples.samples):
+        by_length.setdefault(len(sample), []).append(number)
+    batches = []
+    for length, alike in by_length.items():
+        step = max(1, _BATCH_TOKENS // length)
+        for start in range(0, len(alike), step):
+            numbers = tuple(alike[start : start + step])
+            batches.append(_Batch(torch.stack([samples.samples[number] for number in numbers]), numbers))
+    return batches
+
+
+def _identity(path: Path) -> list[list[Any]]:
+    """Names, sizes and times of a model's files: enough to notice another model."""
+    files = [path] if path.is_file() else sorted(path.iterdir())
+    facts = [(file.name, file.stat()) for file in files if file.suffix in (".safetensors", ".gguf", ".json")]
+    return [[name, status.st_size, status.st_mtime_ns] for name, status in facts]
+
+
+def _make(folder: Path) -> None:
+    try:
+        folder.mkdir()
+    except OSError as error:
+        raise write_error(folder, 0, 0, error) from error
+
+
+# Layer by layer
+
+
+@dataclass(slots=True)
+class _Streams:
+    """Hidden states at one layer: of the quantized layers before it, and of the original ones."""
+
+    hidden: HiddenStates
+    reference: HiddenStates
+
+    def sync(self) -> None:
+        self.hidden.sync()
+        self.reference.sync()
+
+    def remove(self) -> None:
+        self.hidden.remove()
+        self.reference.remove()
+
+
+class _Inputs:
+    """See `quantizers.LayerInputs`."""
+
+    def __init__(
+        self,
+        streams: _Streams,
+        targets: HiddenStates | None,
+        runner: LayerRunner,
+        index: int | None,
+        num_batches: int,
+        device: torch.device,
+    ) -> None:
+        self._streams = streams
+        self._targets = targets
+        self._runner = runner
+        self._index = index
+        self._num_batches = num_batches
+        self._device = device
+
+    def __len__(self) -> int:
+        return self._num_batches
+
+    def hidden(self, index: int) -> torch.Tensor:
+        return self._streams.hidden.read(index).to(self._device)
+
+    def reference(self, index: int) -> torch.Tensor:
+        return self._streams.reference.read(index).to(self._device)
+
+    def target(self, index: int) -> torch.Tensor:
+        assert self._targets is not None, "logits are not kept: the head has no targets"
+        return self._targets.read(index).to(self._device)
+
+    def run(self, module: nn.Module, hidden: torch.Tensor) -> torch.Tensor:
+        return self._runner.run(self._index, module, hidden)
+
+
+@dataclass(slots=True)
+class _Run:
+    """The parts of one model, from where an earlier run left off. Part i is layer i; the head comes last."""
+
+    request: QuantRequest
+    opened: OpenedModel
+    source: WeightSource
+    device: torch.device
+    batches: Sequence[_Batch]
+    state: RunState
+    observer: Observer
+    show_progress: bool
+    runner: LayerRunner = field(init=False)
+
+    def __post_init__(self) -> None:
+        self.runner = LayerRunner(self.opened.skeleton, self.device)
+
+    @property
+    def num_layers(self) -> int:
+        return self.opened.skeleton.num_layers
+
+    @property
+    def num_parts(self) -> int:
+        return self.num_layers + self.request.lm_head
+
+    @torch.no_grad()
+    def all_parts(self) -> None:
+        first = self.state.finished
+        if first == self.num_parts:
+            return
+        streams = self._streams(first) if self.batches else None
+        if first == 0 and streams is not None:
+            self._embed(streams)
+        parts = range(first, self.num_parts)
+        with tqdm(
+            parts, "Quantizing", total=self.num_parts, initial=first, unit=" layers", disable=not self.show_progress
+        ) as bar:
+            for part in bar:
+                streams = self._one_part(part, streams)
+
+    def _one_part(self, part: int, streams: _Streams | None) -> _Streams | None:
+        """Quantize a part and keep it; returns what the next one is given."""
+        started = time.perf_counter()
+        index = part if part < self.num_layers else None
+        after = None
+        if streams is not None and part + 1 < self.num_parts:
+            after = self._streams(part + 1)
+        module, view = self._load(index)
+        inputs, targets = None, None
+        if streams is not None:
+            if index is not None:
+                # The last layer has targets too, though nobody comes after it.
+                targets = after.reference if after is not None else self._stream("target", part)
+                self._run_all(view, index, streams.reference, targets, "of the original model")
+            inputs = _Inputs(streams, targets, self.runner, index, len(self.batches), self.device)
+        result = quantize_layer(view, inputs, quantizer_settings(self.request, dense_dtype(self.source.config)))
+        if streams is not None and after is not None and index is not None:
+            self._run_all(view, index, streams.hidden, after.hidden, "of the quantized model")
+            after.sync()
+        unload(module)
+        names = {own: full_name(view, own) for own in (*result.weights, *result.tensors)}
+        self.state.keep(result, names)
+        report = [replace(line, name=HEAD) if index is None else line for line in result.report]
+        self.state.count(report, time.perf_counter() - started)
+        self.observer.finished(part, self.num_parts, report, self.state.seconds)
+        if streams is not None:
+            streams.remove()
+        if targets is not None and after is None:
+            targets.remove()
+        return after
+
+    def _load(self, index: int | None) -> tuple[nn.Module, LayerView]:
+        skeleton = self.opened.skeleton
+        if index is None:
+            head = load_head(skeleton, self.source, self.device, tied=self.opened.tied)
+            return head, view_head(head)
+        module = load_layer(skeleton, self.source, index, self.device)
+        return module, view_layer(skeleton, module, index, self.request.skip_pattern)
+
+    def _run_all(self, view: LayerView, index: int, inputs: HiddenStates, outputs: HiddenStates, whose: str) -> None:
+        for place, batch in enumerate(self.batches):
+            values = self.runner.run(index, view.module, inputs.read(place).to(self.device))
+            self._require_finite(values, batch, f"{view.name} {whose}")
+            outputs.write(place, values)
+
+    def _embed(self, streams: _Streams) -> None:
+        config = self.opened.skeleton.config
+        name = f"{EMBEDDING}.weight"
+        table = self.source.read_tensor(TensorSlot(name, (config.vocab_size, config.hidden_size)))
+        for index, batch in enumerate(self.batches):
+            values = table[batch.ids].float()
+            self._require_finite(values, batch, name)
+            streams.hidden.write(index, values)
+            streams.reference.write(index, values)
+
+    def _require_finite(self, values: torch.Tensor, batch: _Batch, where: str) -> None:
+        finite = values.isfinite().flatten(1).all(dim=1)
+        if bool(finite.all()):
+            return
+        row = int((~finite).nonzero()[0])
+        ids = batch.ids[row]
+        raise QuantizationError(
+            f"{where} gives NaN or infinity for calibration sample {batch.numbers[row]} ({len(ids)} tokens, beginning "
+            f"with {ids[:8].tolist()}); nothing was written. Check the model with qengine generate, or leave that "
+            "sample out"
+        )
+
+    def _streams(self, part: int) -> _Streams:
+        return _Streams(self._stream("hidden", part), self._stream("reference", part))
+
+    def _stream(self, name: str, part: int) -> HiddenStates:
+        sizes = [batch.size for batch in self.batches]
+        path = self.state.folder / f"{name}-{part:05d}.bin"
+        return HiddenStates(path, sizes, self.opened.skeleton.config.hidden_size)
+
+
+# After
+
+
+def _producer(request: QuantRequest, samples: CalibrationSet | None, name: str) -> Producer:
+    details: dict[str, Any] = {}
+    if samples is not None:
+        details = {
+            "calibration": samples.name,
+            "calibration_samples": len(samples.samples),
+            "calibration_tokens": samples.num_tokens,
+            "calibration_sha256": samples.sha256,
+        }
+    return Producer(PROJECT_VERSION, name, request.method, details)
+
+
+def _assemble(folder: OutputFolder, run: _Run, producer: Producer, path: Path, shard_bytes: int) -> int:
+    """Put the finished parts and what was not touched into one checkpoint; returns the bytes of its weights."""
+    opened, source, request = run.opened, run.source, run.request
+    parts = [run.state.read(part) for part in range(run.num_parts)]
+    records = {name: part for part in parts for name in part.records}
+    has_order = (
+        any(part.record(name).perm is not None for name, part in records.items()) if request.act_order else False
+    )
+    scheme = export_scheme(request, has_order=has_order)
+    shards = ShardWriter(folder, shard_bytes, producer.header())
+    # What was absorbed is of the type that quantizers were told; the rest keeps its own, but for expanded tables.
+    kept = dense_dtype(source.config) if source.quantization == "gguf" else None
+    tied = opened.tied and not request.lm_head
+    dense: list[str] = []
+    for section, slots in enumerate(opened.skeleton.sections(tied=tied)):
+        for slot in slots:
+            part = records.get(slot.name)
+            if isinstance(slot, LinearSlot) and part is not None:
+                shards.add(linear_tensors(slot.name, part.record(slot.name), scheme, kept))
+                continue
+            owners = parts if section > run.num_layers else parts[section - 1 : section] if section else []
+            shards.add(_untouched(source, slot, owners, kept))
+            dense += [slot.name] if isinstance(slot, LinearSlot) else []
+    shards.finish()
+    config = opened.skeleton.exported_config(source.config, source.path)
+    if opened.tied and not tied:
+        config["tie_word_embeddings"] = False
+    quantization = quantization_config(scheme, dense, producer, head_is_quantized=request.lm_head)
+    write_configs(folder, config, quantization)
+    write_companions(folder, source, path)
+    folder.write_text(CARD, model_card(producer, scheme, shards.num_bytes))
+    folder.finish(producer.entries())
+    return shards.num_bytes
+
+
+def _untouched(
+    source: WeightSource, slot: LinearSlot | TensorSlot, owners: Sequence[FinishedPart], dtype: torch.dtype | None
+) -> dict[str, torch.Tensor]:
+    """The tensors of a slot that was not quantized, but may have absorbed a factor."""
+    if isinstance(slot, TensorSlot):
+        changed = next((tensor for part in owners if (tensor := part.changed(slot.name)) is not None), None)
+        if changed is not None:
+            return {slot.name: changed}
+        tensor = source.read_tensor(slot)
+        return {slot.name: tensor if dtype is None else tensor.to(dtype)}
+    return linear_tensors(slot.name, source.read_linear(slot), None, dtype)
+
+
+# The script
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """`python -m converters.quantize`: the same without the engine. Returns the exit code."""
+    parser = argparse.ArgumentParser("python -m converters.quantize", description="Quantize a model, layer by layer.")
+    parser.add_argument("model", help="a folder of safetensors, or a .gguf file")
+    parser.add_argument("out", help="the folder to write")
+    parser.add_argument("--method", default="gptq", choices=("awq", "gptq", "rtn", "auto"))
+    parser.add_argument("--bits", type=int, default=4)
+    parser.add_argument("--group-size", type=int, default=128)
+    parser.add_argument("--sym", action=argparse.BooleanOptionalAction, default=None)
+    parser.add_argument("--act-order", action="store_true")
+    parser.add_argument("--format", choices=FORMATS)
+    parser.add_argument("--calibration", default="builtin", help="builtin, FILE.txt, FILE.jsonl or a hub id")
+    parser.add_argument("--num-samples", type=int, default=128)
+    parser.add_argument("--seq-len", type=int, default=2048)
+    parser.add_argument("--device", default="auto")
+    parser.add_argument("--resume", action="store_true")
+    parser.add_argument("--skip", metavar="REGEX")
+    parser.add_argument("--lm-head", action="store_true")
+    try:
+        done = quantize(**vars(parser.parse_args(argv)), show_progress=sys.stderr.isatty())
+    except (CheckpointError, QuantizationError, WriteError) as error:
+        sys.stderr.write(f"error: {error}\n")
+        return 2 if isinstance(error, CheckpointError) else 1
+    except KeyboardInterrupt:
+        sys.stderr.write("stopped; --resume goes on with the finished layers\n")
+        return 130
+    sys.stdout.write(f"{done.out}: {done.num_bytes} bytes of weights, {done.seconds:.0f} s\n")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,212 @@
+"""Conversion between formats: the weights stay what they are, bit for bit, and what cannot be said is refused."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+import transformers
+from gguf import GGMLQuantizationType as Kind
+from gguf import quants
+
+from converters.convert import convert
+from converters.errors import CheckpointError
+from converters.export_files import add_section
+from converters.export_formats import ExportFormat
+from converters.open import open_checkpoint
+from converters.skeleton import OpenedModel
+from converters.source import LinearSlot, TensorSlot, WeightSource
+from quant_kernels.packed_weight import DenseWeight
+from quant_kernels.reference import dequantize
+from tests.converters.gguf_files import write_gguf
+from tests.converters.test_quantize import config_of, digests, run, tensors_of
+from tests.converters.tiny_models import tiny_folder
+
+FIXTURES = Path(__file__).parent.parent / "fixtures"
+
+
+def weights_of(folder: Path) -> dict[str, torch.Tensor]:
+    """Every tensor of a checkpoint, expanded to float32, rows in the layer's own order."""
+    source: WeightSource = open_checkpoint(folder)
+    opened = OpenedModel.check(source)
+    found = {}
+    for slot in opened.skeleton.slots(tied=opened.tied):
+        if isinstance(slot, TensorSlot):
+            found[slot.name] = source.read_tensor(slot).float()
+            continue
+        weight = source.read_linear(slot)
+        found[slot.name] = weight.weight.float() if isinstance(weight, DenseWeight) else dequantize(weight).t()
+        if weight.bias is not None:
+            found[f"{slot.name}.bias"] = weight.bias.float()
+    return found
+
+
+def assert_same(first: Path, second: Path) -> None:
+    one, other = weights_of(first), weights_of(second)
+    assert one.keys() == other.keys()
+    for name, weight in one.items():
+        assert torch.equal(weight, other[name]), name
+
+
+def fixtures() -> list[str]:
+    return sorted(path.name for path in FIXTURES.iterdir() if path.is_dir())
+
+
+@pytest.mark.parametrize("name", fixtures())
+@pytest.mark.parametrize("format", ["awq", "gptq", "compressed-tensors"])
+def test_other_programs_checkpoints_keep_their_weights(tmp_path: Path, name: str, format: ExportFormat) -> None:
+    """All six fixtures into all formats, or a refusal for a reason that is so."""
+    said = json.loads((FIXTURES / name / "config.json").read_text())["quantization_config"]
+    try:
+        convert(FIXTURES / name, tmp_path / "out", format)
+    except CheckpointError as error:
+        message = str(error)
+        assert not list(tmp_path.iterdir())
+        reasons = {
+            "activation order": format == "awq" and said.get("desc_act", False),
+            "8 bits": format == "awq" and said["bits"] == 8,
+            "zero points of 0": format == "gptq" and not said.get("sym", False),
+        }
+        assert any(words in message and holds for words, holds in reasons.items()), message
+        return
+    assert_same(tmp_path / "out", FIXTURES / name)
+    assert open_checkpoint(tmp_path / "out").quantization == format
+    assert (tmp_path / "out" / "tokenizer.json").read_bytes() == (FIXTURES / name / "tokenizer.json").read_bytes()
+
+
+def test_there_and_back_are_the_same_bytes(tmp_path: Path) -> None:
+    model = tiny_folder(tmp_path / "model")
+    run(model, tmp_path / "awq", method="rtn")
+    convert(tmp_path / "awq", tmp_path / "ct", "compressed-tensors")
+    convert(tmp_path / "ct", tmp_path / "back", "awq")
+    one, other = tensors_of(tmp_path / "awq"), tensors_of(tmp_path / "back")
+    assert one.keys() == other.keys()
+    assert all(torch.equal(tensor, other[name]) for name, tensor in one.items())
+
+
+@pytest.mark.parametrize("dtype", [None, "float16", "bfloat16"])
+def test_dense_is_what_transformers_loads(tmp_path: Path, dtype: str | None) -> None:
+    convert(FIXTURES / "llama-awq-g64", tmp_path / "out", "dense", dtype=dtype)
+    config = config_of(tmp_path / "out")
+    assert "quantization_config" not in config
+    wanted = getattr(torch, dtype or "bfloat16")
+    assert config["torch_dtype"] == str(wanted).removeprefix("torch.")
+    tensors = tensors_of(tmp_path / "out")
+    assert {tensor.dtype for tensor in tensors.values()} == {wanted}
+    for name, weight in weights_of(FIXTURES / "llama-awq-g64").items():
+        key = name if name in tensors else f"{name}.weight"
+        assert torch.equal(tensors[key], weight.to(wanted))
+    model = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "out", dtype=wanted)
+    loaded = model.state_dict()
+    assert all(torch.equal(loaded[name], tensor) for name, tensor in tensors.items())
+
+
+def test_nothing_to_convert(tmp_path: Path) -> None:
+    model = tiny_folder(tmp_path / "model")
+    with pytest.raises(CheckpointError, match="no linear to write as awq; quantize it"):
+        convert(model, tmp_path / "out", "awq")
+    assert not list(tmp_path.glob("out*"))
+
+
+def test_bits_that_differ(tmp_path: Path) -> None:
+    """Two reasons, each said once with the modules that it holds for."""
+    model = tiny_folder(tmp_path / "model")
+    run(model, tmp_path / "eight", method="rtn", bits=8, format="gptq")
+    with pytest.raises(CheckpointError, match=r"q_proj, .* and 11 more: it has 8 bits, and awq has 4") as caught:
+        convert(tmp_path / "eight", tmp_path / "out", "awq")
+    assert str(caught.value).count("8 bits") == 1
+
+
+def test_a_section_of_the_card_is_in_the_manifest(tmp_path: Path) -> None:
+    convert(FIXTURES / "llama-awq-g64", tmp_path / "out", "gptq")
+    add_section(tmp_path / "out", "## Quality\n\ngood")
+    card = (tmp_path / "out" / "README.md").read_text()
+    assert card.index("## Quality") < card.index("qengine serve")
+    manifest = json.loads((tmp_path / "out" / "manifest.json").read_text())["files"]
+    assert manifest["README.md"]["sha256"] == digests(tmp_path / "out")["README.md"]
+    assert not list((tmp_path / "out").glob("*.new"))
+
+
+# GGUF
+
+
+def gguf_model(path: Path, kind: Kind) -> Path:
+    """A llama of one layer whose linears are of one kind."""
+    rng = np.random.default_rng(0)
+
+    def linear(rows: int, columns: int) -> tuple[np.ndarray, Kind]:
+        return quants.quantize(rng.normal(0, 0.1, (rows, columns)).astype(np.float32), kind), kind
+
+    def plain(*shape: int) -> tuple[np.ndarray, Kind]:
+        return rng.normal(0, 0.1, shape).astype(np.float32), Kind.F32
+
+    names = {"attn_q": (64, 64), "attn_k": (32, 64), "attn_v": (32, 64), "attn_output": (64, 64)}
+    names |= {"ffn_gate": (128, 64), "ffn_up": (128, 64), "ffn_down": (64, 128)}
+    tensors = {f"blk.0.{name}.weight": linear(*shape) for name, shape in names.items()}
+    tensors |= {"blk.0.attn_norm.weight": plain(64), "blk.0.ffn_norm.weight": plain(64)}
+    tensors |= {"token_embd.weight": plain(40, 64), "output_norm.weight": plain(64)}
+    return write_gguf(path, tensors)
+
+
+@pytest.mark.parametrize("format", ["awq", "gptq", "compressed-tensors", "dense"])
+def test_gguf_of_four_bits(tmp_path: Path, format: ExportFormat) -> None:
+    model = gguf_model(tmp_path / "model.gguf", Kind.Q4_0)
+    convert(model, tmp_path / "out", format)
+    one, other = weights_of(model), weights_of(tmp_path / "out")
+    for name, weight in one.items():
+        exact = format != "dense" and "proj" in name
+        assert torch.equal(other[name], weight if exact else weight.half().float()), name
+    config = config_of(tmp_path / "out")
+    assert config["architectures"] == ["LlamaForCausalLM"]
+    assert config["tie_word_embeddings"]
+
+
+def test_gguf_with_minima_is_refused_but_for_dense(tmp_path: Path) -> None:
+    model = gguf_model(tmp_path / "model.gguf", Kind.Q4_1)
+    with pytest.raises(CheckpointError, match="minimum in place of a zero point"):
+        convert(model, tmp_path / "out", "awq")
+    convert(model, tmp_path / "out", "dense")
+    assert len([slot for slot in tensors_of(tmp_path / "out") if "proj" in slot]) == 7
+
+
+def test_gguf_with_llama3_rope(tmp_path: Path) -> None:
+    """The file has the divisors alone; the config that is written gives the same ones."""
+    config = transformers.LlamaConfig(
+        hidden_size=64,
+        num_attention_heads=4,
+        max_position_embeddings=131072,
+        rope_theta=500000.0,
+        rope_scaling={
+            "rope_type": "llama3",
+            "factor": 8.0,
+            "low_freq_factor": 1.0,
+            "high_freq_factor": 4.0,
+            "original_max_position_embeddings": 8192,
+        },
+    )
+    rotary = transformers.models.llama.modeling_llama.LlamaRotaryEmbedding
+    scaled = rotary(config).inv_freq
+    plain = 1 / 500000.0 ** (torch.arange(0, 16, 2).double() / 16)
+    factors = (plain / scaled).float().numpy()
+    assert factors.max() == pytest.approx(8)
+    path = gguf_model(tmp_path / "plain.gguf", Kind.Q4_0)
+    source = open_checkpoint(path)
+    raw = {**source.config, "rope_freq_factors": [float(factor) for factor in factors]}
+    opened = OpenedModel.check(source)
+    skeleton = type(opened.skeleton)(raw, str(path))
+    assert torch.allclose(skeleton.rotary(torch.device("cpu")).inv_freq, scaled, rtol=1e-5)
+    written = skeleton.exported_config(raw, str(path))
+    assert "rope_freq_factors" not in written
+    again = type(skeleton)(written, str(path))
+    assert torch.allclose(again.rotary(torch.device("cpu")).inv_freq, scaled, rtol=1e-4)
+    odd = type(skeleton)({**raw, "rope_freq_factors": [1.0, 2.0, 3.0, 4.0, 5.0, 6.0, 7.0, 8.0]}, str(path))
+    with pytest.raises(CheckpointError, match=r"not Llama 3\.1's"):
+        odd.exported_config(raw, str(path))
+
+
+def test_linear_slots_are_found(tmp_path: Path) -> None:
+    opened = OpenedModel.check(open_checkpoint(tiny_folder(tmp_path)))
+    assert sum(isinstance(slot, LinearSlot) for slot in opened.skeleton.slots(tied=opened.tied)) == 15

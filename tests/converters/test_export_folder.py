@@ -1,0 +1,210 @@
+"""Full disks, limits, folders that cannot be written: one clear message, and nothing under the output's name."""
+
+from __future__ import annotations
+
+import errno
+import hashlib
+import io
+import os
+import resource
+import signal
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+import converters.safetensors_writer
+from converters.convert import convert
+from converters.errors import CheckpointError, WriteError
+from converters.export_folder import OutputFolder, require_space
+from converters.export_shards import ShardWriter
+from converters.safetensors_writer import write_safetensors
+from tests.converters.test_quantize import digests, run
+from tests.converters.tiny_models import tiny_folder
+
+TENSORS = {
+    "a": torch.arange(40, dtype=torch.int32),
+    "b": torch.ones(3, 5).half(),
+    "c": torch.zeros(0),
+    "d": torch.tensor(True),
+}
+
+
+def test_files_are_those_of_the_library(tmp_path: Path) -> None:
+    written = write_safetensors(tmp_path / "x.safetensors", TENSORS, {"format": "pt"})
+    found = load_file(tmp_path / "x.safetensors")
+    assert found.keys() == TENSORS.keys()
+    assert all(torch.equal(found[name], tensor) for name, tensor in TENSORS.items())
+    data = (tmp_path / "x.safetensors").read_bytes()
+    assert written.num_bytes == len(data)
+    assert written.sha256 == hashlib.sha256(data).hexdigest()
+
+
+def test_shards_and_their_index(tmp_path: Path) -> None:
+    folder = OutputFolder.create(tmp_path / "out")
+    shards = ShardWriter(folder, 100, {"format": "pt"})
+    tensors = {f"t{i}": torch.full((10,), i, dtype=torch.float32) for i in range(5)}
+    shards.add(tensors)
+    shards.finish()
+    folder.finish({})
+    names = sorted(path.name for path in (tmp_path / "out").glob("*.safetensors"))
+    assert names == [f"model-0000{i}-of-00003.safetensors" for i in (1, 2, 3)]
+    found = {name: tensor for file in names for name, tensor in load_file(tmp_path / "out" / file).items()}
+    assert all(torch.equal(found[name], tensor) for name, tensor in tensors.items())
+
+
+# A disk that is full
+
+
+class _SmallDisk(io.FileIO):
+    """Files on it take so many bytes in all."""
+
+    left = 0
+
+    def write(self, data: Any) -> int:
+        view = memoryview(data)[: type(self).left]
+        type(self).left -= len(view)
+        if not len(view) and len(memoryview(data)):
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        return super().write(view)
+
+
+@contextmanager
+def small_disk(monkeypatch: pytest.MonkeyPatch, num_bytes: int) -> Iterator[None]:
+    _SmallDisk.left = num_bytes
+    with monkeypatch.context() as patched:
+        patched.setattr(
+            converters.safetensors_writer, "open", lambda path, mode, buffering: _SmallDisk(path, "w"), raising=False
+        )
+        yield
+
+
+Make = Callable[[Path, Path], object]
+
+
+def _convert(model: Path, out: Path) -> object:
+    return convert(model, out, "dense")
+
+
+def _quantize(model: Path, out: Path) -> object:
+    return run(model, out, method="rtn", resume=True)
+
+
+@pytest.mark.parametrize("make", [_convert, _quantize], ids=["convert", "quantize"])
+@pytest.mark.parametrize("place", ["header", "middle", "last byte"])
+def test_no_space_left(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, make: Make, place: str) -> None:
+    model = tiny_folder(tmp_path / "model")
+    before = digests(model)
+    make(model, tmp_path / "whole")
+    size = (tmp_path / "whole" / "model.safetensors").stat().st_size
+    num_bytes = {"header": 4, "middle": size // 2, "last byte": size - 1}[place]
+    with small_disk(monkeypatch, num_bytes), pytest.raises(WriteError) as caught:
+        make(model, tmp_path / "out")
+    message = str(caught.value)
+    assert "No space left" in message
+    assert "safetensors" in message
+    assert "bytes" in message
+    assert "\n" not in message
+    assert not (tmp_path / "out").exists()
+    assert digests(model) == before
+    if make is _convert:
+        assert not (tmp_path / "out.partial").exists()
+    make(model, tmp_path / "out")
+    assert digests(tmp_path / "out") == digests(tmp_path / "whole")
+
+
+def test_no_space_left_for_hidden_states(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    model = tiny_folder(tmp_path / "model")
+    run(model, tmp_path / "whole")
+    pwrite, calls = os.pwrite, 0
+
+    def failing(descriptor: int, data: Any, offset: int) -> int:
+        nonlocal calls
+        calls += 1
+        if calls > 13:
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        return pwrite(descriptor, data, offset)
+
+    with monkeypatch.context() as patched:
+        patched.setattr(os, "pwrite", failing)
+        with pytest.raises(WriteError, match=r"target-00001\.bin: No space left"):
+            run(model, tmp_path / "out")
+    run(model, tmp_path / "out", resume=True)
+    assert digests(tmp_path / "out") == digests(tmp_path / "whole")
+
+
+def test_the_full_device() -> None:
+    with pytest.raises(WriteError, match=r"/dev/full: No space left on device after 0 of .* bytes; free some space"):
+        write_safetensors(Path("/dev/full"), TENSORS, {})
+
+
+def test_a_limit_on_file_sizes(tmp_path: Path) -> None:
+    """In a process of its own: the limit cannot be taken back."""
+    process = os.fork()
+    if process == 0:
+        signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+        resource.setrlimit(resource.RLIMIT_FSIZE, (100, 100))
+        code = 1
+        try:
+            write_safetensors(tmp_path / "x", TENSORS, {})
+        except WriteError as error:
+            code = 0 if "File too large" in str(error) and "ulimit" in str(error) else 2
+        finally:
+            os._exit(code)
+    assert os.waitstatus_to_exitcode(os.waitpid(process, 0)[1]) == 0
+
+
+def test_too_little_space_is_said_beforehand(tmp_path: Path) -> None:
+    with pytest.raises(WriteError, match=r"needs about .* GB, but .* has only .* GB free"):
+        require_space(tmp_path / "deep" / "out", 10**18)
+    assert not list(tmp_path.iterdir())
+
+
+# Places that cannot be written
+
+
+def test_a_folder_that_is_read_only(tmp_path: Path) -> None:
+    model = tiny_folder(tmp_path / "model")
+    for make in (_convert, _quantize):
+        with pytest.raises(WriteError, match=r"cannot write to /proc/.*choose another place"):
+            make(model, Path("/proc/out"))
+
+
+@pytest.mark.parametrize("make", [_convert, _quantize], ids=["convert", "quantize"])
+def test_what_exists_is_never_written_over(tmp_path: Path, make: Make) -> None:
+    model = tiny_folder(tmp_path / "model")
+    out = tmp_path / "out"
+    out.mkdir()
+    (out / "precious").write_text("x")
+    with pytest.raises(CheckpointError, match="exists already"):
+        make(model, out)
+    (out / "precious").rename(tmp_path / "file")
+    with pytest.raises(CheckpointError, match="exists already"):
+        make(model, tmp_path / "file")
+    make(model, out)
+    assert (out / "manifest.json").exists()
+
+
+def test_a_foreign_folder_of_that_name_is_left_alone(tmp_path: Path) -> None:
+    model, foreign = tiny_folder(tmp_path / "model"), tmp_path / "out.partial"
+    foreign.mkdir()
+    (foreign / "precious").write_text("x")
+    for make in (_convert, _quantize):
+        with pytest.raises(CheckpointError, match="move it away"):
+            make(model, tmp_path / "out")
+    assert (foreign / "precious").exists()
+
+
+def test_names_that_end_in_partial_are_refused(tmp_path: Path) -> None:
+    with pytest.raises(CheckpointError, match="unfinished work"):
+        OutputFolder.create(tmp_path / "x.partial")
+
+
+@pytest.mark.parametrize("name", ["with space", "ü文字", "new\nline"])
+def test_odd_names(tmp_path: Path, name: str) -> None:
+    _convert(tiny_folder(tmp_path / "model"), tmp_path / name)
+    assert (tmp_path / name / "model.safetensors").exists()
