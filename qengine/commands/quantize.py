@@ -42,7 +42,7 @@ def run(settings: QuantizeSettings) -> int:
                 resume=settings.resume,
                 name=name,
                 observer=shown,
-                show_progress=True,
+                show_progress=sys.stderr.isatty(),
             )
     except BaseException:
         partial = f"{settings.out.rstrip('/')}.partial"
@@ -59,7 +59,9 @@ def run(settings: QuantizeSettings) -> int:
 def _evaluate(done: Quantized, original: Path, device: str) -> None:
     """Measure the result against the original, show it, and add it to the card."""
     print("\nmeasuring the result against the original; what is written is complete", flush=True)
-    found = evaluate(str(done.out), against=str(original), device=device.partition(":")[0], show_progress=True)
+    found = evaluate(
+        str(done.out), against=str(original), device=device.partition(":")[0], show_progress=sys.stderr.isatty()
+    )
     print(as_text(found))
     with making_errors():
         add_section(done.out, f"## Quality\n\n{found.as_markdown()}")
@@ -80,6 +82,10 @@ class _Shown(Observer):
 
     def finished(self, part: int, num_parts: int, report: Sequence[LinearReport], seconds: float) -> None:
         self.num_finished = part + 1
+        if not sys.stderr.isatty():
+            # A bar would fill a log with copies of itself.
+            left = seconds / (part + 1) * (num_parts - part - 1)
+            print(f"  layer {part + 1} of {num_parts} is done, about {_minutes(left)} left", flush=True)
 
 
 def _plan(title: str, preview: Preview) -> list[str]:

@@ -100,7 +100,7 @@ def test_ctrl_c(runs: Any, capsys: pytest.CaptureFixture[str]) -> None:
     ("words", "message"),
     [
         (["sevre"], "unknown command 'sevre'; did you mean 'serve'?"),
-        (["quantize"], "unknown command 'quantize' (commands: serve, generate, chat, inspect, plan, evaluate, bench"),
+        (["train"], "unknown command 'train' (commands: serve, generate, chat, inspect, plan, quantize"),
         (["bench"], "unknown command 'bench'"),
         (["bench", "sevre"], "unknown command 'bench sevre'; did you mean 'bench serve'?"),
         (["--versoin"], "unknown flag '--versoin'; did you mean '--version'?"),
