@@ -18,31 +18,28 @@ import threading
 import time
 from collections import deque
 from collections.abc import Callable, Collection, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from typing import TYPE_CHECKING
 
+from qengine.answers import Choice, PendingRequest, output_of, public_logprobs
 from qengine.config import EngineConfig
 from qengine.errors import EngineDeadError, GrammarError, RequestError, StepMemoryError
 from qengine.grammars.sources import GrammarSource, source_of
 from qengine.imports import import_late, no_garbage
-from qengine.pooling import embedding_of
 from qengine.request import (
     GRAMMAR_FAILED,
-    CompletionOutput,
-    Logprob,
     Pooling,
     PositionLogprobs,
     Request,
     RequestOutput,
     RequestProgress,
     SamplingParams,
-    TokenLogprobs,
 )
 from qengine.runtime.executors import OnFailure, StepInFlight
 from qengine.scheduling.batch import Batch, StepResult
 from qengine.scheduling.records import SchedulerStats
 from qengine.startup import EngineInfo, EngineParts, start_parts
-from qengine.step_stats import EngineLoad, StepObserver, StepStats, times_of
+from qengine.step_stats import EngineLoad, StepObserver, StepStats
 from qengine.tokenizer import IncrementalDetokenizer
 
 if TYPE_CHECKING:
@@ -53,30 +50,6 @@ if TYPE_CHECKING:
 __all__ = ["Engine", "EngineInfo", "PendingRequest"]
 
 logger = logging.getLogger(__name__)
-
-
-@dataclass(slots=True)
-class _Choice:
-    """One of a request's n answers: its sequence, its text so far, its public log-probabilities."""
-
-    request: Request
-    detokenizer: IncrementalDetokenizer | None
-    num_fed: int = 0
-    logprobs: list[PositionLogprobs] | None = None
-    cumulative_logprob: float | None = None
-
-
-@dataclass(slots=True)
-class PendingRequest:
-    """A request that is tokenized and checked but not yet in the engine. `normalizes` is of an embedding."""
-
-    request_id: str
-    prompt: str | None
-    prompt_token_ids: list[int]
-    params: SamplingParams
-    choices: list[_Choice]
-    prompt_logprobs: list[PositionLogprobs | None] | None = None
-    normalizes: bool = False
 
 
 class _StepWithoutMemory:
@@ -110,7 +83,7 @@ class Engine:
         self._seed = parts.seed
         self._unseeded = itertools.count()
         self._groups: dict[str, PendingRequest] = {}
-        self._owners: dict[str, tuple[PendingRequest, _Choice]] = {}
+        self._owners: dict[str, tuple[PendingRequest, Choice]] = {}
         self._in_flight: deque[tuple[Batch, StepInFlight]] = deque()
         self._death: str | None = None
 
@@ -228,7 +201,7 @@ class Engine:
         room = self.info.max_model_len - len(token_ids)
         max_tokens = room if params.max_tokens is None else min(params.max_tokens, room)
         base_seed = self._next_seed() if params.seed is None else params.seed
-        choices: list[_Choice] = []
+        choices: list[Choice] = []
         for index in range(params.n):
             request = Request(
                 request_id=request_id if params.n == 1 else f"{request_id}#{index}",
@@ -305,7 +278,7 @@ class Engine:
         vocabulary: Vocabulary = module.Vocabulary.of(self.tokenizer, self.info.vocab_size, self._eos_token_ids)
         return vocabulary
 
-    def _make_choice(self, request: Request) -> _Choice:
+    def _make_choice(self, request: Request) -> Choice:
         params = request.params
         detokenizer = None
         if params.detokenize:
@@ -318,7 +291,7 @@ class Engine:
                 min_tokens=params.min_tokens,
             )
         wants_logprobs = params.logprobs is not None
-        return _Choice(request, detokenizer, 0, [] if wants_logprobs else None, 0.0 if wants_logprobs else None)
+        return Choice(request, detokenizer, 0, [] if wants_logprobs else None, 0.0 if wants_logprobs else None)
 
     def _read_prompt(self, prompt: str | Sequence[int], add_special_tokens: bool) -> tuple[str | None, list[int]]:
         """A prompt's text, if it is one, and its token ids."""
@@ -529,13 +502,13 @@ class Engine:
             self.scheduler.discard(batch)
             raise
 
-    def _advance(self, choice: _Choice) -> None:
+    def _advance(self, choice: Choice) -> None:
         """Turn a sequence's new tokens into text, and stop it at a stop string."""
         request = choice.request
         new_ids = request.output_token_ids[choice.num_fed :]
         if choice.logprobs is not None and choice.cumulative_logprob is not None:
             for record in request.output_logprobs[choice.num_fed :]:
-                choice.logprobs.append(self._public_logprobs(record))
+                choice.logprobs.append(public_logprobs(record, self.tokenizer))
                 choice.cumulative_logprob += record.logprob
         choice.num_fed += len(new_ids)
         if choice.detokenizer is None:
@@ -554,16 +527,6 @@ class Engine:
             self.scheduler.finish(request.request_id, "stop", stop)
             choice.detokenizer.finish()
 
-    def _public_logprobs(self, record: TokenLogprobs) -> PositionLogprobs:
-        public = {
-            token_id: Logprob(logprob, rank, self.tokenizer.token_text(token_id))
-            for rank, (token_id, logprob) in enumerate(record.top, start=1)
-        }
-        if record.token_id not in public:
-            text = self.tokenizer.token_text(record.token_id)
-            public[record.token_id] = Logprob(record.logprob, record.rank, text)
-        return public
-
     def _output(self, group: PendingRequest) -> RequestOutput:
         """The group's output so far; forgets the group once every choice has ended."""
         finished = all(c.request.finished for c in group.choices)
@@ -573,25 +536,7 @@ class Engine:
                 self._owners.pop(choice.request.request_id, None)
             if self.observer is not None:
                 self.observer.on_group_end([choice.request for choice in group.choices])
-        first = group.choices[0].request
-        if group.prompt_logprobs is not None:
-            # Grows while the prompt is computed, and is then the same in every step.
-            known = len(group.prompt_logprobs) - 1
-            group.prompt_logprobs.extend(self._public_logprobs(r) for r in first.prompt_logprobs[known:])
-        failed = next((c.request for c in group.choices if c.request.error is not None), None)
-        return RequestOutput(
-            request_id=group.request_id,
-            prompt=group.prompt,
-            prompt_token_ids=group.prompt_token_ids,
-            outputs=[] if first.pooling else [_completion(i, c) for i, c in enumerate(group.choices)],
-            prompt_logprobs=group.prompt_logprobs,
-            num_cached_tokens=first.num_cached_tokens,
-            finished=finished,
-            error=failed.error if failed is not None else None,
-            error_code=failed.error_code if failed is not None else None,
-            times=times_of([c.request for c in group.choices]) if finished else None,
-            embedding=embedding_of(first, normalize=group.normalizes) if first.finish_reason == "stop" else None,
-        )
+        return output_of(group, self.tokenizer, finished=finished)
 
 
 def _begin(grammar: CompiledGrammar, params: SamplingParams) -> GrammarState:
@@ -600,16 +545,3 @@ def _begin(grammar: CompiledGrammar, params: SamplingParams) -> GrammarState:
     except GrammarError as error:
         # It could be begun when it was compiled, but what has been found out since counts against its limits.
         raise RequestError(str(error), code=GRAMMAR_FAILED) from error
-
-
-def _completion(index: int, choice: _Choice) -> CompletionOutput:
-    request = choice.request
-    return CompletionOutput(
-        index=index,
-        text=choice.detokenizer.text if choice.detokenizer is not None else "",
-        token_ids=list(request.output_token_ids),
-        cumulative_logprob=choice.cumulative_logprob,
-        logprobs=None if choice.logprobs is None else list(choice.logprobs),
-        finish_reason=request.finish_reason,
-        stop_reason=request.stop_reason,
-    )

@@ -27,7 +27,7 @@ FLOORS: tuple[tuple[str, ...], ...] = (
     ("layers",),
     ("models",),
     ("runtime",),
-    ("tokenizer", "grammars", "startup", "step_stats", "pooling", "engine", "llm", "evaluation"),
+    ("tokenizer", "grammars", "startup", "step_stats", "pooling", "answers", "engine", "llm", "evaluation"),
     ("serving", "client", "bench", "commands", "cli", "__main__"),
 )
 #: The same inside scheduling/, whose modules build on each other in one direction.
