@@ -20,6 +20,8 @@ from qengine.runtime.model_bytes import ModelFacts
 from qengine.runtime.opening import open_model_headers
 from qengine.runtime.plan_table import WIDTH, plan_text
 from qengine.runtime.planner import Card, Machine, MemoryPlan, check_gpu, compute_dtype, make_plan
+from quant_kernels.footprint import Kernels
+from quant_kernels.native import library_file
 
 _DOES_NOT_FIT = 1
 _CARD_FIGURES = (
@@ -83,7 +85,14 @@ def _machine(settings: PlanSettings, stored_dtype: str | None) -> Machine:
     if cards is None:
         ranks = settings.num_ranks or 1
         cards = (Card(CPU, available_memory() // ranks),) * ranks
-    return Machine("gpu" if on_gpu else "cpu", cards, dtype, has_graphs=on_gpu and not engine.enforce_eager)
+    return Machine(_kernels(dtype, on_gpu=on_gpu), cards, dtype, has_graphs=on_gpu and not engine.enforce_eager)
+
+
+def _kernels(dtype: str, *, on_gpu: bool) -> Kernels:
+    """The kernels that an engine would take, as far as can be told without loading them."""
+    if on_gpu:
+        return "gpu"
+    return "native" if dtype == "bfloat16" and library_file() is not None else "cpu"
 
 
 def _named_cards(settings: PlanSettings) -> tuple[Card, ...] | None:

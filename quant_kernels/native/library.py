@@ -10,19 +10,17 @@ import ctypes
 import logging
 import os
 import threading
-from collections.abc import Iterable
 from functools import lru_cache
-from importlib.machinery import EXTENSION_SUFFIXES
 from pathlib import Path
 
 import torch
 
+from quant_kernels.native import library_file
 from quant_kernels.native.structures import Layer, Level, Number, Sequence, Stack, Weight
 
 logger = logging.getLogger(__name__)
 
 HOW_TO_BUILD = "install a C compiler (Debian, Ubuntu: sudo apt install gcc) and install qengine again"
-_NAME = "_cpu"
 _OPENMP_NAMES = ("libgomp.so.1", "libomp.so", "libomp.so.5", "libiomp5.so")
 _NUMBERS = {torch.float32: Number.FLOAT32, torch.bfloat16: Number.BFLOAT16}
 _POINTER, _INT, _LONG, _FLOAT = ctypes.c_void_p, ctypes.c_int32, ctypes.c_int64, ctypes.c_float
@@ -178,7 +176,7 @@ def _expect_floats(x: torch.Tensor, multiple: int, length: int | None = None) ->
 @lru_cache
 def load() -> tuple[Library | None, str]:
     """The library with the best instruction set of this processor, or None and why there is none."""
-    path = next((p for p in _candidates() if p.is_file()), None)
+    path = library_file()
     if path is None:
         return None, f"the CPU kernels were not built; {HOW_TO_BUILD}"
     try:
@@ -194,10 +192,6 @@ def load() -> tuple[Library | None, str]:
         return None, f"the CPU kernels in {path.name} are of another version; {HOW_TO_BUILD}"
     _borrow_threads(functions)
     return Library(functions, Level(functions.qk_best_level())), ""
-
-
-def _candidates() -> Iterable[Path]:
-    return (Path(__file__).with_name(_NAME + suffix) for suffix in EXTENSION_SUFFIXES)
 
 
 def _borrow_threads(functions: ctypes.CDLL) -> None:

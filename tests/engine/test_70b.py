@@ -11,12 +11,14 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
 from qengine import LLM, SamplingParams
 from qengine.config import EngineConfig
 from qengine.runtime.messages import Loaded
 from qengine.runtime.model_bytes import ModelFacts, weight_bytes
 from qengine.runtime.opening import open_model_headers
+from qengine.runtime.platform import Platform
 from qengine.runtime.spawn_executor import SpawnExecutor
 
 SHAPE = Path(__file__).parents[2] / "benchmarks" / "models" / "llama-3-70b" / "config.json"
@@ -43,7 +45,8 @@ def shaped(folder: Path, num_layers: int, vocab_size: int) -> str:
 def planned(model: str) -> list[int]:
     """Bytes of each rank's weights by the headers alone."""
     facts = ModelFacts.of(open_model_headers(EngineConfig.from_options({"model": model, **OPTIONS}).load))
-    return [weight_bytes(facts, rank, "cpu", "bfloat16") for rank in facts.split(2).ranks]
+    kernels = Platform.of(torch.device("cpu"), torch.bfloat16).machine.kernels
+    return [weight_bytes(facts, rank, kernels, "bfloat16") for rank in facts.split(2).ranks]
 
 
 def test_plans_grow_by_the_same_bytes_with_every_layer(tmp_path: Path) -> None:

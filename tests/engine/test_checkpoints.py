@@ -13,6 +13,7 @@ import pytest
 
 from qengine import LLM, SamplingParams
 from qengine.request import RequestOutput
+from quant_kernels.linear import dispatch
 from tests.engine.fixtures import NAMES, Expected, expected, path
 
 GREEDY = SamplingParams(temperature=0.0, max_tokens=24, logprobs=0, ignore_eos=True)
@@ -77,10 +78,16 @@ def test_bfloat16_is_close_while_tokens_agree(name: str) -> None:
     assert num_compared >= 24
 
 
+@pytest.mark.parametrize("has_library", [True, False])
 @pytest.mark.parametrize("name", ["llama-gptq-sym-g128", "llama-awq-g64"])
-def test_bfloat16_runs_on_the_int4_kernel(name: str) -> None:
+def test_bfloat16_runs_on_the_cpus_kernels(name: str, has_library: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Ours where they were built, torch's elsewhere."""
+    if not has_library:
+        monkeypatch.setattr(dispatch, "checked_library", lambda: None)
+    expected_kernel = "cpu_int4" if dispatch.checked_library() is None else "cpu_int8"
     with LLM(path(name), dtype="bfloat16", max_model_len=64) as llm:
         model = llm.engine._executor.runner.model  # type: ignore[attr-defined]
         kernels = [part.kernel for linear in model.linears() for part in linear.parts]
-        assert kernels.count("cpu_int4") == 4 * model.config.num_layers
+        assert kernels.count(expected_kernel) == 4 * model.config.num_layers
         assert kernels.count("dense") == 1
+        assert llm.generate("Once", SamplingParams(max_tokens=2), use_tqdm=False)[0].outputs[0].token_ids
