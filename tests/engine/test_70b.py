@@ -45,7 +45,7 @@ def shaped(folder: Path, num_layers: int, vocab_size: int) -> str:
 def planned(model: str) -> list[int]:
     """Bytes of each rank's weights by the headers alone."""
     facts = ModelFacts.of(open_model_headers(EngineConfig.from_options({"model": model, **OPTIONS}).load))
-    kernels = Platform.of(torch.device("cpu"), torch.bfloat16).machine.kernels
+    kernels = Platform.of(torch.device("cpu"), torch.bfloat16, enforce_eager=True).machine.kernels
     return [weight_bytes(facts, rank, kernels, "bfloat16") for rank in facts.split(2).ranks]
 
 
