@@ -118,7 +118,14 @@ def test_a_row_does_not_depend_on_its_neighbours(device: torch.device) -> None:
     x = inputs(16, record, torch.float16, device)
     together = matmul(x, packed, BASE, 2)
     for row in (0, 7, 15):
-        assert torch.equal(matmul(x[row : row + 1], packed, BASE, 2)[:, 0], together[:, row])
+        alone = torch.zeros_like(x)
+        alone[row] = x[row]
+        assert torch.equal(matmul(alone, packed, BASE, 2)[:, row], together[:, row])
+        first = matmul(x[row : row + 1], packed, BASE, 2)[:, 0]
+        # The interpreter's dot is numpy's, which on some processors rounds by a row's place in the tile.
+        assert torch.equal(first, together[:, row]) or (
+            device.type == "cpu" and torch.allclose(first, together[:, row], rtol=1e-6, atol=1e-6)
+        )
     poisoned = x.clone()
     poisoned[3] = float("nan")
     others = [row for row in range(16) if row != 3]
