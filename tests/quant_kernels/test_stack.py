@@ -15,6 +15,7 @@ import torch
 import torch.nn.functional as F
 
 from quant_kernels.attention.kv_format import LayerCache, plain
+from quant_kernels.footprint import native_stack_room
 from quant_kernels.linear.cpu_int8 import CpuInt8Linear
 from quant_kernels.native.library import Library, load
 from quant_kernels.native.structures import Level
@@ -332,3 +333,14 @@ def test_sizes_without_kernels_are_named() -> None:
     assert "head_dim 20" in can_stack(64, 96, Heads(4, 2, 20))[1]
     assert "head_dim 512" in can_stack(64, 96, Heads(4, 2, 512))[1]
     assert "share a key" in can_stack(64, 96, Heads(96, 1, 8))[1]
+
+
+@pytest.mark.parametrize("shape", SHAPES.values(), ids=SHAPES)
+def test_scratch_is_what_the_plan_says(shape: Shape) -> None:
+    assert LIBRARY is not None
+    stack = Model.of(shape).stack(LIBRARY)
+    widest = max(shape.hidden, shape.intermediate, shape.num_heads * shape.head_dim)
+    heads = shape.num_heads, shape.num_kv_heads, shape.head_dim
+    for rows, threads in ((1, 1), (3, 2), (256, 5), (257, 64)):
+        planned = native_stack_room(rows, widest, shape.intermediate, heads, threads)
+        assert planned == stack.room_bytes(rows, threads)
