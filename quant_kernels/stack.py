@@ -132,7 +132,7 @@ class LayerStack:
         return self._library.stack_room(self._stack, rows, num_threads)
 
     def run(self, residual: torch.Tensor, caches: Sequence[LayerCache], inputs: NativeInputs) -> torch.Tensor:
-        """Run a step; writes the caches.
+        """Run a step; writes the caches. No sequence may read blocks that another one of the same step writes.
 
         Args:
             residual: float32 [rows, hidden], the embedded tokens; it is changed.
