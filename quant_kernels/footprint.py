@@ -257,7 +257,8 @@ def native_stack_room(
     attention = head_dim * (2 * _ITEM_ROWS + 2 * _TILE_KEYS) + _TILE_KEYS * _ITEM_ROWS
     thread = -(-max(2 * widest_input, attention) // 16) * 16
     floats = rows * (widest_result + num_heads * head_dim) + num_threads * thread
-    return _native_rows(rows, widest_input) + 4 * floats + 4 * _ALIGNMENT
+    quantized = _native_rows(rows, widest_input) + _native_rows(rows, intermediate)
+    return quantized + 4 * floats + 4 * _ALIGNMENT
 
 
 def _native_rows(rows: int, inputs: int) -> int:

@@ -134,10 +134,13 @@ static void multiply_block(const qk_kernels *kernels, const qk_weight *w, int64_
     }
 }
 
+/* Rows of a weight's activations that stay near while several blocks pass. */
+static int64_t near_rows(const qk_weight *w) { return largest(NEAR_BYTES / w->k / QK_TILE_ROWS, 4) * QK_TILE_ROWS; }
+
 static void multiply(qk_team *team, const qk_kernels *kernels, const qk_weight *w, const qk_rows *x, int64_t rows,
                      const target *to, float *room) {
     const int64_t blocks = blocks_of(w), piece = at_least_one(blocks / (PIECES * team->size));
-    const int64_t near = largest(NEAR_BYTES / w->k / QK_TILE_ROWS, 4) * QK_TILE_ROWS;
+    const int64_t near = near_rows(w);
     for (int64_t begin; (begin = qk_take(team, piece)) < blocks;) {
         const int64_t end = begin + piece < blocks ? begin + piece : blocks;
         for (int64_t row = 0; row < rows; row += near)
@@ -261,6 +264,7 @@ typedef struct {
     float *residual;    /* [rows, hidden] */
     uint16_t *hidden;   /* [rows, hidden] */
     qk_rows x;          /* of any linear */
+    qk_rows inner;      /* of down, where it is made together with gate and up */
     float *wide;        /* [rows, the widest result of a linear] */
     float *attended;    /* [rows, num_heads * head_dim] */
     float *room;        /* of each thread */
@@ -290,7 +294,7 @@ static int64_t widest_result(const qk_stack *s) { return largest(qkv_columns(s),
 int64_t qk_stack_room(const qk_stack *s, int64_t rows, int32_t threads) {
     if (rows > STEP_ROWS) rows = STEP_ROWS;
     const int64_t floats = rows * (widest_result(s) + s->num_heads * s->head_dim) + threads * thread_floats(s);
-    return rows_bytes(rows, widest_input(s)) + 4 * floats + 4 * 64;
+    return rows_bytes(rows, widest_input(s)) + rows_bytes(rows, s->intermediate) + 4 * floats + 4 * 64;
 }
 
 static void normalize_rows(qk_team *team, const stack_step *t, const float *norm, const qk_weight *next, float *room) {
@@ -438,12 +442,48 @@ static void quantize_rows(qk_team *team, const stack_step *t, const float *x, co
     qk_wait(team);
 }
 
-static void multiply_rows(qk_team *team, const stack_step *t, const qk_weight *w, float *out, int64_t stride, int adds,
-                          float *room) {
-    qk_rows x = t->x;
+static void multiply_rows(qk_team *team, const stack_step *t, const qk_rows *inputs, const qk_weight *w, float *out,
+                          int64_t stride, int adds, float *room) {
+    qk_rows x = *inputs;
     const target to = {out, stride, NULL, adds};
     x.k = w->k;
     multiply(team, t->kernels, w, &x, t->rows, &to, room);
+    qk_wait(team);
+}
+
+/* Whether gate, up and their product can be made chunk by chunk of down's input. */
+static int makes_chunks(const qk_stack *s, const qk_layer *layer) {
+    return layer->down.order == NULL && s->intermediate % QK_CHUNK == 0;
+}
+
+/* Chunks [begin, end) of silu(gate) * up, quantized, for some rows. */
+static void make_chunks(const stack_step *t, const qk_weight *w, int64_t begin, int64_t end, int64_t row, int64_t stop,
+                        float *room) {
+    const int64_t inner = t->stack->intermediate, blocks = QK_CHUNK / QK_COLUMNS;
+    const target to = {t->wide, t->wide_stride, NULL, 0};
+    qk_rows x = t->x;
+    x.k = w->k;
+    for (int half = 0; half < 2; half++) {
+        const int64_t first = half * inner / QK_COLUMNS;
+        for (int64_t block = begin * blocks; block < end * blocks; block++)
+            multiply_block(t->kernels, w, first + block, &x, row, stop, &to, room);
+    }
+    const int64_t column = begin * QK_CHUNK, count = (end - begin) * QK_CHUNK;
+    for (; row < stop; row++) {
+        const float *gate = t->wide + row * t->wide_stride + column;
+        t->kernels->silu_mul(gate, gate + inner, count, room);
+        quantize(t->kernels, &t->inner, row, column, count, room);
+    }
+}
+
+static void multiply_gated(qk_team *team, const stack_step *t, const qk_weight *w, float *room) {
+    const int64_t chunks = t->stack->intermediate / QK_CHUNK, piece = at_least_one(chunks / (PIECES * team->size));
+    const int64_t near = near_rows(w);
+    for (int64_t begin; (begin = qk_take(team, piece)) < chunks;) {
+        const int64_t end = begin + piece < chunks ? begin + piece : chunks;
+        for (int64_t row = 0; row < t->rows; row += near)
+            make_chunks(t, w, begin, end, row, row + near < t->rows ? row + near : t->rows, room);
+    }
     qk_wait(team);
 }
 
@@ -452,16 +492,21 @@ static void run_layer(qk_team *team, const stack_step *t, const qk_layer *layer,
     const int64_t attended = s->num_heads * s->head_dim;
     const int is_decode = t->num_sequences == t->rows;
     normalize_rows(team, t, layer->input_norm, &layer->qkv, room);
-    multiply_rows(team, t, &layer->qkv, t->wide, t->wide_stride, 0, room);
+    multiply_rows(team, t, &t->x, &layer->qkv, t->wide, t->wide_stride, 0, room);
     if (!is_decode) place_rows(team, t, layer, room);
     attend_rows(team, t, layer, is_decode, room);
     if (!quantizes_items(s, &layer->out))
         quantize_rows(team, t, t->attended, NULL, attended, attended, &layer->out, room);
-    multiply_rows(team, t, &layer->out, t->residual, s->hidden, 1, room);
+    multiply_rows(team, t, &t->x, &layer->out, t->residual, s->hidden, 1, room);
     normalize_rows(team, t, layer->post_norm, &layer->gate_up, room);
-    multiply_rows(team, t, &layer->gate_up, t->wide, t->wide_stride, 0, room);
+    if (makes_chunks(s, layer)) {
+        multiply_gated(team, t, &layer->gate_up, room);
+        multiply_rows(team, t, &t->inner, &layer->down, t->residual, s->hidden, 1, room);
+        return;
+    }
+    multiply_rows(team, t, &t->x, &layer->gate_up, t->wide, t->wide_stride, 0, room);
     quantize_rows(team, t, t->wide, t->wide + s->intermediate, t->wide_stride, s->intermediate, &layer->down, room);
-    multiply_rows(team, t, &layer->down, t->residual, s->hidden, 1, room);
+    multiply_rows(team, t, &t->x, &layer->down, t->residual, s->hidden, 1, room);
 }
 
 static void stack_member(qk_team *team, int member, void *argument) {
@@ -506,6 +551,7 @@ void qk_run_stack(const qk_stack *stack, const qk_sequence *sequences, int64_t n
     t.wide_stride = widest_result(stack);
     t.room_stride = thread_floats(stack);
     t.x = carve_rows(&room, most, widest_input(stack));
+    t.inner = carve_rows(&room, most, stack->intermediate);
     t.wide = (float *)carve(&room, most * t.wide_stride * 4);
     t.attended = (float *)carve(&room, most * stack->num_heads * stack->head_dim * 4);
     t.room = (float *)carve(&room, threads * t.room_stride * 4);
