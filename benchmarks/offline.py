@@ -10,13 +10,11 @@ from __future__ import annotations
 import argparse
 import json
 import shlex
-import signal
 import sys
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import ExitStack, contextmanager
+from collections.abc import Callable, Sequence
+from contextlib import ExitStack
 from dataclasses import asdict
 from pathlib import Path
-from types import FrameType
 from typing import Any
 
 from benchmarks.common import BenchmarkError, InputError, Workload, check_writable, write_text
@@ -26,7 +24,7 @@ from benchmarks.engines.huggingface import HuggingFaceEngine
 from benchmarks.engines.llama_cpp import LlamaCppEngine
 from benchmarks.engines.own import OwnEngine, describe_model
 from benchmarks.machine import environment_record, publishable, usable_cores
-from benchmarks.process import child_environment
+from benchmarks.process import child_environment, signals_raise
 from benchmarks.report import (
     BENCHMARK,
     SCHEMA,
@@ -40,8 +38,7 @@ from benchmarks.report import (
 
 DEFAULT_JSON = Path("benchmarks/results/offline-cpu.json")
 PEERS = (LlamaCppEngine.name, HuggingFaceEngine.name)
-_INTERRUPTED = 130
-_TERMINATED = 143
+INTERRUPTED = 130
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -53,7 +50,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     arguments = list(sys.argv[1:] if argv is None else argv)
     options = parse_options(arguments)
     try:
-        with _signals_raise():
+        with signals_raise():
             results = load_results(options.show) if options.show is not None else _run(options, arguments)
         print(markdown_report(results) if options.markdown else terminal_report(results), end="")
     except BenchmarkError as error:
@@ -61,27 +58,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         return error.exit_code
     except KeyboardInterrupt:
         print("\ninterrupted; nothing was written", file=sys.stderr)
-        return _INTERRUPTED
+        return INTERRUPTED
     return 0
-
-
-@contextmanager
-def _signals_raise() -> Iterator[None]:
-    """Let SIGTERM and SIGINT unwind the stack, so that children are ended; a job in the background ignores SIGINT."""
-    handlers: dict[signal.Signals, Callable[[int, FrameType | None], Any]] = {
-        signal.SIGTERM: _terminate,
-        signal.SIGINT: signal.default_int_handler,
-    }
-    before = {number: signal.signal(number, handler) for number, handler in handlers.items()}
-    try:
-        yield
-    finally:
-        for number, old in before.items():
-            signal.signal(number, old)
-
-
-def _terminate(_signal: int, _frame: FrameType | None) -> None:
-    raise SystemExit(_TERMINATED)
 
 
 def parse_options(arguments: Sequence[str]) -> argparse.Namespace:
@@ -89,16 +67,16 @@ def parse_options(arguments: Sequence[str]) -> argparse.Namespace:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.offline", description=(__doc__ or "").split("\n\n")[1])
     add = parser.add_argument
     add("--model", help="folder, .gguf file or hub id (default: the bundled model)")
-    add("--batch", type=_batches, metavar="N,N", help="numbers of sequences to decode at once (default: 1,16)")
-    add("--prompt-tokens", type=_positive, metavar="N", help="length of the timed prompt (default: 512)")
-    add("--decode-tokens", type=_positive, metavar="N", help="timed decode steps (default: 128)")
-    add("--threads", type=_positive, metavar="N", help="CPU threads (default: the physical cores this process may use)")
-    add("--runs", type=_positive, metavar="N", help="rounds; the median counts (default: 5)")
+    add("--batch", type=batches, metavar="N,N", help="numbers of sequences to decode at once (default: 1,16)")
+    add("--prompt-tokens", type=positive, metavar="N", help="length of the timed prompt (default: 512)")
+    add("--decode-tokens", type=positive, metavar="N", help="timed decode steps (default: 128)")
+    add("--threads", type=positive, metavar="N", help="CPU threads (default: the physical cores this process may use)")
+    add("--runs", type=positive, metavar="N", help="rounds; the median counts (default: 5)")
     add("--quick", action="store_true", help="one short round, to see that everything works; not for figures")
     add("--peers", type=_peers, default=PEERS, metavar="NAME,NAME", help=f"{', '.join(PEERS)}, or none (default: all)")
     add("--require", action="append", default=[], choices=PEERS, help="fail unless this peer is measured; repeatable")
     add("--llama-cpp", type=Path, metavar="FOLDER", help="folder of llama.cpp's binaries (default: searched)")
-    add("--timeout", type=_positive, default=900, metavar="S", help="limit of each process in seconds (default: 900)")
+    add("--timeout", type=positive, default=900, metavar="S", help="limit of each process in seconds (default: 900)")
     add("--json", type=Path, default=DEFAULT_JSON, metavar="PATH", help=f"results file (default: {DEFAULT_JSON})")
     add("--markdown", action="store_true", help="print the README's table instead of the terminal's")
     add("--show", type=Path, metavar="RESULTS", help="print an earlier results file and measure nothing")
@@ -114,7 +92,8 @@ def parse_options(arguments: Sequence[str]) -> argparse.Namespace:
     return options
 
 
-def _positive(text: str) -> int:
+def positive(text: str) -> int:
+    """An option's value: a whole number of at least 1."""
     try:
         value = int(text)
     except ValueError:
@@ -124,8 +103,9 @@ def _positive(text: str) -> int:
     return value
 
 
-def _batches(text: str) -> tuple[int, ...]:
-    return tuple(sorted({_positive(part) for part in text.split(",")}))
+def batches(text: str) -> tuple[int, ...]:
+    """An option's value: numbers of sequences, in order."""
+    return tuple(sorted({positive(part) for part in text.split(",")}))
 
 
 def _peers(text: str) -> tuple[str, ...]:

@@ -14,14 +14,36 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
+from types import FrameType
 from typing import IO, Any
 
 from benchmarks.common import REPOSITORY, WORKER_ERROR, BenchmarkError, InputError
 
 _CHUNK = 65536
 _POLL_SECONDS = 0.005
+_TERMINATED = 143
+
+
+@contextmanager
+def signals_raise() -> Iterator[None]:
+    """Let SIGTERM and SIGINT unwind the stack, so that children are ended; a job in the background ignores SIGINT."""
+    handlers: dict[signal.Signals, Callable[[int, FrameType | None], Any]] = {
+        signal.SIGTERM: _terminate,
+        signal.SIGINT: signal.default_int_handler,
+    }
+    before = {number: signal.signal(number, handler) for number, handler in handlers.items()}
+    try:
+        yield
+    finally:
+        for number, old in before.items():
+            signal.signal(number, old)
+
+
+def _terminate(_signal: int, _frame: FrameType | None) -> None:
+    raise SystemExit(_TERMINATED)
 
 
 @dataclass(frozen=True, slots=True)

@@ -144,7 +144,7 @@ def best_matmul(bound: Record) -> tuple[str, float]:
 
 def terminal_report(results: Record) -> str:
     """Everything a person wants to see after a run."""
-    parts = [_title(results), _aligned(_table(results, _with_range))]
+    parts = [_title(results), aligned(_table(results, _with_range))]
     parts += [_bounds_text(results), *_notes(results)]
     return "\n\n".join(part for part in parts if part) + "\n"
 
@@ -208,7 +208,7 @@ def _table(results: Record, cell: Cell) -> list[list[str]]:
     return rows
 
 
-def _aligned(rows: Sequence[Sequence[str]]) -> str:
+def aligned(rows: Sequence[Sequence[str]]) -> str:
     """Columns two spaces apart; labels and units to the left, figures to the right."""
     widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
     lines = []

@@ -29,7 +29,7 @@ _TENSORS_PER_SHARD = 64
 
 @dataclass(frozen=True, slots=True)
 class Sizes:
-    """A Llama of some shape, tied so that its embedding is its head."""
+    """A Llama of some shape; where it is tied, its embedding is its head."""
 
     hidden_size: int
     intermediate_size: int
@@ -37,6 +37,7 @@ class Sizes:
     num_kv_heads: int
     num_layers: int
     vocab_size: int = 32000
+    is_tied: bool = True
 
     @property
     def config(self) -> dict[str, Any]:
@@ -52,7 +53,7 @@ class Sizes:
             "vocab_size": self.vocab_size,
             "max_position_embeddings": 2048,
             "rms_norm_eps": 1e-5,
-            "tie_word_embeddings": True,
+            "tie_word_embeddings": self.is_tied,
             "torch_dtype": "bfloat16",
         }
 
@@ -73,7 +74,7 @@ def write_checkpoint(folder: Path, sizes: Sizes, method: str) -> None:
     random = torch.Generator().manual_seed(0)
     shards: list[dict[str, torch.Tensor]] = [{}]
     places: dict[str, str] = {}
-    for shape in slots(model, tied=True):
+    for shape in slots(model, tied=sizes.is_tied):
         shards[-1].update(_tensors(shape, method, random))
         if len(shards[-1]) >= _TENSORS_PER_SHARD:
             _write_shard(folder, len(places), shards[-1], places)

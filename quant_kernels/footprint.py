@@ -229,6 +229,43 @@ def _native_held(facts: WeightFacts) -> int:
     return native_bytes(facts.bits, facts.in_features, facts.out_features, group, scale + zero)
 
 
+#: Rows that a stack of layers takes at once, rows and keys of an attention item, and alignment (see `native/src/`).
+_STACK_ROWS, _ITEM_ROWS, _TILE_KEYS, _ALIGNMENT = 256, 48, 32, 64
+
+
+def native_linear_room(rows: int, widest_input: int, num_threads: int) -> int:
+    """Scratch of one linear, as `qk_linear_room` asks for it: quantized rows, and two in float32 for each thread.
+
+    Args:
+        widest_input: the larger of the columns of x and the rows of the weight, padding included.
+    """
+    return _native_rows(rows, widest_input) + num_threads * 2 * widest_input * 4 + _ALIGNMENT
+
+
+def native_stack_room(
+    rows: int, widest_input: int, intermediate: int, heads: tuple[int, int, int], num_threads: int
+) -> int:
+    """Scratch of all layers, as `qk_stack_room` asks for it for a step of `rows` tokens.
+
+    Args:
+        widest_input: of any linear of the layers, padding included.
+        heads: of queries, of keys, and the numbers of each.
+    """
+    num_heads, num_kv_heads, head_dim = heads
+    rows = min(rows, _STACK_ROWS)
+    widest_result = max((num_heads + 2 * num_kv_heads) * head_dim, 2 * intermediate)
+    attention = head_dim * (2 * _ITEM_ROWS + 2 * _TILE_KEYS) + _TILE_KEYS * _ITEM_ROWS
+    thread = -(-max(2 * widest_input, attention) // 16) * 16
+    floats = rows * (widest_result + num_heads * head_dim) + num_threads * thread
+    quantized = _native_rows(rows, widest_input) + _native_rows(rows, intermediate)
+    return quantized + 4 * floats + 4 * _ALIGNMENT
+
+
+def _native_rows(rows: int, inputs: int) -> int:
+    """Two planes of int8, and for every chunk a scale and a sum of each plane."""
+    return 2 * rows * inputs + 3 * rows * inputs // CHUNK * 4 + 5 * _ALIGNMENT
+
+
 # Triton's kernels
 
 

@@ -127,8 +127,12 @@ class LayerStack:
             head_norm_eps=heads.norm_eps,
         )
 
+    def room_bytes(self, rows: int, num_threads: int) -> int:
+        """Bytes of scratch of a step of so many rows; `footprint.native_stack_room` knows them without a stack."""
+        return self._library.stack_room(self._stack, rows, num_threads)
+
     def run(self, residual: torch.Tensor, caches: Sequence[LayerCache], inputs: NativeInputs) -> torch.Tensor:
-        """Run a step; writes the caches.
+        """Run a step; writes the caches. No sequence may read blocks that another one of the same step writes.
 
         Args:
             residual: float32 [rows, hidden], the embedded tokens; it is changed.

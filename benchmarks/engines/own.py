@@ -13,18 +13,23 @@ from benchmarks.process import run_python
 WORKER = "benchmarks.engines.own_worker"
 
 
-def describe_model(model: str | None, environment: Mapping[str, str], timeout_s: float) -> ModelFacts:
+def describe_model(
+    model: str | None, environment: Mapping[str, str], timeout_s: float, options: Mapping[str, Any] | None = None
+) -> ModelFacts:
     """Open the model's headers in a worker.
+
+    Args:
+        options: of `LLM`, for loading.
 
     Raises:
         InputError: if there is no such model or qengine cannot load it.
     """
-    record, _ = run_python(WORKER, "describe", {"model": model}, environment, timeout_s)
+    record, _ = run_python(WORKER, "describe", {"model": model, "options": dict(options or {})}, environment, timeout_s)
     return ModelFacts(**{**record, "path": Path(record["path"])})
 
 
 class OwnEngine:
-    """qengine with its default options."""
+    """qengine with its default options, but for those given, which are of `LLM`, for loading."""
 
     name = "qengine"
     label = "qengine"
@@ -33,6 +38,9 @@ class OwnEngine:
         "prompt": "from adding the request to its first sampled token; the prefix cache is on, the prompts differ",
         "start": "qengine.LLM(model).generate() of one token from text",
     }
+
+    def __init__(self, options: Mapping[str, Any] | None = None) -> None:
+        self._options = dict(options or {})
 
     def __enter__(self) -> OwnEngine:
         return self
@@ -54,7 +62,7 @@ class OwnEngine:
         return StartReading(result.first_output_seconds, result.peak_rss_bytes)
 
     def speed(self, task: Task, round_number: int) -> SpeedReading:
-        spec = {**task.worker_spec(), "round": round_number}
+        spec = {**task.worker_spec(), "round": round_number, "options": self._options}
         record, result = run_python(WORKER, "speed", spec, task.environment, task.timeout_s)
         return speed_reading(record, result.peak_rss_bytes)
 

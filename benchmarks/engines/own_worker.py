@@ -18,12 +18,14 @@ from qengine.config import EngineConfig, LoadConfig
 from qengine.engine import Engine
 from qengine.errors import QEngineError
 from qengine.models.shapes import LinearShape, head_linear, slots
+from qengine.runtime.inspection import inspect_model
 from qengine.runtime.loader import open_model
+from quant_kernels.linear.dispatch import Target
 
 
 def describe(spec: Mapping[str, Any], channel: TextIO) -> None:
     """The facts of `ModelFacts`, from the headers alone."""
-    opened = open_model(LoadConfig(model=spec["model"]))
+    opened = open_model(LoadConfig(model=spec["model"], **spec.get("options", {})))
     config = opened.config
     head = head_linear(config, tied=opened.tied)
     linears = [s for s in slots(config, tied=opened.tied) if isinstance(s, LinearShape) and s.name != head.name]
@@ -55,7 +57,8 @@ def speed(spec: Mapping[str, Any], channel: TextIO) -> None:
     """Time one prompt and the decoding of each batch size, after a short warm-up of each."""
     workload = Workload.from_json(spec["workload"])
     torch.set_num_threads(workload.threads)
-    engine = Engine.start(EngineConfig.from_options({"model": spec["path"]}))
+    config = EngineConfig.from_options({"model": spec["path"], **spec.get("options", {})})
+    engine = Engine.start(config)
     seed = spec["round"] * 10_000
     time_prompt(engine, workload.prompt_tokens, seed + 1)
     prompt_s = time_prompt(engine, workload.prompt_tokens, seed + 2)
@@ -66,13 +69,11 @@ def speed(spec: Mapping[str, Any], channel: TextIO) -> None:
         seconds = time_decode(engine, **sizes, num_steps=workload.decode_tokens, seed=seed + 2000)
         decode[batch] = batch * workload.decode_tokens / seconds
     info = engine.info
-    hidden_size = spec["model"]["head_params"] // info.vocab_size
-    # The embedding is looked up row by row; a tied head has its own prepared copy, which is part of the weights.
-    embedding_bytes = info.vocab_size * hidden_size * getattr(torch, info.dtype).itemsize
+    target = Target.of(torch.device(info.device), getattr(torch, info.dtype))
     record = {
         "prompt": workload.prompt_tokens / prompt_s,
         "decode": decode,
-        "weight_bytes_per_token": info.weight_bytes - embedding_bytes,
+        "weight_bytes_per_token": inspect_model(open_model(config.load), target).num_bytes,
         "kv_bytes_per_token": info.kv_cache_bytes // (info.num_blocks * info.block_size),
     }
     answer(channel, record)

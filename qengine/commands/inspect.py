@@ -1,7 +1,7 @@
 """`qengine inspect`: what a model would run as, and how fast memory allows it to be, without running it.
 
 Prints a table for people or one JSON object. The answer itself is `runtime.inspection`'s; here it is given its target,
-which may be a card that is not there, and laid out.
+which may be a card that is not there, and laid out. On a CPU it is the target of an engine, with the same kernels.
 """
 
 from __future__ import annotations
@@ -40,7 +40,7 @@ def run(settings: InspectSettings) -> int:
     bandwidth = settings.bytes_per_s if card is None else card.bytes_per_s
     found = inspect_model(
         opened,
-        Target(device, dtype, None if card is None else _selector(card)),
+        Target.of(device, dtype) if card is None else Target(device, dtype, _selector(card)),
         num_sequences=settings.num_sequences,
         bytes_per_s=bandwidth or None,
     )

@@ -15,7 +15,16 @@ from qengine.config import ModelConfig
 from qengine.models.shapes import all_merged_linears
 from qengine.parallel.split import RankShape, TPSplit, split_model
 from qengine.runtime.opening import OpenedHeaders
-from quant_kernels.footprint import DTYPE_BYTES, Kernels, WeightFacts, cut_inputs, fuse, prepared_parts
+from quant_kernels.footprint import (
+    DTYPE_BYTES,
+    Kernels,
+    WeightFacts,
+    cut_inputs,
+    fuse,
+    native_linear_room,
+    native_stack_room,
+    prepared_parts,
+)
 
 _MIB = 2**20
 _GIB = 2**30
@@ -132,7 +141,7 @@ def weight_parts(model: ModelFacts, rank: RankShape, kernels: Kernels, dtype: st
     if config.qk_norm:
         yield 2 * config.head_dim * number, config.num_layers
     for linear in model.linears:
-        parts = tuple(_on_rank(linear.role, i, part, rank, config.head_dim) for i, part in enumerate(linear.parts))
+        parts = _parts_on_rank(linear, rank, config.head_dim)
         if linear.role == HEAD and model.tied and model.has_table and parts[0].bits is None:
             continue  # The embedding's own table.
         for whole in fuse(parts):
@@ -142,6 +151,10 @@ def weight_parts(model: ModelFacts, rank: RankShape, kernels: Kernels, dtype: st
 def weight_bytes(model: ModelFacts, rank: RankShape, kernels: Kernels, dtype: str) -> int:
     """Bytes of a rank's weights: linears, embedding and norms."""
     return sum(num_bytes * count for num_bytes, count in weight_parts(model, rank, kernels, dtype))
+
+
+def _parts_on_rank(linear: MergedFacts, rank: RankShape, head_dim: int) -> tuple[WeightFacts, ...]:
+    return tuple(_on_rank(linear.role, index, part, rank, head_dim) for index, part in enumerate(linear.parts))
 
 
 def _on_rank(role: str, index: int, part: WeightFacts, rank: RankShape, head_dim: int) -> WeightFacts:
@@ -220,6 +233,22 @@ def step_bytes(
     gathered = 2 * (2 * rows * model.hidden_size + num_logits) if num_ranks > 1 else 0
     scratch = attention_scratch_bytes(model) + _SCRATCH_BYTES if on_gpu else _CPU_SCRATCH_BYTES
     return activation_bytes(model, rows) + logits + gathered + rope_bytes(model, max_position) + scratch
+
+
+def native_room_bytes(model: ModelFacts, rank: RankShape, rows: int, num_threads: int) -> int:
+    """Scratch that the CPU's own kernels hold at most, beside `step_bytes`: one place, for whichever call needs most.
+
+    Args:
+        rows: tokens of a step, or sampled ones where those are more.
+        num_threads: that a call may run on.
+    """
+    local = rank.local(model.config)
+    parts = [part for linear in model.linears for part in _parts_on_rank(linear, rank, local.head_dim)]
+    inputs = local.hidden_size, local.intermediate_size, local.num_heads * local.head_dim
+    widest = max(*inputs, *(part.in_features for part in parts))  # Padding makes some wider than that.
+    heads = local.num_heads, local.num_kv_heads, local.head_dim
+    stack = native_stack_room(rows, widest, local.intermediate_size, heads, num_threads)
+    return max(stack, native_linear_room(rows, widest, num_threads))
 
 
 def graph_bytes(model: ModelConfig, max_num_seqs: int, max_position: int, block_size: int) -> int:

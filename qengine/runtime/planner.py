@@ -7,8 +7,9 @@ pool. It imports no torch and reads no weights; `advice` says what would help wh
 
 from __future__ import annotations
 
+import os
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 
 from qengine.config import AUTO, EngineConfig, ModelConfig
 from qengine.errors import ConfigError
@@ -20,6 +21,7 @@ from qengine.runtime.model_bytes import (
     LARGE_CARD_BYTES,
     ModelFacts,
     graph_bytes,
+    native_room_bytes,
     rounding_bytes,
     step_bytes,
     weight_parts,
@@ -55,10 +57,11 @@ class Machine:
     """What a model is planned for: one card per rank.
 
     Attributes:
-        kernels: "gpu", or "cpu" with the computer's memory as the only card.
+        kernels: "gpu"; or "cpu" (torch's) and "native" (our own) with the computer's memory as the only card.
         dtype: compute dtype.
         has_graphs: decode steps are recorded, if the model is on one card.
         is_interpreted: a GPU's kernels run in Triton's interpreter, in the computer's memory.
+        num_threads: that our own kernels for a CPU may run on, each with room of its own.
     """
 
     kernels: Kernels
@@ -66,6 +69,7 @@ class Machine:
     dtype: str
     has_graphs: bool = True
     is_interpreted: bool = False
+    num_threads: int = field(default_factory=lambda: os.cpu_count() or 1)
 
     @property
     def is_gpu(self) -> bool:
@@ -381,9 +385,12 @@ class _Planner:
         machine, limits, block_size = self.machine, self.config.scheduler, self.config.cache.block_size
         card, local = machine.cards[rank], load.ranks[rank].local(self.model.config)
         rows = batched_tokens(self.config, machine)
-        graphs = reserve = 0
+        graphs = reserve = room = 0
         if machine.is_gpu:
             reserve = card.total_bytes - allowed_bytes(card, self.config, rank) + CONTEXT_BYTES + load.rounding[rank]
+        if machine.kernels == "native":
+            most_rows = max(rows, limits.max_num_seqs)
+            room = native_room_bytes(self.model, load.ranks[rank], most_rows, machine.num_threads)
         if machine.records_steps:
             graphs = graph_bytes(local, limits.max_num_seqs, length, block_size)
         number, scale = kv_number_bytes(self.config.cache.kv_cache_dtype, machine.dtype)
@@ -391,7 +398,8 @@ class _Planner:
             name=card.name,
             total_bytes=card.total_bytes,
             weight_bytes=load.weights[rank],
-            step_buffer_bytes=step_bytes(
+            step_buffer_bytes=room
+            + step_bytes(
                 local,
                 rows,
                 limits.max_num_seqs,

@@ -69,6 +69,7 @@ class Library:
         """The address of so many bytes that this thread may use until its next call; aligned to 64."""
         held: torch.Tensor | None = getattr(self._rooms, "held", None)
         if held is None or held.numel() < num_bytes:
+            held = self._rooms.held = None  # Never the old one and the new one at once.
             held = self._rooms.held = torch.empty(num_bytes, dtype=torch.uint8)
         return held.data_ptr()
 
@@ -119,18 +120,22 @@ class Library:
     ) -> None:
         """All layers of a stack; see `quant_kernels.native.stack`, which checks what it is given."""
         rows, threads = len(residual), self.num_threads
-        address = ctypes.addressof(stack)
         self.functions.qk_run_stack(
-            address,
+            ctypes.addressof(stack),
             ctypes.addressof(sequences),
             len(sequences),
             rows,
             residual.data_ptr(),
             hidden.data_ptr(),
-            self.room(self.functions.qk_stack_room(address, rows, threads)),
+            self.room(self.stack_room(stack, rows, threads)),
             self.level,
             threads,
         )
+
+    def stack_room(self, stack: Stack, rows: int, threads: int) -> int:
+        """Bytes of scratch that a step of so many rows needs."""
+        num_bytes: int = self.functions.qk_stack_room(ctypes.addressof(stack), rows, threads)
+        return num_bytes
 
     def quantize(self, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         """float32 [K], K a multiple of 32, as int8 codes.

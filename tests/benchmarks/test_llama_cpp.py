@@ -1,6 +1,5 @@
 from __future__ import annotations
 
-import json
 import os
 from pathlib import Path
 
@@ -10,7 +9,6 @@ from benchmarks.common import BenchmarkError, InputError, Workload
 from benchmarks.engines import llama_cpp
 from benchmarks.engines.base import Task
 from benchmarks.engines.llama_cpp import (
-    BINARIES,
     LlamaCppEngine,
     find_binaries,
     link_short_names,
@@ -18,23 +16,12 @@ from benchmarks.engines.llama_cpp import (
     parse_bench,
 )
 from tests.benchmarks.records import model_facts
-
-BENCH_ANSWER = json.dumps([{"n_prompt": 512, "avg_ts": 320.5, "model_size": 96_000}])
-BATCHED_ANSWER = "\n".join(json.dumps({"pl": batch, "speed_tg": speed}) for batch, speed in ((1, 130.5), (16, 226.0)))
+from tests.benchmarks.stand_ins import write_binaries
 
 
 @pytest.fixture
 def folder(tmp_path: Path) -> Path:
-    """Stand-ins for the three binaries: each writes down its arguments and prints a fixed answer."""
-    answers = dict(zip(BINARIES, (BENCH_ANSWER, BATCHED_ANSWER, "Paris"), strict=True))
-    binaries = tmp_path / "bin"
-    binaries.mkdir()
-    for name, answer in answers.items():
-        (binaries / f"{name}.answer").write_text(answer)
-        script = f'#!/bin/sh\necho "$@" > "{binaries}/{name}.arguments"\ncat "{binaries}/{name}.answer"\n'
-        (binaries / name).write_text(script)
-        (binaries / name).chmod(0o755)
-    return binaries
+    return write_binaries(tmp_path / "bin")
 
 
 def task(**changes: object) -> Task:

@@ -300,7 +300,8 @@ def test_a_target_of_the_cpu_runs_on_them() -> None:
 def test_without_the_library_torchs_kernels_run(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
-    monkeypatch.setattr(native, "_candidates", lambda: [tmp_path / "_cpu.so"])
+    file = tmp_path / "_cpu.so"
+    monkeypatch.setattr(native, "library_file", lambda: file if file.exists() else None)
     load.cache_clear()
     checked_library.cache_clear()
     try:
@@ -308,7 +309,7 @@ def test_without_the_library_torchs_kernels_run(
             target = Target.of(CPU, torch.bfloat16)
             assert choose(random_record(64, 16, 32), target)[0] == "cpu_int4"
         assert "apt install gcc" in caplog.text
-        (tmp_path / "_cpu.so").write_bytes(b"not a library")
+        file.write_bytes(b"not a library")
         load.cache_clear()
         assert "cannot be loaded" in load()[1]
     finally:

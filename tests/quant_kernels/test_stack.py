@@ -15,6 +15,7 @@ import torch
 import torch.nn.functional as F
 
 from quant_kernels.attention.kv_format import LayerCache, plain
+from quant_kernels.footprint import native_stack_room
 from quant_kernels.linear.cpu_int8 import CpuInt8Linear
 from quant_kernels.native.library import Library, load
 from quant_kernels.native.structures import Level
@@ -43,6 +44,7 @@ class Shape:
     head_norms: bool = False
     bias: bool = False
     order: bool = False
+    down_order: bool = False
     kind: str = "mins"
     group: int = 32
     block_size: int = 4
@@ -57,6 +59,7 @@ SHAPES = {
     "normed heads": Shape(head_norms=True, kind="zeros"),
     "biases": Shape(bias=True),
     "activation order": Shape(order=True, kind="zeros"),
+    "activation order of down": Shape(down_order=True, kind="zeros"),
     "larger groups": Shape(hidden=128, num_heads=8, intermediate=256, group=128, kind="zeros"),
     "many heads on one key": Shape(num_heads=32, num_kv_heads=1, head_dim=8, block_size=1),
 }
@@ -85,7 +88,7 @@ class Model:
         for number, window in enumerate(shape.windows):
             made = [
                 random_record(k, n, shape.group, kind=shape.kind, seed=4 * number + i, bias=shape.bias, act_order=order)
-                for i, ((k, n), order) in enumerate(zip(sizes, (shape.order,) * 3 + (False,), strict=True))
+                for i, ((k, n), order) in enumerate(zip(sizes, (shape.order,) * 3 + (shape.down_order,), strict=True))
             ]
             records.append(tuple(made))
             norms.append(tuple(torch.rand(2, shape.hidden, generator=rng) + 0.5))
@@ -241,13 +244,18 @@ def test_chunks_tokens_and_neighbours_change_no_bit(library: Library, name: str)
 
 
 @pytest.mark.usefixtures("threads")
-def test_threads_change_no_bit(library: Library) -> None:
-    model = Model.of(SHAPES["windows"])
+@pytest.mark.parametrize("name", ["windows", "normed heads", "narrow heads", "activation order"])
+def test_threads_change_no_bit(library: Library, name: str) -> None:
+    """In a prompt, and in steps in which every sequence has one token."""
+    model = Model.of(SHAPES[name])
     x, y = inputs(model, 40), inputs(model, 1, seed=1)
     found = []
     for count in (1, 2, 3):
         torch.set_num_threads(count)
-        found.append(torch.cat(Session(model, library).run((1, 0, x), (2, 0, y))))
+        session = Session(model, library)
+        steps = [session.run((1, 0, x), (2, 0, y))]
+        steps += [session.run((1, 40 + i, x[i : i + 1]), (2, 1 + i, x[i + 1 : i + 2])) for i in range(3)]
+        found.append(torch.cat([part for step in steps for part in step]))
     assert torch.equal(found[0], found[1])
     assert torch.equal(found[0], found[2])
 
@@ -332,3 +340,14 @@ def test_sizes_without_kernels_are_named() -> None:
     assert "head_dim 20" in can_stack(64, 96, Heads(4, 2, 20))[1]
     assert "head_dim 512" in can_stack(64, 96, Heads(4, 2, 512))[1]
     assert "share a key" in can_stack(64, 96, Heads(96, 1, 8))[1]
+
+
+@pytest.mark.parametrize("shape", SHAPES.values(), ids=SHAPES)
+def test_scratch_is_what_the_plan_says(shape: Shape) -> None:
+    assert LIBRARY is not None
+    stack = Model.of(shape).stack(LIBRARY)
+    widest = max(shape.hidden, shape.intermediate, shape.num_heads * shape.head_dim)
+    heads = shape.num_heads, shape.num_kv_heads, shape.head_dim
+    for rows, threads in ((1, 1), (3, 2), (256, 5), (257, 64)):
+        planned = native_stack_room(rows, widest, shape.intermediate, heads, threads)
+        assert planned == stack.room_bytes(rows, threads)

@@ -23,6 +23,7 @@ from qengine.runtime.model_bytes import (
     attention_scratch_bytes,
     buckets,
     graph_bytes,
+    native_room_bytes,
     rope_bytes,
     rounding_bytes,
     static_input_bytes,
@@ -41,6 +42,8 @@ from quant_kernels.footprint import (
     kv_number_bytes,
     prepared_bytes,
 )
+from quant_kernels.linear.cpu_check import checked_library
+from quant_kernels.linear.cpu_int8 import CpuInt8Linear
 from quant_kernels.linear.dispatch import Target, prepare
 from quant_kernels.linear.p16.layout import pack
 from quant_kernels.packed_weight import DenseWeight, PackedWeight
@@ -56,14 +59,17 @@ from tests.quant_kernels.records import random_record
 CPU = torch.device("cpu")
 CARD = KNOWN_CARDS["4090"]
 SELECTOR = Selector(CARD, TuningTable.empty(CARD))
-#: The CPU's kernels and dense weights; P16 as a GPU has it, laid out by the interpreter.
+LIBRARY = checked_library()
+NATIVE = [] if LIBRARY is None else [Target(CPU, torch.bfloat16, native=LIBRARY)]
+#: The CPU's kernels, torch's and our own, and dense weights; P16 as a GPU has it, laid out by the interpreter.
 TARGETS = [
     Target(CPU, torch.bfloat16),
     Target(CPU, torch.float32),
     Target(CPU, torch.float16, SELECTOR),
     Target(CPU, torch.bfloat16, SELECTOR),
+    *NATIVE,
 ]
-IDS = ["cpu-bfloat16", "cpu-float32", "p16-float16", "p16-bfloat16"]
+IDS = ["cpu-bfloat16", "cpu-float32", "p16-float16", "p16-bfloat16", "native-bfloat16"][: len(TARGETS)]
 #: K, N, group size: whole blocks, blocks and columns that are not full, groups of several blocks, one group, tiny ones.
 SIZES = [
     (256, 256, 128),
@@ -95,7 +101,7 @@ def dtype_name(dtype: torch.dtype) -> str:
 
 
 def kernels_of(target: Target) -> Kernels:
-    return "cpu" if target.selector is None else "gpu"
+    return "gpu" if target.selector is not None else "cpu" if target.native is None else "native"
 
 
 def planned_bytes(model: ModelFacts, target: Target) -> int:
@@ -116,11 +122,12 @@ def test_weights_of_checkpoints(name: str, target: Target) -> None:
     assert planned_bytes(ModelFacts.of(open_model_headers(load)), target) == loaded_bytes(open_model(load), target)
 
 
-def test_weights_of_the_bundled_model() -> None:
+@pytest.mark.parametrize("target", [TARGETS[0], *NATIVE], ids=[IDS[0], "native-bfloat16"][: 1 + len(NATIVE)])
+def test_weights_of_the_bundled_model(target: Target) -> None:
     load = LoadConfig()
     model = ModelFacts.of(open_model_headers(load))
     assert (model.quantization, model.tied) == ("gguf", True)
-    assert planned_bytes(model, TARGETS[0]) == loaded_bytes(open_model(load), TARGETS[0])
+    assert planned_bytes(model, target) == loaded_bytes(open_model(load), target)
 
 
 @pytest.mark.parametrize("target", TARGETS, ids=IDS)
@@ -306,6 +313,30 @@ def test_a_step_by_hand() -> None:
     assert step_bytes(CONFIG, 256, 8, 64, num_ranks=2) == activations + logits + tables + scratch + fixed + gathered
     assert step_bytes(CONFIG, 256, 8, 64, has_head=False) == activations + tables + scratch + fixed
     assert step_bytes(CONFIG, 256, 8, 64, on_gpu=False) == activations + logits + tables + 64 * 2**20
+
+
+@pytest.mark.parametrize("target", NATIVE, ids=IDS[4:])
+@pytest.mark.parametrize("num_threads", [1, 7])
+@pytest.mark.parametrize("name", NAMES)
+def test_scratch_of_our_own_kernels(name: str, num_threads: int, target: Target) -> None:
+    """What the library asks for by itself, for all layers in one call and for every linear alone."""
+    assert target.native is not None
+    load = LoadConfig(model=path(name))
+    model, opened = ModelFacts.of(open_model_headers(load)), open_model(load)
+    functions = target.native.functions
+    for num_ranks in (1, 2):
+        split = split_opened(opened, num_ranks)
+        for rank, transport in zip(split.ranks, ThreadHub(num_ranks, Baton()).transports(), strict=True):
+            loaded = load_decoder(opened, target, 64, group=TPGroup(transport, split))
+            parts = [part for linear in loaded.linears() for part in linear.parts]
+            linears = [part for part in parts if isinstance(part, CpuInt8Linear)]
+            assert linears
+            for rows in (1, 20, 256, 1000):
+                planned = native_room_bytes(model, rank, rows, num_threads)
+                sizes = ((linear.in_features, linear.record.k) for linear in linears)
+                assert max(functions.qk_linear_room(rows, *size, num_threads) for size in sizes) <= planned
+                if loaded.stack is not None:
+                    assert loaded.stack.room_bytes(rows, num_threads) <= planned
 
 
 def test_graphs_by_hand() -> None:

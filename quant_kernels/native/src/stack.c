@@ -134,10 +134,13 @@ static void multiply_block(const qk_kernels *kernels, const qk_weight *w, int64_
     }
 }
 
+/* Rows of a weight's activations that stay near while several blocks pass. */
+static int64_t near_rows(const qk_weight *w) { return largest(NEAR_BYTES / w->k / QK_TILE_ROWS, 4) * QK_TILE_ROWS; }
+
 static void multiply(qk_team *team, const qk_kernels *kernels, const qk_weight *w, const qk_rows *x, int64_t rows,
                      const target *to, float *room) {
     const int64_t blocks = blocks_of(w), piece = at_least_one(blocks / (PIECES * team->size));
-    const int64_t near = largest(NEAR_BYTES / w->k / QK_TILE_ROWS, 4) * QK_TILE_ROWS;
+    const int64_t near = near_rows(w);
     for (int64_t begin; (begin = qk_take(team, piece)) < blocks;) {
         const int64_t end = begin + piece < blocks ? begin + piece : blocks;
         for (int64_t row = 0; row < rows; row += near)
@@ -261,6 +264,7 @@ typedef struct {
     float *residual;    /* [rows, hidden] */
     uint16_t *hidden;   /* [rows, hidden] */
     qk_rows x;          /* of any linear */
+    qk_rows inner;      /* of down, where it is made together with gate and up */
     float *wide;        /* [rows, the widest result of a linear] */
     float *attended;    /* [rows, num_heads * head_dim] */
     float *room;        /* of each thread */
@@ -290,7 +294,7 @@ static int64_t widest_result(const qk_stack *s) { return largest(qkv_columns(s),
 int64_t qk_stack_room(const qk_stack *s, int64_t rows, int32_t threads) {
     if (rows > STEP_ROWS) rows = STEP_ROWS;
     const int64_t floats = rows * (widest_result(s) + s->num_heads * s->head_dim) + threads * thread_floats(s);
-    return rows_bytes(rows, widest_input(s)) + 4 * floats + 4 * 64;
+    return rows_bytes(rows, widest_input(s)) + rows_bytes(rows, s->intermediate) + 4 * floats + 4 * 64;
 }
 
 static void normalize_rows(qk_team *team, const stack_step *t, const float *norm, const qk_weight *next, float *room) {
@@ -318,26 +322,31 @@ static void rotate(float *x, const float *cosine, const float *sine, int64_t hal
     }
 }
 
-/* Norm and rope of the heads of a row [q | k | v]; keys and values go to the cache. */
-static void place_row(const stack_step *t, const qk_layer *layer, float *row, int64_t position, int64_t slot, float *room) {
-    const qk_stack *s = t->stack;
-    const int64_t dim = s->head_dim, half = dim / 2;
-    const float *cosine = s->cosines + position * half, *sine = s->sines + position * half;
-    const float scale = 1.0f / __builtin_sqrtf((float)dim);
-    for (int64_t h = 0; h < s->num_heads + s->num_kv_heads; h++) {
-        const int is_query = h < s->num_heads;
-        const float *norm = is_query ? layer->query_norm : layer->key_norm;
-        float *head = row + h * dim;
-        if (norm != NULL) {
-            t->kernels->rms_norm(head, norm, dim, s->head_norm_eps, room);
-            memcpy(head, room, sizeof(float) * (size_t)dim);
-        }
-        rotate(head, cosine, sine, half, is_query ? scale : 1.0f);
+/* Norm and rope of one head. */
+static void turn_head(const stack_step *t, const float *norm, float *head, int64_t position, float scale, float *room) {
+    const int64_t dim = t->stack->head_dim, half = dim / 2;
+    if (norm != NULL) {
+        t->kernels->rms_norm(head, norm, dim, t->stack->head_norm_eps, room);
+        memcpy(head, room, sizeof(float) * (size_t)dim);
     }
-    const int64_t kv = s->num_kv_heads * dim;
-    const float *keys = row + s->num_heads * dim;
-    t->kernels->to_bf16(keys, kv, layer->keys + slot * kv);
-    t->kernels->to_bf16(keys + kv, kv, layer->values + slot * kv);
+    rotate(head, t->stack->cosines + position * half, t->stack->sines + position * half, half, scale);
+}
+
+/* One KV head of a row [q | k | v] and the queries that share it; key and value go to the cache. */
+static void place_head(const stack_step *t, const qk_layer *layer, const qk_sequence *sequence, int64_t token,
+                       int64_t kv_head, float *room) {
+    const qk_stack *s = t->stack;
+    const int64_t dim = s->head_dim, shared = s->num_heads / s->num_kv_heads, position = sequence->start + token;
+    const int64_t slot = (int64_t)sequence->blocks[position / s->block_size] * s->block_size + position % s->block_size;
+    const int64_t place = (slot * s->num_kv_heads + kv_head) * dim;
+    const float scale = 1.0f / __builtin_sqrtf((float)dim);
+    float *row = t->wide + (sequence->first_row + token) * t->wide_stride;
+    float *key = row + (s->num_heads + kv_head) * dim;
+    for (int64_t h = kv_head * shared; h < (kv_head + 1) * shared; h++)
+        turn_head(t, layer->query_norm, row + h * dim, position, scale, room);
+    turn_head(t, layer->key_norm, key, position, 1.0f, room);
+    t->kernels->to_bf16(key, dim, layer->keys + place);
+    t->kernels->to_bf16(key + s->num_kv_heads * dim, dim, layer->values + place);
 }
 
 static const qk_sequence *sequence_of(const stack_step *t, int64_t row) {
@@ -353,12 +362,9 @@ static const qk_sequence *sequence_of(const stack_step *t, int64_t row) {
 }
 
 static void place_rows(qk_team *team, const stack_step *t, const qk_layer *layer, float *room) {
-    const int64_t block_size = t->stack->block_size;
     for (int64_t row; (row = qk_take(team, 1)) < t->rows;) {
         const qk_sequence *s = sequence_of(t, row);
-        const int64_t position = s->start + row - s->first_row;
-        const int64_t slot = (int64_t)s->blocks[position / block_size] * block_size + position % block_size;
-        place_row(t, layer, t->wide + row * t->wide_stride, position, slot, room);
+        for (int64_t h = 0; h < t->stack->num_kv_heads; h++) place_head(t, layer, s, row - s->first_row, h, room);
     }
     qk_wait(team);
 }
@@ -373,9 +379,25 @@ static qk_scratch scratch_in(const qk_stack *s, float *room) {
     return made;
 }
 
-/* Items are neighbouring query tokens of a sequence and one KV head; each thread counts through all of them. */
-static void attend_rows(qk_team *team, const stack_step *t, const qk_layer *layer, float *room) {
+/* Whether an item's results are whole chunks of the next linear's input, which then needs no phase to quantize it. */
+static int quantizes_items(const qk_stack *s, const qk_weight *next) {
+    return next->order == NULL && s->num_heads / s->num_kv_heads * s->head_dim % QK_CHUNK == 0;
+}
+
+static void quantize_item(const stack_step *t, const qk_weight *next, int64_t row, int64_t count, int64_t kv_head) {
     const qk_stack *s = t->stack;
+    const int64_t columns = s->num_heads / s->num_kv_heads * s->head_dim, first = kv_head * columns;
+    qk_rows to = t->x;
+    to.k = next->k;
+    for (int64_t end = row + count; row < end; row++)
+        quantize(t->kernels, &to, row, first, columns, t->attended + row * s->num_heads * s->head_dim + first);
+}
+
+/* Items are neighbouring query tokens of a sequence and one KV head; each thread counts through all of them. Where every
+ * sequence has one row (`is_decode`), an item reads no key that another one of this step makes, and so makes its own. */
+static void attend_rows(qk_team *team, const stack_step *t, const qk_layer *layer, int is_decode, float *room) {
+    const qk_stack *s = t->stack;
+    const int is_whole = quantizes_items(s, &layer->out);
     const qk_cache cache = {layer->keys,     layer->values, s->block_size,  s->num_heads,
                             s->num_kv_heads, s->head_dim,   layer->window};
     const qk_scratch scratch = scratch_in(s, room);
@@ -385,9 +407,11 @@ static void attend_rows(qk_team *team, const stack_step *t, const qk_layer *laye
         const qk_sequence *sequence = &t->sequences[i];
         for (int64_t first = 0; first < sequence->num_rows; first += tokens, item += s->num_kv_heads)
             while (mine < item + s->num_kv_heads) {
-                const int64_t left = sequence->num_rows - first;
-                t->kernels->attend(&cache, sequence, first, left < tokens ? left : tokens, mine - item, t->wide,
-                                   t->wide_stride, t->attended, s->num_heads * s->head_dim, &scratch);
+                const int64_t left = sequence->num_rows - first, count = left < tokens ? left : tokens;
+                if (is_decode) place_head(t, layer, sequence, 0, mine - item, room);
+                t->kernels->attend(&cache, sequence, first, count, mine - item, t->wide, t->wide_stride, t->attended,
+                                   s->num_heads * s->head_dim, &scratch);
+                if (is_whole) quantize_item(t, &layer->out, sequence->first_row + first, count, mine - item);
                 mine = qk_take(team, 1);
             }
     }
@@ -418,28 +442,71 @@ static void quantize_rows(qk_team *team, const stack_step *t, const float *x, co
     qk_wait(team);
 }
 
-static void multiply_rows(qk_team *team, const stack_step *t, const qk_weight *w, float *out, int64_t stride, int adds,
-                          float *room) {
-    qk_rows x = t->x;
+static void multiply_rows(qk_team *team, const stack_step *t, const qk_rows *inputs, const qk_weight *w, float *out,
+                          int64_t stride, int adds, float *room) {
+    qk_rows x = *inputs;
     const target to = {out, stride, NULL, adds};
     x.k = w->k;
     multiply(team, t->kernels, w, &x, t->rows, &to, room);
     qk_wait(team);
 }
 
+/* Whether gate, up and their product can be made chunk by chunk of down's input. */
+static int makes_chunks(const qk_stack *s, const qk_layer *layer) {
+    return layer->down.order == NULL && s->intermediate % QK_CHUNK == 0;
+}
+
+/* Chunks [begin, end) of silu(gate) * up, quantized, for some rows. */
+static void make_chunks(const stack_step *t, const qk_weight *w, int64_t begin, int64_t end, int64_t row, int64_t stop,
+                        float *room) {
+    const int64_t inner = t->stack->intermediate, blocks = QK_CHUNK / QK_COLUMNS;
+    const target to = {t->wide, t->wide_stride, NULL, 0};
+    qk_rows x = t->x;
+    x.k = w->k;
+    for (int half = 0; half < 2; half++) {
+        const int64_t first = half * inner / QK_COLUMNS;
+        for (int64_t block = begin * blocks; block < end * blocks; block++)
+            multiply_block(t->kernels, w, first + block, &x, row, stop, &to, room);
+    }
+    const int64_t column = begin * QK_CHUNK, count = (end - begin) * QK_CHUNK;
+    for (; row < stop; row++) {
+        const float *gate = t->wide + row * t->wide_stride + column;
+        t->kernels->silu_mul(gate, gate + inner, count, room);
+        quantize(t->kernels, &t->inner, row, column, count, room);
+    }
+}
+
+static void multiply_gated(qk_team *team, const stack_step *t, const qk_weight *w, float *room) {
+    const int64_t chunks = t->stack->intermediate / QK_CHUNK, piece = at_least_one(chunks / (PIECES * team->size));
+    const int64_t near = near_rows(w);
+    for (int64_t begin; (begin = qk_take(team, piece)) < chunks;) {
+        const int64_t end = begin + piece < chunks ? begin + piece : chunks;
+        for (int64_t row = 0; row < t->rows; row += near)
+            make_chunks(t, w, begin, end, row, row + near < t->rows ? row + near : t->rows, room);
+    }
+    qk_wait(team);
+}
+
 static void run_layer(qk_team *team, const stack_step *t, const qk_layer *layer, float *room) {
     const qk_stack *s = t->stack;
     const int64_t attended = s->num_heads * s->head_dim;
+    const int is_decode = t->num_sequences == t->rows;
     normalize_rows(team, t, layer->input_norm, &layer->qkv, room);
-    multiply_rows(team, t, &layer->qkv, t->wide, t->wide_stride, 0, room);
-    place_rows(team, t, layer, room);
-    attend_rows(team, t, layer, room);
-    quantize_rows(team, t, t->attended, NULL, attended, attended, &layer->out, room);
-    multiply_rows(team, t, &layer->out, t->residual, s->hidden, 1, room);
+    multiply_rows(team, t, &t->x, &layer->qkv, t->wide, t->wide_stride, 0, room);
+    if (!is_decode) place_rows(team, t, layer, room);
+    attend_rows(team, t, layer, is_decode, room);
+    if (!quantizes_items(s, &layer->out))
+        quantize_rows(team, t, t->attended, NULL, attended, attended, &layer->out, room);
+    multiply_rows(team, t, &t->x, &layer->out, t->residual, s->hidden, 1, room);
     normalize_rows(team, t, layer->post_norm, &layer->gate_up, room);
-    multiply_rows(team, t, &layer->gate_up, t->wide, t->wide_stride, 0, room);
+    if (makes_chunks(s, layer)) {
+        multiply_gated(team, t, &layer->gate_up, room);
+        multiply_rows(team, t, &t->inner, &layer->down, t->residual, s->hidden, 1, room);
+        return;
+    }
+    multiply_rows(team, t, &t->x, &layer->gate_up, t->wide, t->wide_stride, 0, room);
     quantize_rows(team, t, t->wide, t->wide + s->intermediate, t->wide_stride, s->intermediate, &layer->down, room);
-    multiply_rows(team, t, &layer->down, t->residual, s->hidden, 1, room);
+    multiply_rows(team, t, &t->x, &layer->down, t->residual, s->hidden, 1, room);
 }
 
 static void stack_member(qk_team *team, int member, void *argument) {
@@ -472,7 +539,7 @@ static int64_t cut(const qk_sequence *all, int64_t count, int64_t begin, int64_t
 /* Run all layers; writes the cache.
  *
  * residual: float32 [rows, hidden], the embedded tokens; it is changed. hidden: bfloat16 [rows, hidden], the result.
- * sequences: whose rows follow each other from 0 to `rows`. */
+ * sequences: whose rows follow each other from 0 to `rows`; none reads keys that another one of the step makes. */
 void qk_run_stack(const qk_stack *stack, const qk_sequence *sequences, int64_t num_sequences, int64_t rows, float *residual,
                   uint16_t *hidden, uint8_t *room, int32_t level, int32_t threads) {
     qk_sequence pieces[STEP_ROWS];
@@ -484,6 +551,7 @@ void qk_run_stack(const qk_stack *stack, const qk_sequence *sequences, int64_t n
     t.wide_stride = widest_result(stack);
     t.room_stride = thread_floats(stack);
     t.x = carve_rows(&room, most, widest_input(stack));
+    t.inner = carve_rows(&room, most, stack->intermediate);
     t.wide = (float *)carve(&room, most * t.wide_stride * 4);
     t.attended = (float *)carve(&room, most * stack->num_heads * stack->head_dim * 4);
     t.room = (float *)carve(&room, threads * t.room_stride * 4);
