@@ -104,8 +104,9 @@ def _hoist(holders: Iterable[dict[str, Any]], schemas: dict[str, Any]) -> None:
         for media in holder.get("content", {}).values():
             schema = media["schema"]
             if "title" in schema:
-                schemas.update(schema.get("$defs", {}))
-                schemas[schema["title"]] = {name: value for name, value in schema.items() if name != "$defs"}
+                own = {name: value for name, value in schema.items() if name != "$defs"}
+                for name, found in {**schema.get("$defs", {}), schema["title"]: own}.items():
+                    assert schemas.setdefault(name, found) == found, f"two models are called {name}"
                 media["schema"] = {"$ref": _REF + schema["title"]}
 
 

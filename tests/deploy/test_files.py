@@ -59,7 +59,7 @@ def test_it_copies_all_that_the_package_is_made_of() -> None:
         assert pattern in copied
     for name in (*re.findall(r'^readme = "(.*)"', project, re.MULTILINE), "LICENSE"):
         assert name in copied
-    assert 'qengine = "qengine.cli:main"' in project
+    assert 'qengine = "qengine.__main__:main"' in project
     assert instructions("ENTRYPOINT") == ['["qengine"]']
 
 

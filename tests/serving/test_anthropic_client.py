@@ -184,7 +184,7 @@ def test_counting_gives_the_prompt_tokens_of_the_message(client: anthropic.Anthr
 
 def test_a_tool_is_called_and_its_result_read(client: anthropic.Anthropic, knows_tools: None) -> None:
     ask_weather: Any = [{"role": "user", "content": "What will the weather be in Oslo for 3 days?"}]
-    choice = {"type": "tool", "name": "get_weather"}
+    choice = {"type": "tool", "name": "get_weather", "disable_parallel_tool_use": True}
     message = ask(client, messages=ask_weather, tools=[WEATHER], tool_choice=choice, max_tokens=80)
     assert message.stop_reason == "tool_use"
     (call,) = message.content

@@ -190,7 +190,7 @@ def test_a_grammar_that_breaks_fails_its_request_alone(
         return BrokenCompiled() if source.text == "broken" else compile_grammar(source)
 
     monkeypatch.setattr(server.engine, "compile_grammar", compile_or_break)
-    with pytest.raises(openai.InternalServerError, match="it broke"):
+    with pytest.raises(openai.BadRequestError, match="it broke"):
         chat(client, extra_body={"guided_regex": "broken"}, **body)
     again = chat(client, extra_body={"guided_regex": "[a-z ]{9}"}, **body).choices[0].message.content
     assert again == expected
