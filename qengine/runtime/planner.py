@@ -36,6 +36,10 @@ CONTEXT_BYTES = 2**29
 _SHARE_STEPS = 16
 
 
+#: How much of a model each rank takes, in any unit; None for alike.
+Shares = tuple[float, ...] | None
+
+
 @dataclass(frozen=True, slots=True)
 class Card:
     """A card that need not be there, or a computer's own memory.
@@ -76,6 +80,19 @@ class Machine:
     def records_steps(self) -> bool:
         """Whether there are graphs that take memory. Steps that wait for other ranks are not recorded."""
         return self.has_graphs and self.is_gpu and len(self.cards) == 1
+
+
+@dataclass(frozen=True, slots=True)
+class Loaded:
+    """Weights that are in their places.
+
+    Attributes:
+        weight_bytes: of each rank, as they were measured.
+        shares: by which the ranks loaded them.
+    """
+
+    weight_bytes: tuple[int, ...]
+    shares: Shares = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -122,7 +139,7 @@ class MemoryPlan:
         fits: whether the engine can start with it.
         num_blocks: of `block_size` tokens, on every card.
         cards: by rank.
-        shares: how ranks that are unlike share the model, in any unit; None for alike.
+        shares: how the ranks of each stage share its layers where they are unlike; none where all are alike.
     """
 
     max_model_len: int
@@ -133,7 +150,11 @@ class MemoryPlan:
     block_size: int
     num_blocks: int
     cards: tuple[CardPlan, ...]
-    shares: tuple[float, ...] | None = None
+    shares: tuple[Shares, ...] = ()
+
+    def shares_of(self, stage: int) -> Shares:
+        """How the ranks of one stage share its layers."""
+        return self.shares[stage] if self.shares else None
 
     @property
     def kv_cache_bytes(self) -> int:
@@ -275,20 +296,18 @@ def batched_tokens(config: EngineConfig, machine: Machine) -> int:
     return LARGE_BATCHED_TOKENS if smallest >= LARGE_CARD_BYTES else BATCHED_TOKENS
 
 
-def make_plan(
-    model: ModelFacts, config: EngineConfig, machine: Machine, *, measured_weights: Sequence[int] | None = None
-) -> MemoryPlan:
+def make_plan(model: ModelFacts, config: EngineConfig, machine: Machine, *, loaded: Loaded | None = None) -> MemoryPlan:
     """Share out the memory of every card. Whether the result `fits` is for the caller to look at.
 
     Args:
-        measured_weights: bytes of each rank's weights where they are loaded already; None takes what headers tell.
+        loaded: where the weights are in their places already; None takes what headers tell, and the best shares.
 
     Raises:
         ConfigError: if the request contradicts the model or the cards, whatever their memory.
     """
     config.cache.check_num_limits(len(machine.cards))
     wanted = wanted_length(model.config, config.scheduler.max_model_len)
-    planner = _Planner(model, config, machine, measured_weights)
+    planner = _Planner(model, config, machine, loaded)
     loads = planner.loads()
     best, load = max(((planner.plan(wanted, load), load) for load in loads), key=lambda found: found[0].num_blocks)
     if best.longest_len >= wanted:
@@ -307,7 +326,7 @@ class _Load:
         weights, rounding: bytes of its weights, and what torch's allocator adds to them.
     """
 
-    shares: tuple[float, ...] | None
+    shares: Shares
     ranks: tuple[RankShape, ...]
     weights: tuple[int, ...]
     rounding: tuple[int, ...]
@@ -320,19 +339,21 @@ class _Planner:
     model: ModelFacts
     config: EngineConfig
     machine: Machine
-    measured_weights: Sequence[int] | None
+    loaded: Loaded | None
 
     def loads(self) -> list[_Load]:
         """The model, shared out in every way that is worth a look; most shares come to the same ranks."""
-        splits: dict[tuple[RankShape, ...], tuple[float, ...] | None] = {}
+        splits: dict[tuple[RankShape, ...], Shares] = {}
         for shares in self._shares():
             splits.setdefault(self.model.split(len(self.machine.cards), shares).ranks, shares)
         return [self._load(shares, ranks) for ranks, shares in splits.items()]
 
-    def _load(self, shares: tuple[float, ...] | None, ranks: tuple[RankShape, ...]) -> _Load:
+    def _load(self, shares: Shares, ranks: tuple[RankShape, ...]) -> _Load:
         machine = self.machine
         parts = [list(weight_parts(self.model, rank, machine.kernels, machine.dtype)) for rank in ranks]
-        weights = self.measured_weights or [sum(size * count for size, count in sizes) for sizes in parts]
+        weights: Sequence[int] = [sum(size * count for size, count in sizes) for sizes in parts]
+        if self.loaded is not None:
+            weights = self.loaded.weight_bytes
         rounding = [rounding_bytes(sizes) if machine.is_gpu else 0 for sizes in parts]
         return _Load(shares, ranks, tuple(weights), tuple(rounding))
 
@@ -347,8 +368,10 @@ class _Planner:
                 failing = middle
         return fitting
 
-    def _shares(self) -> list[tuple[float, ...] | None]:
+    def _shares(self) -> list[Shares]:
         """How the model may be shared out: evenly, or where cards are unlike, more and more by their sizes."""
+        if self.loaded is not None:
+            return [self.loaded.shares]
         if not self.machine.is_gpu or len(self.machine.cards) == 1:
             return [None]
         allowed = [allowed_bytes(card, self.config, rank) for rank, card in enumerate(self.machine.cards)]
@@ -373,7 +396,7 @@ class _Planner:
             block_size=self.config.cache.block_size,
             num_blocks=num_blocks,
             cards=tuple(replace(card, num_blocks=num_blocks) for card in cards),
-            shares=load.shares,
+            shares=() if load.shares is None else (load.shares,),
         )
 
     def _fixed(self, load: _Load, rank: int, length: int) -> CardPlan:

@@ -15,6 +15,7 @@ from qengine.runtime.machine_memory import available_memory, driver_cards
 from qengine.runtime.model_bytes import MergedFacts, ModelFacts
 from qengine.runtime.planner import (
     Card,
+    Loaded,
     Machine,
     MemoryPlan,
     allowed_bytes,
@@ -211,7 +212,7 @@ def test_a_card_that_is_too_small() -> None:
 
 
 def test_weights_that_are_measured_take_the_place_of_planned_ones() -> None:
-    found = make_plan(facts(LLAMA_3_8B), EngineConfig(), gpu(24), measured_weights=[7 * GIB])
+    found = make_plan(facts(LLAMA_3_8B), EngineConfig(), gpu(24), loaded=Loaded((7 * GIB,)))
     assert found.cards[0].weight_bytes == 7 * GIB
 
 

@@ -6,17 +6,23 @@ from dataclasses import replace
 from typing import Any
 
 import pytest
+import torch
 
+from benchmarks.gpu.models import MODELS
 from qengine.config import EngineConfig
 from qengine.errors import ConfigError, DoesNotFitError
-from qengine.runtime.model_bytes import ModelFacts
-from qengine.runtime.opening import open_model_headers
+from qengine.parallel.split import stage_layers
+from qengine.runtime import rank as rank_module
+from qengine.runtime.messages import Start
+from qengine.runtime.model_bytes import ModelFacts, weight_bytes
+from qengine.runtime.opening import open_model_headers, split_opened
 from qengine.runtime.planner import Card, Machine, MemoryPlan
 from qengine.runtime.planning import plan_to_start
 from qengine.runtime.rank_planning import plan_ranks, replan_ranks
 from tests.engine.fixtures import path
 
 GIB = 2**30
+LLAMA_70B = {"model": str(MODELS / "llama-3-70b"), "load_format": "dummy", "quantization": "awq"}
 
 
 def machine(*sizes: float) -> Machine:
@@ -49,6 +55,42 @@ def test_a_stage_has_its_own_layers_and_the_one_with_more_decides() -> None:
     assert sum(card.weight_bytes for card in stages.cards) == whole.cards[0].weight_bytes
     assert all(card.free_bytes >= 0 for card in stages.cards)
     assert stages.kv_bytes_per_token == whole.kv_bytes_per_token
+
+
+def test_unlike_cards_of_each_stage_share_its_own_layers(monkeypatch: pytest.MonkeyPatch) -> None:
+    found = plan((24, 12, 12, 24), **LLAMA_70B, tensor_parallel_size=2, pipeline_parallel_size=2)
+    weights = [card.weight_bytes for card in found.cards]
+    assert weights[0] > 1.5 * weights[1]
+    assert weights[3] > 1.5 * weights[2]
+    config = config_of(**LLAMA_70B, tensor_parallel_size=2, pipeline_parallel_size=2, gpu_memory_limit="24,12,12,24")
+    opened = open_model_headers(config.load)
+    used: list[Any] = []
+    monkeypatch.setattr(rank_module, "connect_links", lambda *args: used.append(args[6]))
+    for rank in range(4):
+        start = Start(config, found, rank, "/nowhere", "info", False)
+        rank_module._connect(start, opened, torch.device("cpu"))  # type: ignore[arg-type]
+    for place, card in enumerate(found.cards):
+        stage, own = place // 2, stage_layers(80, 2)[place // 2]
+        shape = split_opened(opened, 2, used[place]).ranks[place % 2]
+        assert used[place] == found.shares_of(stage)
+        assert weight_bytes(ModelFacts.of(opened, own), shape, "gpu", "float16") == card.weight_bytes
+
+
+def test_weights_stay_where_they_are_when_it_is_planned_again() -> None:
+    config = config_of(**LLAMA_70B, tensor_parallel_size=2)
+    opened = open_model_headers(config.load)
+    before = plan_ranks(opened, config, machine(30, 30))
+    assert before.shares == ()
+    weights = [card.weight_bytes for card in before.cards]
+    free = [replace(card, free_bytes=size * GIB) for card, size in zip(machine(30, 30).cards, (26, 22), strict=True)]
+    found = replan_ranks(before, opened, config, machine(30, 30), free, weights)
+    assert [card.weight_bytes for card in found.cards] == weights
+    assert found.cards[0].kv_bytes_per_token == found.cards[1].kv_bytes_per_token
+    assert found.shares == before.shares
+    assert found.num_blocks < before.num_blocks
+    uneven = plan_ranks(opened, config, replace(machine(30, 30), cards=tuple(free)))
+    assert uneven.num_blocks > found.num_blocks
+    assert all(card.free_bytes >= 0 and card.num_blocks == found.num_blocks for card in found.cards)
 
 
 def test_limits_go_to_the_cards_of_their_ranks() -> None:
