@@ -9,6 +9,7 @@ import torch
 
 from qengine.config import EngineConfig
 from qengine.errors import EngineDeadError
+from qengine.runtime import platform
 from qengine.runtime.channel import ProtocolError
 from qengine.runtime.loader import open_model
 from qengine.runtime.messages import Allocate, Check, Clear, Done, Start
@@ -52,6 +53,16 @@ def test_broken_blocks_are_cleaned_in_every_layer_and_sound_ones_kept(worker: Wo
     for layer in layers:
         assert bool((layer.keys[2] == 0).all() and (layer.values[2] == 0).all())
         assert bool((layer.keys[[1, 3]] == 1).all() and (layer.values[[1, 3]] == 1).all())
+
+
+def test_weights_count_once_when_it_is_planned_again(worker: Worker, monkeypatch: pytest.MonkeyPatch) -> None:
+    before, extra = worker.plan(), 2**20
+    monkeypatch.setattr(Worker, "weight_bytes", property(lambda made: before.cards[0].weight_bytes + extra))
+    # They are in place now, and what is free has shrunk to nearly nothing.
+    monkeypatch.setattr(platform, "available_memory", lambda: 2**20)
+    [card] = worker.plan().cards
+    assert card.total_bytes == before.cards[0].total_bytes
+    assert card.free_bytes == before.cards[0].free_bytes - extra
 
 
 def test_a_worker_that_was_shut_down_says_so(worker: Worker) -> None:
