@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 import torch
 
+from converters.source import HeaderSource, LinearSlot
 from qengine.config import LoadConfig, ModelConfig, RopeConfig
 from qengine.layers.rope import RotaryEmbedding
 from qengine.parallel.group import TPGroup
@@ -161,6 +162,29 @@ def test_weights_of_ranks(name: str, num_ranks: int, target: Target) -> None:
         loaded = load_decoder(opened, target, 64, group=TPGroup(transport, split)).num_bytes
         assert loaded <= planned
         assert loaded == planned or "actorder" in name
+
+
+class MixedDowns:
+    """A source whose first layer has a down_proj in larger groups than the others."""
+
+    def __init__(self, source: HeaderSource, group_size: int) -> None:
+        self._source, self._group_size = source, group_size
+
+    def linear_facts(self, slot: LinearSlot) -> WeightFacts:
+        facts = self._source.linear_facts(slot)
+        return replace(facts, group_size=self._group_size) if slot.name.endswith("layers.0.mlp.down_proj") else facts
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._source, name)
+
+
+def test_stages_are_cut_as_the_whole_model_is() -> None:
+    opened = open_model_headers(LoadConfig(model=path("llama-awq-g64")))
+    mixed = replace(opened, source=MixedDowns(opened.source, 192))
+    whole = split_opened(mixed, 2)
+    assert [len(split.ranks[0].intermediate) for split in (split_opened(opened, 2), whole)] == [256, 384]
+    for layers in stage_layers(opened.config.num_layers, 3):
+        assert ModelFacts.of(mixed, layers).split(2) == whole
 
 
 def check_stages(load: LoadConfig, target: Target) -> None:
