@@ -22,6 +22,8 @@ _GIB = 2**30
 HEAD = "head"
 #: A logit in the model's dtype, in float32, edited, and as a log-probability that is compared with others.
 _LOGIT_BYTES = 2 + 4 + 4 + 4 + 1
+#: Prompt positions whose logits are held at once, when those of the rows that are sampled are gone.
+LOGPROB_ROWS = 32
 #: Slices of an expanded weight, partial sums of the widest linear, a step's integers, and cuBLAS's own room.
 _SCRATCH_BYTES = 384 * _MIB
 _CPU_SCRATCH_BYTES = 64 * _MIB
@@ -227,7 +229,7 @@ def step_bytes(
         num_ranks: with several, sums and logits of all ranks are gathered.
         has_head: a pipeline's earlier stages have no logits.
     """
-    num_logits = max_num_seqs * model.vocab_size if has_head else 0
+    num_logits = max(max_num_seqs, LOGPROB_ROWS) * model.vocab_size if has_head else 0
     logits = num_logits * _LOGIT_BYTES
     gathered = 2 * (2 * rows * model.hidden_size + num_logits) if num_ranks > 1 else 0
     scratch = attention_scratch_bytes(model) + _SCRATCH_BYTES if on_gpu else _CPU_SCRATCH_BYTES

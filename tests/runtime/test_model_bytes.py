@@ -321,12 +321,13 @@ def test_a_step_by_hand() -> None:
     # Residual, norms and neighbours 5 x 96, gate, up and product 3 x 160, two bytes each; 256 rows.
     activations = 2 * 256 * (5 * 96 + 3 * 160)
     # Each of 8 sampled rows: a logit in 2 bytes, thrice in float32, and compared.
-    logits = 8 * 150 * 15
+    logits = 32 * 150 * 15  # Few rows are sampled; so many positions of a prompt get logits at once.
     # Cosines and sines of 64 positions and 12 pairs; 1024 slots of 4 heads of 24 sums and 2 statistics, 2 counters.
     tables, scratch = 64 * 12 * 2 * 4, 1024 * (4 * 26 * 4 + 2 * 4)
     fixed = 384 * 2**20
+    assert step_bytes(CONFIG, 256, 40, 64) - step_bytes(CONFIG, 256, 32, 64) == 8 * 150 * 15
     assert step_bytes(CONFIG, 256, 8, 64) == activations + logits + tables + scratch + fixed
-    gathered = 2 * (2 * 256 * 96 + 8 * 150)
+    gathered = 2 * (2 * 256 * 96 + 32 * 150)
     assert step_bytes(CONFIG, 256, 8, 64, num_ranks=2) == activations + logits + tables + scratch + fixed + gathered
     assert step_bytes(CONFIG, 256, 8, 64, has_head=False) == activations + tables + scratch + fixed
     assert step_bytes(CONFIG, 256, 8, 64, on_gpu=False) == activations + logits + tables + 64 * 2**20
