@@ -57,6 +57,7 @@ class ModelFacts:
         tied: the head multiplies by the embedding's table.
         has_table: the embedding is here: not so in a pipeline's later stages.
         has_head: final norm and head are here: not so in its earlier ones.
+        stages: the same in parts, where the ranks of a whole pipeline share one memory.
         other_downs: each kind of down_proj in the layers of other stages, whose groups every stage's cuts heed.
         bits, group_size: of its quantized linears, as the file or its config says; None where there are none.
     """
@@ -72,6 +73,7 @@ class ModelFacts:
     has_table: bool = True
     has_head: bool = True
     other_downs: tuple[WeightFacts, ...] = ()
+    stages: tuple[ModelFacts, ...] = ()
 
     @classmethod
     def of(cls, opened: OpenedHeaders, layers: range | None = None) -> ModelFacts:

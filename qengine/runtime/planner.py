@@ -12,6 +12,7 @@ from dataclasses import dataclass, replace
 
 from qengine.config import AUTO, EngineConfig, ModelConfig
 from qengine.errors import ConfigError
+from qengine.parallel.seats import shared_bytes
 from qengine.parallel.split import RankShape
 from qengine.runtime.model_bytes import (
     BATCHED_TOKENS,
@@ -32,6 +33,9 @@ CPU_SEQUENCES = 4
 CPU_SHARE = 0.25
 #: The driver's own memory per process: code, stacks, libraries.
 CONTEXT_BYTES = 2**29
+#: What Python and torch take of a computer's memory for each of several ranks and do not share: 148 MiB were measured
+#: after the imports and a first product.
+RANK_BYTES = 192 * 2**20
 #: Shares that are tried where cards are unlike.
 _SHARE_STEPS = 16
 
@@ -56,7 +60,7 @@ class Card:
 
 @dataclass(frozen=True, slots=True)
 class Machine:
-    """What a model is planned for: one card per rank.
+    """What a model is planned for: one card per rank. On a CPU it is the same memory for all of them.
 
     Attributes:
         kernels: "gpu", or "cpu" with the computer's memory as the only card.
@@ -75,6 +79,11 @@ class Machine:
     def is_gpu(self) -> bool:
         """Whether the memory is a card's own."""
         return self.kernels == "gpu" and not self.is_interpreted
+
+    @property
+    def is_shared(self) -> bool:
+        """Whether several ranks have one memory, which is then planned as one card for the sum of them."""
+        return not self.is_gpu and len(self.cards) > 1
 
     @property
     def records_steps(self) -> bool:
@@ -305,7 +314,8 @@ def make_plan(model: ModelFacts, config: EngineConfig, machine: Machine, *, load
     Raises:
         ConfigError: if the request contradicts the model or the cards, whatever their memory.
     """
-    config.cache.check_num_limits(len(machine.cards))
+    if machine.is_gpu:
+        config.cache.check_num_limits(len(machine.cards))
     wanted = wanted_length(model.config, config.scheduler.max_model_len)
     planner = _Planner(model, config, machine, loaded)
     loads = planner.loads()
@@ -315,6 +325,24 @@ def make_plan(model: ModelFacts, config: EngineConfig, machine: Machine, *, load
     is_explicit = isinstance(config.scheduler.max_model_len, int)
     longest = planner.plan(planner.longest(wanted, load), load)
     return replace(longest, wanted_len=wanted, fits=longest.max_model_len > 0 and not is_explicit)
+
+
+def _summed(ranks: Sequence[CardPlan], shared_bytes: int) -> CardPlan:
+    """One memory with all that its ranks hold, and what they share."""
+    return replace(
+        ranks[0],
+        weight_bytes=sum(rank.weight_bytes for rank in ranks),
+        step_buffer_bytes=sum(rank.step_buffer_bytes for rank in ranks),
+        reserve_bytes=len(ranks) * RANK_BYTES + shared_bytes,
+        kv_bytes_per_token=sum(rank.kv_bytes_per_token for rank in ranks),
+    )
+
+
+def seats_bytes(tensor_parallel_size: int, num_stages: int, config: EngineConfig) -> int:
+    """Memory by which the ranks on a CPU reach each other: within every stage, and between the stages at each place."""
+    if config.parallel.p2p == "on":
+        return 0  # By gloo, through sockets.
+    return num_stages * shared_bytes(tensor_parallel_size) + tensor_parallel_size * shared_bytes(num_stages)
 
 
 @dataclass(frozen=True, slots=True)
@@ -341,16 +369,27 @@ class _Planner:
     machine: Machine
     loaded: Loaded | None
 
+    @property
+    def _stages(self) -> tuple[ModelFacts, ...]:
+        """Those whose ranks are among the cards."""
+        return self.model.stages or (self.model,)
+
+    @property
+    def _tp(self) -> int:
+        return len(self.machine.cards) // len(self._stages)
+
     def loads(self) -> list[_Load]:
         """The model, shared out in every way that is worth a look; most shares come to the same ranks."""
         splits: dict[tuple[RankShape, ...], Shares] = {}
         for shares in self._shares():
-            splits.setdefault(self.model.split(len(self.machine.cards), shares).ranks, shares)
+            splits.setdefault(self.model.split(self._tp, shares).ranks, shares)
         return [self._load(shares, ranks) for ranks, shares in splits.items()]
 
     def _load(self, shares: Shares, ranks: tuple[RankShape, ...]) -> _Load:
         machine = self.machine
-        parts = [list(weight_parts(self.model, rank, machine.kernels, machine.dtype)) for rank in ranks]
+        parts = [
+            list(weight_parts(stage, rank, machine.kernels, machine.dtype)) for stage in self._stages for rank in ranks
+        ]
         weights: Sequence[int] = [sum(size * count for size, count in sizes) for sizes in parts]
         if self.loaded is not None:
             weights = self.loaded.weight_bytes
@@ -385,7 +424,9 @@ class _Planner:
 
     def plan(self, length: int, load: _Load) -> MemoryPlan:
         """The cards as they are with a context of `length` tokens, which may turn out not to fit."""
-        cards = [self._fixed(load, rank, length) for rank in range(len(load.ranks))]
+        cards = [self._fixed(load, rank, length) for rank in range(len(self.machine.cards))]
+        if self.machine.is_shared:
+            cards = [_summed(cards, seats_bytes(self._tp, len(self._stages), self.config))]
         num_blocks = max(0, min(self._most_blocks(card, length) for card in cards))
         return MemoryPlan(
             max_model_len=length,
@@ -402,7 +443,9 @@ class _Planner:
     def _fixed(self, load: _Load, rank: int, length: int) -> CardPlan:
         """A card with all but its cache."""
         machine, limits, block_size = self.machine, self.config.scheduler, self.config.cache.block_size
-        card, local = machine.cards[rank], load.ranks[rank].local(self.model.config)
+        stage, place = divmod(rank, self._tp)
+        model = self._stages[stage]
+        card, local = machine.cards[rank], load.ranks[place].local(model.config)
         rows = batched_tokens(self.config, machine)
         graphs = reserve = 0
         if machine.is_gpu:
@@ -419,8 +462,8 @@ class _Planner:
                 rows,
                 limits.max_num_seqs,
                 length,
-                num_ranks=len(machine.cards),
-                has_head=self.model.has_head,
+                num_ranks=self._tp,
+                has_head=model.has_head,
                 on_gpu=machine.is_gpu,
             ),
             graph_bytes=graphs,

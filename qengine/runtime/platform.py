@@ -154,7 +154,7 @@ class Platform:
             ConfigError: if there are fewer cards.
         """
         if self.device.type != "cuda":
-            return self.machine
+            return replace(self.machine, cards=self.machine.cards * num_ranks)
         cards = driver_cards()
         if num_ranks > len(cards):
             raise ConfigError(

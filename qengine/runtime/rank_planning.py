@@ -1,8 +1,8 @@
 """The memory plan of a model that several ranks share: one number of blocks and one context for all of them.
 
 On GPUs each rank has a card, and each stage of a pipeline is planned with its own layers; on a CPU all ranks share one
-memory, and the plan is that of the whole model. Invariant: what comes out fits on every card, as far as it is known
-what they hold. Torch is not imported.
+memory, and the plan has one card for the sum of what they hold. Invariant: what comes out fits on every card, as far as
+it is known what they hold. Torch is not imported.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ def plan_ranks(opened: OpenedHeaders, config: EngineConfig, machine: Machine) ->
     """Plan before any weight is read.
 
     Args:
-        machine: with a card for each rank, in their order; or the computer's memory as the only one.
+        machine: with a card for each rank, in their order; on a CPU each of them is the computer's memory.
 
     Raises:
         ConfigError: if the request contradicts the model or the cards.
@@ -38,7 +38,7 @@ def _plan_stages(
 ) -> MemoryPlan:
     """Every stage by itself, and what all of them can hold; `loaded` by stage."""
     if not machine.is_gpu:
-        return fitting_plan(ModelFacts.of(opened), config, machine)
+        return fitting_plan(_facts_of_all(opened, config), config, machine)
     tp, layers = config.parallel.tensor_parallel_size, opened.config.num_layers
     plans = []
     for stage, own in enumerate(stage_layers(layers, config.parallel.pipeline_parallel_size)):
@@ -47,6 +47,15 @@ def _plan_stages(
         in_place = None if loaded is None else loaded[stage]
         plans.append(fitting_plan(facts, _limited(config, ranks), cards, loaded=in_place))
     return common_plan(plans)
+
+
+def _facts_of_all(opened: OpenedHeaders, config: EngineConfig) -> ModelFacts:
+    """The whole model, and its stages if it is a pipeline."""
+    whole, num_stages = ModelFacts.of(opened), config.parallel.pipeline_parallel_size
+    if num_stages == 1:
+        return whole
+    stages = stage_layers(opened.config.num_layers, num_stages)
+    return replace(whole, stages=tuple(ModelFacts.of(opened, layers) for layers in stages))
 
 
 def replan_ranks(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -14,12 +15,13 @@ from qengine.errors import ConfigError, DoesNotFitError
 from qengine.parallel.split import stage_layers
 from qengine.runtime import rank as rank_module
 from qengine.runtime.messages import Start
-from qengine.runtime.model_bytes import ModelFacts, weight_bytes
+from qengine.runtime.model_bytes import ModelFacts, step_bytes, weight_bytes
 from qengine.runtime.opening import open_model_headers, split_opened
-from qengine.runtime.planner import Card, Machine, MemoryPlan
+from qengine.runtime.planner import RANK_BYTES, Card, Machine, MemoryPlan
 from qengine.runtime.planning import plan_to_start
 from qengine.runtime.rank_planning import plan_ranks, replan_ranks
 from tests.engine.fixtures import path
+from tests.engine.triton_engine import tiny_folder
 
 GIB = 2**30
 LLAMA_70B = {"model": str(MODELS / "llama-3-70b"), "load_format": "dummy", "quantization": "awq"}
@@ -129,10 +131,54 @@ def test_what_ranks_have_seen_makes_the_plan_smaller_and_never_larger() -> None:
         again((2, 0.8), weights)
 
 
-def test_ranks_on_a_cpu_share_its_memory() -> None:
+def cpu_machine(num_ranks: int, gib: float = 4) -> Machine:
+    return Machine("cpu", (Card("cpu", int(gib * GIB)),) * num_ranks, "float32", has_graphs=False)
+
+
+@pytest.mark.parametrize(("tp", "pp"), [(2, 1), (4, 1), (1, 3), (2, 2)])
+def test_ranks_on_a_cpu_share_its_memory_and_all_they_hold_is_counted(tp: int, pp: int) -> None:
+    config = config_of(tensor_parallel_size=tp, pipeline_parallel_size=pp, max_model_len=256)
+    opened = open_model_headers(config.load)
+    found = plan_ranks(opened, config, cpu_machine(tp * pp))
+    weights = steps = per_token = 0
+    for layers in stage_layers(3, pp):
+        facts = ModelFacts.of(opened, layers)
+        for shape in split_opened(opened, tp).ranks:
+            local = shape.local(facts.config)
+            weights += weight_bytes(facts, shape, "cpu", "float32")
+            steps += step_bytes(local, 256, 256, 256, num_ranks=tp, has_head=facts.has_head, on_gpu=False)
+            per_token += 2 * len(layers) * local.num_kv_heads * 64 * 4
+    [card] = found.cards
+    assert (card.weight_bytes, card.step_buffer_bytes, card.kv_bytes_per_token) == (weights, steps, per_token)
+    assert per_token == 2 * 3 * max(2, tp) * 64 * 4  # Four ranks have a copy each of two heads.
+    mailboxes = (pp * (tp + tp**2) * (tp > 1) + tp * (pp + pp**2) * (pp > 1)) * 2 * 2 * 2**20
+    assert card.reserve_bytes == tp * pp * RANK_BYTES + mailboxes
+    assert card.total_bytes == 4 * GIB
+    assert card.free_bytes >= 0
+
+
+def test_ranks_that_a_cpu_has_no_room_for_are_refused() -> None:
     config = config_of(tensor_parallel_size=2, pipeline_parallel_size=2)
     opened = open_model_headers(config.load)
-    cpu = Machine("cpu", (Card("cpu", 4 * GIB),), "float32", has_graphs=False)
-    found = plan_ranks(opened, config, cpu)
-    assert found == plan_to_start(ModelFacts.of(opened), config, cpu)
-    assert len(found.cards) == 1
+    one = plan_to_start(ModelFacts.of(opened), config_of(), cpu_machine(1, 0.5))
+    assert one.fits
+    with pytest.raises(DoesNotFitError, match=r"cpu in 4 ranks") as refused:
+        plan_ranks(opened, config, cpu_machine(4, 0.5))
+    assert "are missing" in str(refused.value)
+
+
+def test_a_tied_pipeline_on_a_cpu_has_two_tables(tmp_path: Path) -> None:
+    folder = tiny_folder(tmp_path, tie_word_embeddings=True)
+    options: dict[str, Any] = {"model": folder, "load_format": "dummy", "max_model_len": 64}
+    config = EngineConfig.from_options({**options, "pipeline_parallel_size": 2})
+    opened = open_model_headers(config.load)
+    assert opened.tied
+    table = opened.config.vocab_size * opened.config.hidden_size * 4
+    found = plan_ranks(opened, config, cpu_machine(2))
+    alone = plan_to_start(ModelFacts.of(opened), EngineConfig.from_options(options), cpu_machine(1))
+    assert found.cards[0].weight_bytes == alone.cards[0].weight_bytes + table
+
+
+def test_limits_of_gpus_mean_nothing_to_a_cpu() -> None:
+    config = config_of(tensor_parallel_size=2, gpu_memory_limit="22,10,10", max_model_len=64)
+    assert plan_ranks(open_model_headers(config.load), config, cpu_machine(2)).fits
