@@ -62,7 +62,7 @@ def _tables(machine: Machine, plan: MemoryPlan, width: int) -> list[list[str]]:
 
 
 def _title(machine: Machine, index: int) -> str:
-    return f"card {index}" if machine.is_gpu else "memory"
+    return f"card {machine.first_card + index}" if machine.is_gpu else "memory"
 
 
 _ROWS = (

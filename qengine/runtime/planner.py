@@ -66,6 +66,7 @@ class Machine:
         kernels: "gpu", or "cpu" with the computer's memory as the only card.
         dtype: compute dtype.
         has_graphs: decode steps are recorded, if the model is on one card.
+        first_card: number of the first of `cards` among all of the model's, in whose tables it is called that.
         is_interpreted: a GPU's kernels run in Triton's interpreter, in the computer's memory.
     """
 
@@ -74,6 +75,7 @@ class Machine:
     dtype: str
     has_graphs: bool = True
     is_interpreted: bool = False
+    first_card: int = 0
 
     @property
     def is_gpu(self) -> bool:

@@ -43,7 +43,7 @@ def _plan_stages(
     plans = []
     for stage, own in enumerate(stage_layers(layers, config.parallel.pipeline_parallel_size)):
         ranks = slice(stage * tp, (stage + 1) * tp)
-        facts, cards = ModelFacts.of(opened, own), replace(machine, cards=machine.cards[ranks])
+        facts, cards = ModelFacts.of(opened, own), replace(machine, cards=machine.cards[ranks], first_card=stage * tp)
         in_place = None if loaded is None else loaded[stage]
         plans.append(fitting_plan(facts, _limited(config, ranks), cards, loaded=in_place))
     return common_plan(plans)

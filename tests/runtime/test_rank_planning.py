@@ -106,8 +106,10 @@ def test_limits_go_to_the_cards_of_their_ranks() -> None:
 
 
 def test_a_stage_that_does_not_fit_is_refused() -> None:
-    with pytest.raises(DoesNotFitError):
+    with pytest.raises(DoesNotFitError) as refused:
         plan((1, 0.5), pipeline_parallel_size=2)
+    assert "card 1" in str(refused.value)
+    assert "card 0" not in str(refused.value)
 
 
 def test_what_ranks_have_seen_makes_the_plan_smaller_and_never_larger() -> None:
