@@ -6,13 +6,14 @@ Invariant: what `plan_to_start` returns fits. It only plans; torch is not import
 from __future__ import annotations
 
 import logging
+from dataclasses import replace
 
 from qengine.config import AUTO, EngineConfig
 from qengine.errors import DoesNotFitError
 from qengine.runtime.advice import advise
 from qengine.runtime.model_bytes import ModelFacts
 from qengine.runtime.plan_table import missing_text, plan_text
-from qengine.runtime.planner import Loaded, Machine, MemoryPlan, make_plan
+from qengine.runtime.planner import Loaded, Machine, MemoryPlan, allowed_bytes, make_plan, size_text
 
 logger = logging.getLogger(__name__)
 
@@ -31,6 +32,8 @@ def plan_to_start(
     """
     plan = fitting_plan(model, config, machine, loaded=loaded)
     tell(plan, config)
+    if loaded is None:
+        warn_where_less_is_free(config, machine)
     return plan
 
 
@@ -59,3 +62,18 @@ def tell(plan: MemoryPlan, config: EngineConfig) -> None:
             plan.wanted_len,
             plan.max_model_len,
         )
+
+
+def warn_where_less_is_free(config: EngineConfig, machine: Machine) -> None:
+    """Log a warning for every GPU that others have taken a part of: what is free is used then, and no more."""
+    for rank, card in enumerate(machine.cards if machine.is_gpu else ()):
+        wanted = allowed_bytes(replace(card, free_bytes=None), config, rank)
+        if card.free_bytes is not None and card.free_bytes < wanted:
+            logger.warning(
+                "card %d (%s) has %s free, less than the %s that %s allows: using what is free",
+                machine.first_card + rank,
+                card.name,
+                size_text(card.free_bytes),
+                size_text(wanted),
+                "gpu_memory_utilization" if config.cache.memory_limit(rank) is None else "gpu_memory_limit",
+            )

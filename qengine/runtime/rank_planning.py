@@ -15,7 +15,7 @@ from qengine.parallel.split import stage_layers
 from qengine.runtime.model_bytes import ModelFacts
 from qengine.runtime.opening import OpenedHeaders
 from qengine.runtime.planner import Card, Loaded, Machine, MemoryPlan
-from qengine.runtime.planning import fitting_plan, tell
+from qengine.runtime.planning import fitting_plan, tell, warn_where_less_is_free
 
 
 def plan_ranks(opened: OpenedHeaders, config: EngineConfig, machine: Machine) -> MemoryPlan:
@@ -79,7 +79,9 @@ def replan_ranks(
     tp = config.parallel.tensor_parallel_size
     stages = range(config.parallel.pipeline_parallel_size)
     loaded = [Loaded(tuple(weight_bytes[stage * tp : (stage + 1) * tp]), plan.shares_of(stage)) for stage in stages]
-    found = _plan_stages(opened, config, replace(machine, cards=tuple(cards)), loaded)
+    seen = replace(machine, cards=tuple(cards))
+    warn_where_less_is_free(config, seen)
+    found = _plan_stages(opened, config, seen, loaded)
     num_blocks = min(plan.num_blocks, found.num_blocks)
     smaller = replace(
         found,

@@ -216,6 +216,21 @@ def test_weights_that_are_measured_take_the_place_of_planned_ones() -> None:
     assert found.cards[0].weight_bytes == 7 * GIB
 
 
+def test_less_that_is_free_is_used_with_a_warning(caplog: pytest.LogCaptureFixture) -> None:
+    [card] = gpu(24).cards
+    for free, options in ((23, {}), (24, {"gpu_memory_limit": 24})):
+        roomy = replace(gpu(24), cards=(replace(card, free_bytes=free * GIB),))
+        plan_to_start(facts(LLAMA_3_8B), EngineConfig.from_options(options), roomy)
+    assert "is free" not in caplog.text
+    short = replace(gpu(24), cards=(replace(card, free_bytes=20 * GIB),))
+    plan = plan_to_start(facts(LLAMA_3_8B), EngineConfig(), short)
+    assert "24 GiB card) has 20.00 GiB free, less than the 22.08 GiB that gpu_memory_utilization allows" in caplog.text
+    assert plan.cards[0].reserve_bytes > 4 * GIB
+    caplog.clear()
+    plan_to_start(facts(LLAMA_3_8B), EngineConfig.from_options({"gpu_memory_limit": 22}), short)
+    assert "less than the 22.00 GiB that gpu_memory_limit allows" in caplog.text
+
+
 # Several cards
 
 

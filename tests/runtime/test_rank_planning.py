@@ -133,6 +133,21 @@ def test_what_ranks_have_seen_makes_the_plan_smaller_and_never_larger() -> None:
         again((2, 0.8), weights)
 
 
+def test_a_card_that_others_use_is_named_once_and_a_lowered_context_too(caplog: pytest.LogCaptureFixture) -> None:
+    config = config_of(**LLAMA_70B, pipeline_parallel_size=2)
+    opened = open_model_headers(config.load)
+    before = plan_ranks(opened, config, machine(25, 25))
+    weights = [card.weight_bytes for card in before.cards]
+    free = [replace(card, free_bytes=size * GIB) for card, size in zip(machine(25, 25).cards, (24, 22), strict=True)]
+    with caplog.at_level("WARNING", logger="qengine"):
+        found = replan_ranks(before, opened, config, machine(25, 25), free, weights)
+    assert found.max_model_len < before.max_model_len
+    short, lowered = (record.getMessage() for record in caplog.records)
+    text = "card 1 (a card) has 22.00 GiB free, less than the 23.00 GiB that gpu_memory_utilization allows"
+    assert short.startswith(text)
+    assert lowered.startswith(f"max_model_len lowered from the model's 8192 to {found.max_model_len}")
+
+
 def cpu_machine(num_ranks: int, gib: float = 4) -> Machine:
     return Machine("cpu", (Card("cpu", int(gib * GIB)),) * num_ranks, "float32", has_graphs=False)
 
