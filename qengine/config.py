@@ -34,6 +34,7 @@ QUANTIZATIONS = {
 LOAD_FORMATS = ("auto", "dummy")
 P2P_MODES = ("auto", "on", "off")
 DEVICES = ("auto", "cpu", "cuda")
+_MOST_MEMORY_BYTES = 2**50
 #: One machine has no more cards.
 MAX_RANKS = 64
 _COUNT_SUFFIXES = {"": 1, "k": 1000, "m": 1000**2, "g": 1000**3, "K": 1024, "M": 1024**2, "G": 1024**3}
@@ -60,9 +61,9 @@ def parse_memory(text: str | int | float, name: str = "value") -> int:
     Smaller units are M/MB/MiB and K/KB/KiB; "B" is bytes; a bare number of 2**20 or more is bytes.
 
     Raises:
-        ConfigError: if it is no such size or not above zero.
+        ConfigError: if it is no such size, not above zero, or more than any machine has.
     """
-    match = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*(?:([kmgt])(?:i?b)?|(b))?\s*", str(text), re.IGNORECASE)
+    match = re.fullmatch(r"\s*(\d{1,24}(?:\.\d{1,24})?)\s*(?:([kmgt])(?:i?b)?|(b))?\s*", str(text), re.IGNORECASE)
     if match is None:
         raise ConfigError(f"{name} is '{text}', expected a memory size such as 24GiB, 512MiB or 24 (GiB)")
     number = float(match[1])
@@ -70,9 +71,12 @@ def parse_memory(text: str | int | float, name: str = "value") -> int:
         factor = 1
     else:
         factor = {"k": 2**10, "m": 2**20, "g": 2**30, "t": 2**40}[(match[2] or "g").lower()]
-    if number <= 0:
+    num_bytes = int(number * factor)
+    if num_bytes < 1:
         raise ConfigError(f"{name} is '{text}', expected more than zero")
-    return int(number * factor)
+    if num_bytes > _MOST_MEMORY_BYTES:
+        raise ConfigError(f"{name} is '{text}', expected at most {_MOST_MEMORY_BYTES >> 40} TiB")
+    return num_bytes
 
 
 def parse_limits(value: object, name: str = "value") -> int | tuple[int, ...] | None:

@@ -52,7 +52,7 @@ def test_memory_sizes(text: str | int, value: int) -> None:
     assert parse_memory(text) == value
 
 
-@pytest.mark.parametrize("text", ["0", "-1", "lots", "1XB", "", "nan"])
+@pytest.mark.parametrize("text", ["0", "-1", "lots", "1XB", "", "nan", "9" * 400, "1" * 20 + "T", "0.1B"])
 def test_bad_memory_sizes(text: str) -> None:
     with pytest.raises(ConfigError):
         parse_memory(text)

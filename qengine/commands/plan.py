@@ -83,8 +83,7 @@ def _machine(settings: PlanSettings, stored_dtype: str | None) -> Machine:
     on_gpu = cards is not None
     dtype = compute_dtype(engine.load.dtype, stored_dtype, on_gpu=on_gpu)
     if cards is None:
-        ranks = settings.num_ranks or 1
-        cards = (Card(CPU, available_memory() // ranks),) * ranks
+        cards = (Card(CPU, available_memory()),) * (settings.num_ranks or 1)
     return Machine(_kernels(dtype, on_gpu=on_gpu), cards, dtype, has_graphs=on_gpu and not engine.enforce_eager)
 
 

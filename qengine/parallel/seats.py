@@ -57,7 +57,7 @@ class Seat:
     @property
     def num_slots(self) -> int:
         """One for each rank's part of a collective, one for each ordered pair of ranks; all of them twice."""
-        return NUM_HALVES * (self.size + self.size**2)
+        return _num_slots(self.size)
 
     @property
     def memory_bytes(self) -> int:
@@ -73,6 +73,15 @@ class Seat:
         """The seat that was written. Its descriptors must have been inherited."""
         record = json.loads(text)
         return Seat(**{**record, "peer_fds": tuple(record["peer_fds"])})
+
+
+def shared_bytes(size: int) -> int:
+    """Memory of `size` ranks that reach each other through it; nothing for one."""
+    return _num_slots(size) * DEFAULT_SLOT_BYTES if size > 1 else 0
+
+
+def _num_slots(size: int) -> int:
+    return NUM_HALVES * (size + size**2)
 
 
 class Seats:
@@ -102,7 +111,7 @@ class Seats:
         except OSError as error:
             self.close()
             raise TransportError(
-                f"{size} ranks need {size * size} descriptors and {2 * (size + size**2) * slot_bytes >> 20} MiB of "
+                f"{size} ranks need {size * size} descriptors and {_num_slots(size) * slot_bytes >> 20} MiB of "
                 f"host memory to reach each other, and the system refuses: {error.strerror or error}"
             ) from error
 

@@ -187,7 +187,9 @@ def _with(model: ModelFacts, role: str | None, *, bits: int | None, group: int) 
         is_meant = linear.role == role if role is not None else linear.role != HEAD
         return replace(linear, parts=tuple(map(change, linear.parts))) if is_meant else linear
 
-    return replace(model, linears=tuple(map(changed, model.linears)))
+    others = model.other_downs if role is not None else tuple(map(change, model.other_downs))
+    stages = tuple(_with(stage, role, bits=bits, group=group) for stage in model.stages)
+    return replace(model, linears=tuple(map(changed, model.linears)), other_downs=others, stages=stages)
 
 
 def _more_cards(case: _Case) -> Iterator[_Case]:

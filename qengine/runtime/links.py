@@ -79,13 +79,13 @@ def connect_links(
     shares: Sequence[float] | None = None,
     seats: tuple[str | None, str | None] = (None, None),
 ) -> Links:
-    """Meet the other ranks of this machine; every rank calls it with the same arguments but `rank`, `device` and
-    `seats`.
+    """Meet the other ranks of this machine; every rank calls it with the same arguments but `rank`, `device`, `seats`,
+    and `shares`, which are those of its stage.
 
     Args:
         rendezvous: path of a file that does not exist yet; no port is opened to meet.
         limit_s: seconds that the others may take to come, and a call to complete.
-        shares: as the plan says; how unlike ranks share every layer.
+        shares: as the plan says; how unlike ranks share every layer of this stage.
         seats: for tensors through host memory, of the stage's ranks and between the stages.
 
     Raises:

@@ -12,7 +12,7 @@ from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, replace
 
 from qengine.config import ModelConfig
-from qengine.models.shapes import all_merged_linears
+from qengine.models.shapes import all_merged_linears, mlp_linears
 from qengine.parallel.split import RankShape, TPSplit, split_model
 from qengine.runtime.opening import OpenedHeaders
 from quant_kernels.footprint import (
@@ -31,6 +31,8 @@ _GIB = 2**30
 HEAD = "head"
 #: A logit in the model's dtype, in float32, edited, and as a log-probability that is compared with others.
 _LOGIT_BYTES = 2 + 4 + 4 + 4 + 1
+#: Prompt positions whose logits are held at once, when those of the rows that are sampled are gone.
+LOGPROB_ROWS = 32
 #: Slices of an expanded weight, partial sums of the widest linear, a step's integers, and cuBLAS's own room.
 _SCRATCH_BYTES = 384 * _MIB
 _CPU_SCRATCH_BYTES = 64 * _MIB
@@ -64,6 +66,8 @@ class ModelFacts:
         tied: the head multiplies by the embedding's table.
         has_table: the embedding is here: not so in a pipeline's later stages.
         has_head: final norm and head are here: not so in its earlier ones.
+        stages: the same in parts, where the ranks of a whole pipeline share one memory.
+        other_downs: each kind of down_proj in the layers of other stages, whose groups every stage's cuts heed.
         bits, group_size: of its quantized linears, as the file or its config says; None where there are none.
     """
 
@@ -77,6 +81,8 @@ class ModelFacts:
     group_size: int | None = None
     has_table: bool = True
     has_head: bool = True
+    other_downs: tuple[WeightFacts, ...] = ()
+    stages: tuple[ModelFacts, ...] = ()
 
     @classmethod
     def of(cls, opened: OpenedHeaders, layers: range | None = None) -> ModelFacts:
@@ -112,16 +118,26 @@ class ModelFacts:
             group_size=None if first is None else -1 if first.is_one_group else first.group_size,
             has_table=has_table,
             has_head=has_head,
+            other_downs=_other_downs(opened, layers),
         )
 
     def down_groups(self) -> set[int | None]:
-        """Group sizes of all down_proj, as `split_model` wants them."""
+        """Group sizes of all down_proj of the whole model, as `split_model` wants them."""
         parts = [linear.parts[0] for linear in self.linears if linear.role == "down"]
+        parts += self.other_downs
         return {None if p.bits is None else -1 if p.is_one_group else p.group_size for p in parts}
 
     def split(self, num_ranks: int, shares: tuple[float, ...] | None = None) -> TPSplit:
         """What every rank owns. Raises ConfigError where there is not enough to share."""
         return split_model(self.config, num_ranks, down_groups=self.down_groups(), weights=shares)
+
+
+def _other_downs(opened: OpenedHeaders, layers: range | None) -> tuple[WeightFacts, ...]:
+    """Each kind of down_proj outside `layers`; None for nothing outside."""
+    if layers is None:
+        return ()
+    others = (layer for layer in range(opened.config.num_layers) if layer not in layers)
+    return tuple(dict.fromkeys(opened.facts(mlp_linears(opened.config, layer)[-1]) for layer in others))
 
 
 def _role(name: str) -> str:
@@ -228,7 +244,7 @@ def step_bytes(
         num_ranks: with several, sums and logits of all ranks are gathered.
         has_head: a pipeline's earlier stages have no logits.
     """
-    num_logits = max_num_seqs * model.vocab_size if has_head else 0
+    num_logits = max(max_num_seqs, LOGPROB_ROWS) * model.vocab_size if has_head else 0
     logits = num_logits * _LOGIT_BYTES
     gathered = 2 * (2 * rows * model.hidden_size + num_logits) if num_ranks > 1 else 0
     scratch = attention_scratch_bytes(model) + _SCRATCH_BYTES if on_gpu else _CPU_SCRATCH_BYTES

@@ -40,6 +40,8 @@ def _wrapped(line: str, width: int) -> list[str]:
 def _header(model: ModelFacts, config: EngineConfig, machine: Machine, plan: MemoryPlan) -> list[str]:
     names = [card.name for card in machine.cards]
     cards = f"{len(names)} x {names[0]}" if len(names) > 1 and len(set(names)) == 1 else " + ".join(names)
+    if machine.is_shared:
+        cards = f"{names[0]} in {len(names)} ranks"
     cache = config.cache.kv_cache_dtype
     steps = f"up to {plan.max_num_batched_tokens} tokens of {plan.max_num_seqs} sequences"
     return _labelled(
@@ -60,7 +62,7 @@ def _tables(machine: Machine, plan: MemoryPlan, width: int) -> list[list[str]]:
 
 
 def _title(machine: Machine, index: int) -> str:
-    return f"card {index}" if machine.is_gpu else "memory"
+    return f"card {machine.first_card + index}" if machine.is_gpu else "memory"
 
 
 _ROWS = (

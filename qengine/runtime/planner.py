@@ -13,6 +13,7 @@ from dataclasses import dataclass, field, replace
 
 from qengine.config import AUTO, EngineConfig, ModelConfig
 from qengine.errors import ConfigError
+from qengine.parallel.seats import shared_bytes
 from qengine.parallel.split import RankShape
 from qengine.runtime.model_bytes import (
     BATCHED_TOKENS,
@@ -34,8 +35,15 @@ CPU_SEQUENCES = 4
 CPU_SHARE = 0.25
 #: The driver's own memory per process: code, stacks, libraries.
 CONTEXT_BYTES = 2**29
+#: What Python and torch take of a computer's memory for each of several ranks and do not share: 148 MiB were measured
+#: after the imports and a first product.
+RANK_BYTES = 192 * 2**20
 #: Shares that are tried where cards are unlike.
 _SHARE_STEPS = 16
+
+
+#: How much of a model each rank takes, in any unit; None for alike.
+Shares = tuple[float, ...] | None
 
 
 @dataclass(frozen=True, slots=True)
@@ -54,12 +62,13 @@ class Card:
 
 @dataclass(frozen=True, slots=True)
 class Machine:
-    """What a model is planned for: one card per rank.
+    """What a model is planned for: one card per rank. On a CPU it is the same memory for all of them.
 
     Attributes:
         kernels: "gpu"; or "cpu" (torch's) and "native" (our own) with the computer's memory as the only card.
         dtype: compute dtype.
         has_graphs: decode steps are recorded, if the model is on one card.
+        first_card: number of the first of `cards` among all of the model's, in whose tables it is called that.
         is_interpreted: a GPU's kernels run in Triton's interpreter, in the computer's memory.
         num_threads: that our own kernels for a CPU may run on, each with room of its own.
     """
@@ -70,6 +79,7 @@ class Machine:
     has_graphs: bool = True
     is_interpreted: bool = False
     num_threads: int = field(default_factory=lambda: os.cpu_count() or 1)
+    first_card: int = 0
 
     @property
     def is_gpu(self) -> bool:
@@ -77,9 +87,27 @@ class Machine:
         return self.kernels == "gpu" and not self.is_interpreted
 
     @property
+    def is_shared(self) -> bool:
+        """Whether several ranks have one memory, which is then planned as one card for the sum of them."""
+        return not self.is_gpu and len(self.cards) > 1
+
+    @property
     def records_steps(self) -> bool:
         """Whether there are graphs that take memory. Steps that wait for other ranks are not recorded."""
         return self.has_graphs and self.is_gpu and len(self.cards) == 1
+
+
+@dataclass(frozen=True, slots=True)
+class Loaded:
+    """Weights that are in their places.
+
+    Attributes:
+        weight_bytes: of each rank, as they were measured.
+        shares: by which the ranks loaded them.
+    """
+
+    weight_bytes: tuple[int, ...]
+    shares: Shares = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -126,7 +154,7 @@ class MemoryPlan:
         fits: whether the engine can start with it.
         num_blocks: of `block_size` tokens, on every card.
         cards: by rank.
-        shares: how ranks that are unlike share the model, in any unit; None for alike.
+        shares: how the ranks of each stage share its layers where they are unlike; none where all are alike.
     """
 
     max_model_len: int
@@ -137,7 +165,11 @@ class MemoryPlan:
     block_size: int
     num_blocks: int
     cards: tuple[CardPlan, ...]
-    shares: tuple[float, ...] | None = None
+    shares: tuple[Shares, ...] = ()
+
+    def shares_of(self, stage: int) -> Shares:
+        """How the ranks of one stage share its layers."""
+        return self.shares[stage] if self.shares else None
 
     @property
     def kv_cache_bytes(self) -> int:
@@ -279,20 +311,19 @@ def batched_tokens(config: EngineConfig, machine: Machine) -> int:
     return LARGE_BATCHED_TOKENS if smallest >= LARGE_CARD_BYTES else BATCHED_TOKENS
 
 
-def make_plan(
-    model: ModelFacts, config: EngineConfig, machine: Machine, *, measured_weights: Sequence[int] | None = None
-) -> MemoryPlan:
+def make_plan(model: ModelFacts, config: EngineConfig, machine: Machine, *, loaded: Loaded | None = None) -> MemoryPlan:
     """Share out the memory of every card. Whether the result `fits` is for the caller to look at.
 
     Args:
-        measured_weights: bytes of each rank's weights where they are loaded already; None takes what headers tell.
+        loaded: where the weights are in their places already; None takes what headers tell, and the best shares.
 
     Raises:
         ConfigError: if the request contradicts the model or the cards, whatever their memory.
     """
-    config.cache.check_num_limits(len(machine.cards))
+    if machine.is_gpu:
+        config.cache.check_num_limits(len(machine.cards))
     wanted = wanted_length(model.config, config.scheduler.max_model_len)
-    planner = _Planner(model, config, machine, measured_weights)
+    planner = _Planner(model, config, machine, loaded)
     loads = planner.loads()
     best, load = max(((planner.plan(wanted, load), load) for load in loads), key=lambda found: found[0].num_blocks)
     if best.longest_len >= wanted:
@@ -300,6 +331,24 @@ def make_plan(
     is_explicit = isinstance(config.scheduler.max_model_len, int)
     longest = planner.plan(planner.longest(wanted, load), load)
     return replace(longest, wanted_len=wanted, fits=longest.max_model_len > 0 and not is_explicit)
+
+
+def _summed(ranks: Sequence[CardPlan], shared_bytes: int) -> CardPlan:
+    """One memory with all that its ranks hold, and what they share."""
+    return replace(
+        ranks[0],
+        weight_bytes=sum(rank.weight_bytes for rank in ranks),
+        step_buffer_bytes=sum(rank.step_buffer_bytes for rank in ranks),
+        reserve_bytes=len(ranks) * RANK_BYTES + shared_bytes,
+        kv_bytes_per_token=sum(rank.kv_bytes_per_token for rank in ranks),
+    )
+
+
+def seats_bytes(tensor_parallel_size: int, num_stages: int, config: EngineConfig) -> int:
+    """Memory by which the ranks on a CPU reach each other: within every stage, and between the stages at each place."""
+    if config.parallel.p2p == "on":
+        return 0  # By gloo, through sockets.
+    return num_stages * shared_bytes(tensor_parallel_size) + tensor_parallel_size * shared_bytes(num_stages)
 
 
 @dataclass(frozen=True, slots=True)
@@ -311,7 +360,7 @@ class _Load:
         weights, rounding: bytes of its weights, and what torch's allocator adds to them.
     """
 
-    shares: tuple[float, ...] | None
+    shares: Shares
     ranks: tuple[RankShape, ...]
     weights: tuple[int, ...]
     rounding: tuple[int, ...]
@@ -324,19 +373,32 @@ class _Planner:
     model: ModelFacts
     config: EngineConfig
     machine: Machine
-    measured_weights: Sequence[int] | None
+    loaded: Loaded | None
+
+    @property
+    def _stages(self) -> tuple[ModelFacts, ...]:
+        """Those whose ranks are among the cards."""
+        return self.model.stages or (self.model,)
+
+    @property
+    def _tp(self) -> int:
+        return len(self.machine.cards) // len(self._stages)
 
     def loads(self) -> list[_Load]:
         """The model, shared out in every way that is worth a look; most shares come to the same ranks."""
-        splits: dict[tuple[RankShape, ...], tuple[float, ...] | None] = {}
+        splits: dict[tuple[RankShape, ...], Shares] = {}
         for shares in self._shares():
-            splits.setdefault(self.model.split(len(self.machine.cards), shares).ranks, shares)
+            splits.setdefault(self.model.split(self._tp, shares).ranks, shares)
         return [self._load(shares, ranks) for ranks, shares in splits.items()]
 
-    def _load(self, shares: tuple[float, ...] | None, ranks: tuple[RankShape, ...]) -> _Load:
+    def _load(self, shares: Shares, ranks: tuple[RankShape, ...]) -> _Load:
         machine = self.machine
-        parts = [list(weight_parts(self.model, rank, machine.kernels, machine.dtype)) for rank in ranks]
-        weights = self.measured_weights or [sum(size * count for size, count in sizes) for sizes in parts]
+        parts = [
+            list(weight_parts(stage, rank, machine.kernels, machine.dtype)) for stage in self._stages for rank in ranks
+        ]
+        weights: Sequence[int] = [sum(size * count for size, count in sizes) for sizes in parts]
+        if self.loaded is not None:
+            weights = self.loaded.weight_bytes
         rounding = [rounding_bytes(sizes) if machine.is_gpu else 0 for sizes in parts]
         return _Load(shares, ranks, tuple(weights), tuple(rounding))
 
@@ -351,8 +413,10 @@ class _Planner:
                 failing = middle
         return fitting
 
-    def _shares(self) -> list[tuple[float, ...] | None]:
+    def _shares(self) -> list[Shares]:
         """How the model may be shared out: evenly, or where cards are unlike, more and more by their sizes."""
+        if self.loaded is not None:
+            return [self.loaded.shares]
         if not self.machine.is_gpu or len(self.machine.cards) == 1:
             return [None]
         allowed = [allowed_bytes(card, self.config, rank) for rank, card in enumerate(self.machine.cards)]
@@ -366,7 +430,9 @@ class _Planner:
 
     def plan(self, length: int, load: _Load) -> MemoryPlan:
         """The cards as they are with a context of `length` tokens, which may turn out not to fit."""
-        cards = [self._fixed(load, rank, length) for rank in range(len(load.ranks))]
+        cards = [self._fixed(load, rank, length) for rank in range(len(self.machine.cards))]
+        if self.machine.is_shared:
+            cards = [_summed(cards, seats_bytes(self._tp, len(self._stages), self.config))]
         num_blocks = max(0, min(self._most_blocks(card, length) for card in cards))
         return MemoryPlan(
             max_model_len=length,
@@ -377,20 +443,22 @@ class _Planner:
             block_size=self.config.cache.block_size,
             num_blocks=num_blocks,
             cards=tuple(replace(card, num_blocks=num_blocks) for card in cards),
-            shares=load.shares,
+            shares=() if load.shares is None else (load.shares,),
         )
 
     def _fixed(self, load: _Load, rank: int, length: int) -> CardPlan:
         """A card with all but its cache."""
         machine, limits, block_size = self.machine, self.config.scheduler, self.config.cache.block_size
-        card, local = machine.cards[rank], load.ranks[rank].local(self.model.config)
+        stage, place = divmod(rank, self._tp)
+        model = self._stages[stage]
+        card, local = machine.cards[rank], load.ranks[place].local(model.config)
         rows = batched_tokens(self.config, machine)
         graphs = reserve = room = 0
         if machine.is_gpu:
             reserve = card.total_bytes - allowed_bytes(card, self.config, rank) + CONTEXT_BYTES + load.rounding[rank]
         if machine.kernels == "native":
             most_rows = max(rows, limits.max_num_seqs)
-            room = native_room_bytes(self.model, load.ranks[rank], most_rows, machine.num_threads)
+            room = native_room_bytes(model, load.ranks[place], most_rows, machine.num_threads)
         if machine.records_steps:
             graphs = graph_bytes(local, limits.max_num_seqs, length, block_size)
         number, scale = kv_number_bytes(self.config.cache.kv_cache_dtype, machine.dtype)
@@ -404,8 +472,8 @@ class _Planner:
                 rows,
                 limits.max_num_seqs,
                 length,
-                num_ranks=len(machine.cards),
-                has_head=self.model.has_head,
+                num_ranks=self._tp,
+                has_head=model.has_head,
                 on_gpu=machine.is_gpu,
             ),
             graph_bytes=graphs,

@@ -24,6 +24,7 @@ from qengine.runtime.model_bytes import ModelFacts
 from qengine.runtime.opening import OpenedHeaders
 from qengine.runtime.planner import (
     Card,
+    Loaded,
     Machine,
     MemoryPlan,
     allowed_bytes,
@@ -113,18 +114,27 @@ class Platform:
             is_interpreted=kernels == "gpu" and not is_cuda,
         )
 
-    def plan(self, opened: OpenedHeaders, config: EngineConfig, *, measured_weights: int | None = None) -> MemoryPlan:
+    def plan(
+        self,
+        opened: OpenedHeaders,
+        config: EngineConfig,
+        *,
+        measured_weights: int | None = None,
+        machine: Machine | None = None,
+    ) -> MemoryPlan:
         """Where all bytes go, from headers alone; holds torch to what the user allows of a GPU.
 
         Args:
             measured_weights: bytes of the weights where they are loaded already.
+            machine: as it was before they were: what a CPU's memory has free does not tell what the weights took.
+                None for as it is now.
 
         Raises:
             ConfigError: if the request contradicts the model or the device.
             DoesNotFitError: if it needs more memory than there is, with the table.
         """
-        measured = None if measured_weights is None else (measured_weights,)
-        plan = plan_to_start(ModelFacts.of(opened), config, self.machine, measured_weights=measured)
+        loaded = None if measured_weights is None else Loaded((measured_weights,))
+        plan = plan_to_start(ModelFacts.of(opened), config, machine or self.machine, loaded=loaded)
         self.cap_memory(config)
         return plan
 
@@ -144,7 +154,7 @@ class Platform:
             ConfigError: if there are fewer cards.
         """
         if self.device.type != "cuda":
-            return self.machine
+            return replace(self.machine, cards=self.machine.cards * num_ranks)
         cards = driver_cards()
         if num_ranks > len(cards):
             raise ConfigError(

@@ -102,7 +102,8 @@ def _expect_start(channel: Channel) -> Start:
 
 
 def _connect(start: Start, opened: OpenedModel, device: torch.device) -> Links:
-    parallel, shares = start.config.parallel, start.plan.shares
+    parallel = start.config.parallel
+    shares = start.plan.shares_of(start.rank // parallel.tensor_parallel_size)
     limit_s = WARM_UP_SECONDS + parallel.step_timeout
     return connect_links(parallel, start.rank, opened, device, start.rendezvous, limit_s, shares, start.seats)
 

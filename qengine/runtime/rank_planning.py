@@ -1,8 +1,8 @@
 """The memory plan of a model that several ranks share: one number of blocks and one context for all of them.
 
 On GPUs each rank has a card, and each stage of a pipeline is planned with its own layers; on a CPU all ranks share one
-memory, and the plan is that of the whole model. Invariant: what comes out fits on every card, as far as it is known
-what they hold. Torch is not imported.
+memory, and the plan has one card for the sum of what they hold. Invariant: what comes out fits on every card, as far as
+it is known what they hold. Torch is not imported.
 """
 
 from __future__ import annotations
@@ -14,29 +14,48 @@ from qengine.config import EngineConfig
 from qengine.parallel.split import stage_layers
 from qengine.runtime.model_bytes import ModelFacts
 from qengine.runtime.opening import OpenedHeaders
-from qengine.runtime.planner import Card, Machine, MemoryPlan
-from qengine.runtime.planning import plan_to_start
+from qengine.runtime.planner import Card, Loaded, Machine, MemoryPlan
+from qengine.runtime.planning import fitting_plan, tell, warn_where_less_is_free
 
 
 def plan_ranks(opened: OpenedHeaders, config: EngineConfig, machine: Machine) -> MemoryPlan:
     """Plan before any weight is read.
 
     Args:
-        machine: with a card for each rank, in their order; or the computer's memory as the only one.
+        machine: with a card for each rank, in their order; on a CPU each of them is the computer's memory.
 
     Raises:
         ConfigError: if the request contradicts the model or the cards.
         DoesNotFitError: with the table, and with what would help.
     """
+    plan = _plan_stages(opened, config, machine)
+    tell(plan, config)
+    return plan
+
+
+def _plan_stages(
+    opened: OpenedHeaders, config: EngineConfig, machine: Machine, loaded: Sequence[Loaded] | None = None
+) -> MemoryPlan:
+    """Every stage by itself, and what all of them can hold; `loaded` by stage."""
     if not machine.is_gpu:
-        return plan_to_start(ModelFacts.of(opened), config, machine)
+        return fitting_plan(_facts_of_all(opened, config), config, machine)
     tp, layers = config.parallel.tensor_parallel_size, opened.config.num_layers
     plans = []
     for stage, own in enumerate(stage_layers(layers, config.parallel.pipeline_parallel_size)):
         ranks = slice(stage * tp, (stage + 1) * tp)
-        facts = ModelFacts.of(opened, own)
-        plans.append(plan_to_start(facts, _limited(config, ranks), replace(machine, cards=machine.cards[ranks])))
+        facts, cards = ModelFacts.of(opened, own), replace(machine, cards=machine.cards[ranks], first_card=stage * tp)
+        in_place = None if loaded is None else loaded[stage]
+        plans.append(fitting_plan(facts, _limited(config, ranks), cards, loaded=in_place))
     return common_plan(plans)
+
+
+def _facts_of_all(opened: OpenedHeaders, config: EngineConfig) -> ModelFacts:
+    """The whole model, and its stages if it is a pipeline."""
+    whole, num_stages = ModelFacts.of(opened), config.parallel.pipeline_parallel_size
+    if num_stages == 1:
+        return whole
+    stages = stage_layers(opened.config.num_layers, num_stages)
+    return replace(whole, stages=tuple(ModelFacts.of(opened, layers) for layers in stages))
 
 
 def replan_ranks(
@@ -47,7 +66,8 @@ def replan_ranks(
     cards: Sequence[Card],
     weight_bytes: Sequence[int],
 ) -> MemoryPlan:
-    """The plan again, now that every rank has seen its card and has its weights; never larger than before.
+    """The plan again, now that every rank has seen its card and has its weights, which stay where they are: the same
+    shares, and never larger than before.
 
     Args:
         cards: as the ranks found them before they loaded.
@@ -56,22 +76,22 @@ def replan_ranks(
     Raises:
         DoesNotFitError: if too little was free.
     """
-    found = plan_ranks(opened, config, replace(machine, cards=tuple(cards)))
-    # Headers may have told of less than there was.
-    excess = max((num - card.weight_bytes for num, card in zip(weight_bytes, found.cards, strict=True)), default=0)
-    if excess > 0:
-        tighter = tuple(replace(card, free_bytes=_free(card) - excess) for card in cards)
-        found = plan_ranks(opened, config, replace(machine, cards=tighter))
-    return replace(
+    tp = config.parallel.tensor_parallel_size
+    stages = range(config.parallel.pipeline_parallel_size)
+    loaded = [Loaded(tuple(weight_bytes[stage * tp : (stage + 1) * tp]), plan.shares_of(stage)) for stage in stages]
+    seen = replace(machine, cards=tuple(cards))
+    warn_where_less_is_free(config, seen)
+    found = _plan_stages(opened, config, seen, loaded)
+    num_blocks = min(plan.num_blocks, found.num_blocks)
+    smaller = replace(
         found,
-        shares=plan.shares,
-        num_blocks=min(plan.num_blocks, found.num_blocks),
+        num_blocks=num_blocks,
         max_model_len=min(plan.max_model_len, found.max_model_len),
+        cards=tuple(replace(card, num_blocks=num_blocks) for card in found.cards),
     )
-
-
-def _free(card: Card) -> int:
-    return card.total_bytes if card.free_bytes is None else card.free_bytes
+    if smaller.max_model_len < plan.max_model_len:
+        tell(smaller, config)
+    return smaller
 
 
 def _limited(config: EngineConfig, ranks: slice) -> EngineConfig:
@@ -90,6 +110,7 @@ def common_plan(plans: Sequence[MemoryPlan]) -> MemoryPlan:
     return replace(
         plans[0],
         num_blocks=num_blocks,
+        shares=tuple(plan.shares_of(0) for plan in plans) if any(plan.shares for plan in plans) else (),
         max_model_len=min(plan.max_model_len for plan in plans),
         cards=tuple(cards),
     )

@@ -21,14 +21,13 @@ from qengine.models.decoder import Decoder
 from qengine.runtime.inputs import PreparedStep, Steps
 from qengine.runtime.kv_cache import KVCache
 from qengine.runtime.links import Links
+from qengine.runtime.model_bytes import LOGPROB_ROWS
 from qengine.runtime.out_of_memory import memory_guard
 from qengine.runtime.sampler import PendingSamples, Sampler
 from qengine.runtime.sampling.logprobs import PendingPromptLogprobs
 from qengine.runtime.sampling.transfer import Arrival, to_host
 from qengine.scheduling.batch import Batch, BatchEntry, PooledRows, SampledToken, StepResult
 
-#: Prompt positions whose logits are held at once.
-_LOGPROB_ROWS = 32
 NOT_FINITE = "the model produced logits that are not finite (NaN or infinity)"
 NOT_FINITE_STATES = "the model produced hidden states that are not finite (NaN or infinity)"
 
@@ -195,7 +194,7 @@ class ModelRunner:
             if entry.num_prompt_logprobs is None or not entry.prompt_targets:
                 continue
             rows = hidden[row : row + len(entry.prompt_targets)]
-            logits = (self.model.logits(piece) for piece in torch.split(rows, _LOGPROB_ROWS))
+            logits = (self.model.logits(piece) for piece in torch.split(rows, LOGPROB_ROWS))
             if not self.links.samples:
                 _exhaust(logits)
                 continue

@@ -7,7 +7,10 @@ afterwards, as it was. Results are thrown away.
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 from qengine.request import SamplingParams
+from qengine.runtime.model_bytes import LOGPROB_ROWS
 from qengine.runtime.planner import MemoryPlan
 from qengine.runtime.runner import ModelRunner
 from qengine.scheduling.batch import Batch, BatchEntry, SampleSpec
@@ -46,7 +49,8 @@ def _demanding(vocab_size: int) -> SamplingParams:
 def worst_batch(plan: MemoryPlan, params: SamplingParams) -> Batch:
     """As many tokens as a step may have, and as many sequences that sample: one long chunk, the others one token each.
 
-    Where sequences may not be so long, more of them have several tokens.
+    Where sequences may not be so long, more of them have several tokens. The first asks for log-probabilities of its
+    prompt, as many as two pieces: one is made while the one before it is still there.
     """
     num_seqs = min(plan.max_num_seqs, plan.max_num_batched_tokens)
     longest = min(plan.max_model_len, plan.num_blocks * plan.block_size)
@@ -59,6 +63,8 @@ def worst_batch(plan: MemoryPlan, params: SamplingParams) -> Batch:
         block_ids = tuple((first_block + i) % plan.num_blocks for i in range(blocks))
         entries.append(_entry(str(index), length, block_ids, params))
         left, first_block = left - length, first_block + blocks
+    targets = entries[0].token_ids[: 2 * LOGPROB_ROWS]
+    entries[0] = replace(entries[0], num_prompt_logprobs=params.logprobs or 0, prompt_targets=targets)
     return Batch(tuple(entries))
 
 

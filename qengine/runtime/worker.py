@@ -62,7 +62,8 @@ class Worker:
         self._model: Decoder | None = None
         self._runner: ModelRunner | None = None
         platform.check(opened.config, config)
-        self._plan = plan or platform.plan(opened, config)
+        self._machine = platform.machine
+        self._plan = plan or platform.plan(opened, config, machine=self._machine)
         if plan is not None:
             platform.cap_memory(config, rank)
 
@@ -94,7 +95,8 @@ class Worker:
     def plan(self) -> MemoryPlan:
         """What a model in one process is given beside its weights, which must be in their place.
 
-        Headers may have told of less than there was; then it is planned again.
+        Headers may have told of less than there was; then it is planned again, for the memory that was free before
+        them.
 
         Raises:
             DoesNotFitError: too little is left.
@@ -103,7 +105,7 @@ class Worker:
         if found <= planned:
             return self._plan
         logger.warning("the weights take %s, and headers told of %s", size_text(found), size_text(planned))
-        plan = self._platform.plan(self._opened, self._config, measured_weights=found)
+        plan = self._platform.plan(self._opened, self._config, measured_weights=found, machine=self._machine)
         return replace(plan, max_model_len=min(plan.max_model_len, self._plan.max_model_len))
 
     def allocate(self, plan: MemoryPlan) -> None:
@@ -138,7 +140,8 @@ class Worker:
     def _check_weights(self, plan: MemoryPlan) -> None:
         longest, most = plan.max_model_len, plan.max_num_batched_tokens
         found = examine(self.runner, max_len=longest, max_rows=min(most, self._config.scheduler.max_num_seqs * longest))
-        if self._config.load.load_format == "dummy":
+        # One rank says it for all: those of the last stage have the same logits.
+        if self._config.load.load_format == "dummy" or not self._links.samples:
             found = replace(found, constant_token_id=None)
         judge(found, self._opened.location.name, self.runner.model.dtype, self._opened.config.torch_dtype)
 

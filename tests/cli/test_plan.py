@@ -14,7 +14,10 @@ from benchmarks.gpu.models import MODELS
 from qengine import cli
 from qengine.commands import plan as plan_command
 from qengine.commands.flags import CARD_MEMORY, CARD_NAMES
-from qengine.runtime.planner import Card
+from qengine.config import EngineConfig
+from qengine.runtime.opening import open_model_headers
+from qengine.runtime.planner import Card, Machine
+from qengine.runtime.rank_planning import plan_ranks
 from tests.engine.fixtures import path
 
 ROOT = Path(__file__).parents[2]
@@ -141,6 +144,23 @@ def test_without_cards_it_is_the_cpu(capsys: pytest.CaptureFixture[str], monkeyp
     assert (card["name"], card["graph_bytes"], card["reserve_bytes"]) == ("cpu", 0, 0)
     assert cli.main(["plan", small, "--gpu", "auto"]) == 2
     assert "name a size or a card, such as --gpu 24GB" in capsys.readouterr().err
+
+
+def test_ranks_on_a_cpu_are_planned_as_the_engine_does(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(plan_command, "available_memory", lambda: 4 * GIB)
+    small, flags = path("llama-awq-g64"), ("--device", "cpu", "--dtype", "float32", "-tp", "2")
+    found = as_json(capsys, small, *flags, "--gpu-memory-limit", "22,10,4")
+    config = EngineConfig.from_options({"model": small, "tensor_parallel_size": 2})
+    machine = Machine("cpu", (Card("cpu", 4 * GIB),) * 2, "float32", has_graphs=False)
+    plan = plan_ranks(open_model_headers(config.load), config, machine)
+    assert found["tensor_parallel_size"] == 2
+    assert found["max_model_len"] == plan.max_model_len
+    assert [card["total_bytes"] for card in found["cards"]] == [4 * GIB]
+    for name in (*PARTS, "num_blocks", "kv_bytes_per_token"):
+        assert found["cards"][0][name] == getattr(plan.cards[0], name), name
+    assert "cpu in 2 ranks" in run(capsys, small, *flags)[1]
 
 
 # Refusals

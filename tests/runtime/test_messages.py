@@ -37,7 +37,8 @@ from qengine.runtime.messages import (
 from qengine.runtime.planner import Card, CardPlan, MemoryPlan
 
 CARD = Card("a card", 24 * 2**30, 23 * 2**30)
-PLAN = MemoryPlan(256, 512, True, 64, 8, 16, 100, (CardPlan("a card", 24 * 2**30, 1, 2, 3, 4, 5, 100, 16),), (1.0, 0.5))
+CARD_PLAN = CardPlan("a card", 24 * 2**30, 1, 2, 3, 4, 5, 100, 16)
+PLAN = MemoryPlan(256, 512, True, 64, 8, 16, 100, (CARD_PLAN,), ((1.0, 0.5), None))
 OPTIONS = {
     "model": "/models/x",
     "tensor_parallel_size": 2,

@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 import torch
 
+from converters.source import HeaderSource, LinearSlot
 from qengine.config import LoadConfig, ModelConfig, RopeConfig
 from qengine.layers.rope import RotaryEmbedding
 from qengine.parallel.group import TPGroup
@@ -170,6 +171,29 @@ def test_weights_of_ranks(name: str, num_ranks: int, target: Target) -> None:
         assert loaded == planned or "actorder" in name
 
 
+class MixedDowns:
+    """A source whose first layer has a down_proj in larger groups than the others."""
+
+    def __init__(self, source: HeaderSource, group_size: int) -> None:
+        self._source, self._group_size = source, group_size
+
+    def linear_facts(self, slot: LinearSlot) -> WeightFacts:
+        facts = self._source.linear_facts(slot)
+        return replace(facts, group_size=self._group_size) if slot.name.endswith("layers.0.mlp.down_proj") else facts
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._source, name)
+
+
+def test_stages_are_cut_as_the_whole_model_is() -> None:
+    opened = open_model_headers(LoadConfig(model=path("llama-awq-g64")))
+    mixed = replace(opened, source=MixedDowns(opened.source, 192))
+    whole = split_opened(mixed, 2)
+    assert [len(split.ranks[0].intermediate) for split in (split_opened(opened, 2), whole)] == [256, 384]
+    for layers in stage_layers(opened.config.num_layers, 3):
+        assert ModelFacts.of(mixed, layers).split(2) == whole
+
+
 def check_stages(load: LoadConfig, target: Target) -> None:
     """However many stages there are, each is planned as it is loaded."""
     opened = open_model(load)
@@ -304,12 +328,13 @@ def test_a_step_by_hand() -> None:
     # Residual, norms and neighbours 5 x 96, gate, up and product 3 x 160, two bytes each; 256 rows.
     activations = 2 * 256 * (5 * 96 + 3 * 160)
     # Each of 8 sampled rows: a logit in 2 bytes, thrice in float32, and compared.
-    logits = 8 * 150 * 15
+    logits = 32 * 150 * 15  # Few rows are sampled; so many positions of a prompt get logits at once.
     # Cosines and sines of 64 positions and 12 pairs; 1024 slots of 4 heads of 24 sums and 2 statistics, 2 counters.
     tables, scratch = 64 * 12 * 2 * 4, 1024 * (4 * 26 * 4 + 2 * 4)
     fixed = 384 * 2**20
+    assert step_bytes(CONFIG, 256, 40, 64) - step_bytes(CONFIG, 256, 32, 64) == 8 * 150 * 15
     assert step_bytes(CONFIG, 256, 8, 64) == activations + logits + tables + scratch + fixed
-    gathered = 2 * (2 * 256 * 96 + 8 * 150)
+    gathered = 2 * (2 * 256 * 96 + 32 * 150)
     assert step_bytes(CONFIG, 256, 8, 64, num_ranks=2) == activations + logits + tables + scratch + fixed + gathered
     assert step_bytes(CONFIG, 256, 8, 64, has_head=False) == activations + tables + scratch + fixed
     assert step_bytes(CONFIG, 256, 8, 64, on_gpu=False) == activations + logits + tables + 64 * 2**20

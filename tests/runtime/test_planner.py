@@ -15,6 +15,7 @@ from qengine.runtime.machine_memory import available_memory, driver_cards
 from qengine.runtime.model_bytes import MergedFacts, ModelFacts
 from qengine.runtime.planner import (
     Card,
+    Loaded,
     Machine,
     MemoryPlan,
     allowed_bytes,
@@ -211,8 +212,23 @@ def test_a_card_that_is_too_small() -> None:
 
 
 def test_weights_that_are_measured_take_the_place_of_planned_ones() -> None:
-    found = make_plan(facts(LLAMA_3_8B), EngineConfig(), gpu(24), measured_weights=[7 * GIB])
+    found = make_plan(facts(LLAMA_3_8B), EngineConfig(), gpu(24), loaded=Loaded((7 * GIB,)))
     assert found.cards[0].weight_bytes == 7 * GIB
+
+
+def test_less_that_is_free_is_used_with_a_warning(caplog: pytest.LogCaptureFixture) -> None:
+    [card] = gpu(24).cards
+    for free, options in ((23, {}), (24, {"gpu_memory_limit": 24})):
+        roomy = replace(gpu(24), cards=(replace(card, free_bytes=free * GIB),))
+        plan_to_start(facts(LLAMA_3_8B), EngineConfig.from_options(options), roomy)
+    assert "is free" not in caplog.text
+    short = replace(gpu(24), cards=(replace(card, free_bytes=20 * GIB),))
+    plan = plan_to_start(facts(LLAMA_3_8B), EngineConfig(), short)
+    assert "24 GiB card) has 20.00 GiB free, less than the 22.08 GiB that gpu_memory_utilization allows" in caplog.text
+    assert plan.cards[0].reserve_bytes > 4 * GIB
+    caplog.clear()
+    plan_to_start(facts(LLAMA_3_8B), EngineConfig.from_options({"gpu_memory_limit": 22}), short)
+    assert "less than the 22.00 GiB that gpu_memory_limit allows" in caplog.text
 
 
 # Several cards

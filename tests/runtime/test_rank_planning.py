@@ -3,20 +3,28 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
+from benchmarks.gpu.models import MODELS
 from qengine.config import EngineConfig
 from qengine.errors import ConfigError, DoesNotFitError
-from qengine.runtime.model_bytes import ModelFacts
-from qengine.runtime.opening import open_model_headers
-from qengine.runtime.planner import Card, Machine, MemoryPlan
+from qengine.parallel.split import stage_layers
+from qengine.runtime import rank as rank_module
+from qengine.runtime.messages import Start
+from qengine.runtime.model_bytes import ModelFacts, step_bytes, weight_bytes
+from qengine.runtime.opening import open_model_headers, split_opened
+from qengine.runtime.planner import RANK_BYTES, Card, Machine, MemoryPlan
 from qengine.runtime.planning import plan_to_start
 from qengine.runtime.rank_planning import plan_ranks, replan_ranks
 from tests.engine.fixtures import path
+from tests.engine.triton_engine import tiny_folder
 
 GIB = 2**30
+LLAMA_70B = {"model": str(MODELS / "llama-3-70b"), "load_format": "dummy", "quantization": "awq"}
 
 
 def machine(*sizes: float) -> Machine:
@@ -51,6 +59,42 @@ def test_a_stage_has_its_own_layers_and_the_one_with_more_decides() -> None:
     assert stages.kv_bytes_per_token == whole.kv_bytes_per_token
 
 
+def test_unlike_cards_of_each_stage_share_its_own_layers(monkeypatch: pytest.MonkeyPatch) -> None:
+    found = plan((24, 12, 12, 24), **LLAMA_70B, tensor_parallel_size=2, pipeline_parallel_size=2)
+    weights = [card.weight_bytes for card in found.cards]
+    assert weights[0] > 1.5 * weights[1]
+    assert weights[3] > 1.5 * weights[2]
+    config = config_of(**LLAMA_70B, tensor_parallel_size=2, pipeline_parallel_size=2, gpu_memory_limit="24,12,12,24")
+    opened = open_model_headers(config.load)
+    used: list[Any] = []
+    monkeypatch.setattr(rank_module, "connect_links", lambda *args: used.append(args[6]))
+    for rank in range(4):
+        start = Start(config, found, rank, "/nowhere", "info", False)
+        rank_module._connect(start, opened, torch.device("cpu"))  # type: ignore[arg-type]
+    for place, card in enumerate(found.cards):
+        stage, own = place // 2, stage_layers(80, 2)[place // 2]
+        shape = split_opened(opened, 2, used[place]).ranks[place % 2]
+        assert used[place] == found.shares_of(stage)
+        assert weight_bytes(ModelFacts.of(opened, own), shape, "gpu", "float16") == card.weight_bytes
+
+
+def test_weights_stay_where_they_are_when_it_is_planned_again() -> None:
+    config = config_of(**LLAMA_70B, tensor_parallel_size=2)
+    opened = open_model_headers(config.load)
+    before = plan_ranks(opened, config, machine(30, 30))
+    assert before.shares == ()
+    weights = [card.weight_bytes for card in before.cards]
+    free = [replace(card, free_bytes=size * GIB) for card, size in zip(machine(30, 30).cards, (26, 22), strict=True)]
+    found = replan_ranks(before, opened, config, machine(30, 30), free, weights)
+    assert [card.weight_bytes for card in found.cards] == weights
+    assert found.cards[0].kv_bytes_per_token == found.cards[1].kv_bytes_per_token
+    assert found.shares == before.shares
+    assert found.num_blocks < before.num_blocks
+    uneven = plan_ranks(opened, config, replace(machine(30, 30), cards=tuple(free)))
+    assert uneven.num_blocks > found.num_blocks
+    assert all(card.free_bytes >= 0 and card.num_blocks == found.num_blocks for card in found.cards)
+
+
 def test_limits_go_to_the_cards_of_their_ranks() -> None:
     sizes = {"tensor_parallel_size": 2, "pipeline_parallel_size": 2}
     even = plan((2, 2, 2, 2), **sizes)
@@ -62,8 +106,10 @@ def test_limits_go_to_the_cards_of_their_ranks() -> None:
 
 
 def test_a_stage_that_does_not_fit_is_refused() -> None:
-    with pytest.raises(DoesNotFitError):
+    with pytest.raises(DoesNotFitError) as refused:
         plan((1, 0.5), pipeline_parallel_size=2)
+    assert "card 1" in str(refused.value)
+    assert "card 0" not in str(refused.value)
 
 
 def test_what_ranks_have_seen_makes_the_plan_smaller_and_never_larger() -> None:
@@ -87,10 +133,69 @@ def test_what_ranks_have_seen_makes_the_plan_smaller_and_never_larger() -> None:
         again((2, 0.8), weights)
 
 
-def test_ranks_on_a_cpu_share_its_memory() -> None:
+def test_a_card_that_others_use_is_named_once_and_a_lowered_context_too(caplog: pytest.LogCaptureFixture) -> None:
+    config = config_of(**LLAMA_70B, pipeline_parallel_size=2)
+    opened = open_model_headers(config.load)
+    before = plan_ranks(opened, config, machine(25, 25))
+    weights = [card.weight_bytes for card in before.cards]
+    free = [replace(card, free_bytes=size * GIB) for card, size in zip(machine(25, 25).cards, (24, 22), strict=True)]
+    with caplog.at_level("WARNING", logger="qengine"):
+        found = replan_ranks(before, opened, config, machine(25, 25), free, weights)
+    assert found.max_model_len < before.max_model_len
+    short, lowered = (record.getMessage() for record in caplog.records)
+    text = "card 1 (a card) has 22.00 GiB free, less than the 23.00 GiB that gpu_memory_utilization allows"
+    assert short.startswith(text)
+    assert lowered.startswith(f"max_model_len lowered from the model's 8192 to {found.max_model_len}")
+
+
+def cpu_machine(num_ranks: int, gib: float = 4) -> Machine:
+    return Machine("cpu", (Card("cpu", int(gib * GIB)),) * num_ranks, "float32", has_graphs=False)
+
+
+@pytest.mark.parametrize(("tp", "pp"), [(2, 1), (4, 1), (1, 3), (2, 2)])
+def test_ranks_on_a_cpu_share_its_memory_and_all_they_hold_is_counted(tp: int, pp: int) -> None:
+    config = config_of(tensor_parallel_size=tp, pipeline_parallel_size=pp, max_model_len=256)
+    opened = open_model_headers(config.load)
+    found = plan_ranks(opened, config, cpu_machine(tp * pp))
+    weights = steps = per_token = 0
+    for layers in stage_layers(3, pp):
+        facts = ModelFacts.of(opened, layers)
+        for shape in split_opened(opened, tp).ranks:
+            local = shape.local(facts.config)
+            weights += weight_bytes(facts, shape, "cpu", "float32")
+            steps += step_bytes(local, 256, 256, 256, num_ranks=tp, has_head=facts.has_head, on_gpu=False)
+            per_token += 2 * len(layers) * local.num_kv_heads * 64 * 4
+    [card] = found.cards
+    assert (card.weight_bytes, card.step_buffer_bytes, card.kv_bytes_per_token) == (weights, steps, per_token)
+    assert per_token == 2 * 3 * max(2, tp) * 64 * 4  # Four ranks have a copy each of two heads.
+    mailboxes = (pp * (tp + tp**2) * (tp > 1) + tp * (pp + pp**2) * (pp > 1)) * 2 * 2 * 2**20
+    assert card.reserve_bytes == tp * pp * RANK_BYTES + mailboxes
+    assert card.total_bytes == 4 * GIB
+    assert card.free_bytes >= 0
+
+
+def test_ranks_that_a_cpu_has_no_room_for_are_refused() -> None:
     config = config_of(tensor_parallel_size=2, pipeline_parallel_size=2)
     opened = open_model_headers(config.load)
-    cpu = Machine("cpu", (Card("cpu", 4 * GIB),), "float32", has_graphs=False)
-    found = plan_ranks(opened, config, cpu)
-    assert found == plan_to_start(ModelFacts.of(opened), config, cpu)
-    assert len(found.cards) == 1
+    one = plan_to_start(ModelFacts.of(opened), config_of(), cpu_machine(1, 0.5))
+    assert one.fits
+    with pytest.raises(DoesNotFitError, match=r"cpu in 4 ranks") as refused:
+        plan_ranks(opened, config, cpu_machine(4, 0.5))
+    assert "are missing" in str(refused.value)
+
+
+def test_a_tied_pipeline_on_a_cpu_has_two_tables(tmp_path: Path) -> None:
+    folder = tiny_folder(tmp_path, tie_word_embeddings=True)
+    options: dict[str, Any] = {"model": folder, "load_format": "dummy", "max_model_len": 64}
+    config = EngineConfig.from_options({**options, "pipeline_parallel_size": 2})
+    opened = open_model_headers(config.load)
+    assert opened.tied
+    table = opened.config.vocab_size * opened.config.hidden_size * 4
+    found = plan_ranks(opened, config, cpu_machine(2))
+    alone = plan_to_start(ModelFacts.of(opened), EngineConfig.from_options(options), cpu_machine(1))
+    assert found.cards[0].weight_bytes == alone.cards[0].weight_bytes + table
+
+
+def test_limits_of_gpus_mean_nothing_to_a_cpu() -> None:
+    config = config_of(tensor_parallel_size=2, gpu_memory_limit="22,10,10", max_model_len=64)
+    assert plan_ranks(open_model_headers(config.load), config, cpu_machine(2)).fits

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import weakref
 from pathlib import Path
 
 import pytest
@@ -43,11 +44,15 @@ def test_the_worst_batch(sizes: tuple[int, int, int, int], lengths: list[int]) -
         assert len(entry.block_ids) == -(-entry.num_tokens // 16)
         assert all(0 <= block_id < num_blocks for block_id in entry.block_ids)
         assert entry.sample is not None
+    assert len(batch.entries[0].prompt_targets) == min(lengths[0], 64)
+    assert batch.entries[0].num_prompt_logprobs is not None
 
 
 @pytest.mark.parametrize("platform", [Platform(Target(CPU, torch.float32)), triton_platform()], ids=["cpu", "triton"])
 @pytest.mark.parametrize("kv_cache_dtype", ["auto", "int8"])
-def test_it_runs_and_leaves_the_cache_as_it_was(tmp_path: Path, platform: Platform, kv_cache_dtype: str) -> None:
+def test_it_runs_and_leaves_the_cache_as_it_was(
+    tmp_path: Path, platform: Platform, kv_cache_dtype: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
     options = {"model": tiny_folder(tmp_path), "load_format": "dummy", "max_model_len": 64}
     limits = {"max_num_seqs": 4, "max_num_batched_tokens": 48, "kv_cache_dtype": kv_cache_dtype}
     config = EngineConfig.from_options({**options, **limits})
@@ -57,6 +62,33 @@ def test_it_runs_and_leaves_the_cache_as_it_was(tmp_path: Path, platform: Platfo
     cache = KVCache(opened.config, 8, 16, kv_format, CPU)
     decoder = load_decoder(opened, platform.target, 64)
     small = MemoryPlan(64, 64, True, found.max_num_batched_tokens, found.max_num_seqs, 16, 8, ())
-    batch = run_worst_step(platform.make_runner(decoder, cache, small, 4), small)
+    runner, rows = platform.make_runner(decoder, cache, small, 4), []
+    logits = decoder.logits
+    monkeypatch.setattr(decoder, "logits", lambda hidden: rows.append(len(hidden)) or logits(hidden))
+    batch = run_worst_step(runner, small)
+    assert rows == [4, 32, 13]
     assert batch.num_tokens == 48
     assert not any(bool(part.any()) for layer in cache.layers for part in layer.parts())
+
+
+def test_logits_of_prompts_are_made_when_those_of_samples_are_gone(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """So the plan counts the larger of the two, and no more than two pieces of a prompt at one time."""
+    options = {"model": tiny_folder(tmp_path), "load_format": "dummy", "max_model_len": 256}
+    opened = open_model(EngineConfig.from_options(options).load)
+    platform = Platform(Target(CPU, torch.float32))
+    small = plan(rows=160, seqs=4, length=256, num_blocks=16)
+    decoder = load_decoder(opened, platform.target, 256)
+    runner = platform.make_runner(decoder, KVCache(opened.config, 16, 16, platform.kv_format("auto"), CPU), small, 4)
+    logits, made, alive = decoder.logits, [], []
+
+    def watched(hidden: torch.Tensor) -> torch.Tensor:
+        alive.append([rows for rows, reference in made if reference() is not None])
+        found = logits(hidden)
+        made.append((len(found), weakref.ref(found)))
+        return found
+
+    monkeypatch.setattr(decoder, "logits", watched)
+    run_worst_step(runner, small)
+    assert alive == [[], [], [32]]
