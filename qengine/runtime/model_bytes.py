@@ -15,7 +15,7 @@ from qengine.config import ModelConfig
 from qengine.models.shapes import all_merged_linears
 from qengine.parallel.split import RankShape, TPSplit, split_model
 from qengine.runtime.opening import OpenedHeaders
-from quant_kernels.footprint import DTYPE_BYTES, Kernels, WeightFacts, cut_inputs, fuse, prepared_parts
+from quant_kernels.footprint import DTYPE_BYTES, Kernels, WeightFacts, cut_inputs, fuse, gathered_bytes, prepared_parts
 
 _MIB = 2**20
 _GIB = 2**30
@@ -202,6 +202,7 @@ def step_bytes(
     max_num_seqs: int,
     max_position: int,
     *,
+    kv_number_bytes: int,
     num_ranks: int = 1,
     has_head: bool = True,
     on_gpu: bool = True,
@@ -212,13 +213,18 @@ def step_bytes(
         model: what the rank has; its vocabulary is whole, since logits are.
         rows, max_num_seqs: tokens of the step, and those of them that are sampled.
         max_position: positions that rope's tables are made for.
+        kv_number_bytes: of a number in the cache.
         num_ranks: with several, sums and logits of all ranks are gathered.
         has_head: a pipeline's earlier stages have no logits.
     """
     num_logits = max_num_seqs * model.vocab_size if has_head else 0
     logits = num_logits * _LOGIT_BYTES
     gathered = 2 * (2 * rows * model.hidden_size + num_logits) if num_ranks > 1 else 0
-    scratch = attention_scratch_bytes(model) + _SCRATCH_BYTES if on_gpu else _CPU_SCRATCH_BYTES
+    if on_gpu:
+        scratch = attention_scratch_bytes(model) + _SCRATCH_BYTES
+    else:
+        keys_and_values = gathered_bytes(model.num_kv_heads, model.head_dim, kv_number_bytes, max_position)
+        scratch = keys_and_values + _CPU_SCRATCH_BYTES
     return activation_bytes(model, rows) + logits + gathered + rope_bytes(model, max_position) + scratch
 
 

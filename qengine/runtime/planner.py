@@ -396,6 +396,7 @@ class _Planner:
                 rows,
                 limits.max_num_seqs,
                 length,
+                kv_number_bytes=number,
                 num_ranks=len(machine.cards),
                 has_head=self.model.has_head,
                 on_gpu=machine.is_gpu,

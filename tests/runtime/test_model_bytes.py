@@ -33,6 +33,7 @@ from qengine.runtime.opening import open_model_headers, split_opened
 from quant_kernels.attention.kv_format import KV_FORMATS, plain
 from quant_kernels.attention.work import NUM_FIELDS
 from quant_kernels.footprint import (
+    GATHER_BYTES,
     Kernels,
     WeightFacts,
     cut_inputs,
@@ -301,11 +302,26 @@ def test_a_step_by_hand() -> None:
     # Cosines and sines of 64 positions and 12 pairs; 1024 slots of 4 heads of 24 sums and 2 statistics, 2 counters.
     tables, scratch = 64 * 12 * 2 * 4, 1024 * (4 * 26 * 4 + 2 * 4)
     fixed = 384 * 2**20
-    assert step_bytes(CONFIG, 256, 8, 64) == activations + logits + tables + scratch + fixed
+    assert step_bytes(CONFIG, 256, 8, 64, kv_number_bytes=2) == activations + logits + tables + scratch + fixed
     gathered = 2 * (2 * 256 * 96 + 8 * 150)
-    assert step_bytes(CONFIG, 256, 8, 64, num_ranks=2) == activations + logits + tables + scratch + fixed + gathered
-    assert step_bytes(CONFIG, 256, 8, 64, has_head=False) == activations + tables + scratch + fixed
-    assert step_bytes(CONFIG, 256, 8, 64, on_gpu=False) == activations + logits + tables + 64 * 2**20
+    assert (
+        step_bytes(CONFIG, 256, 8, 64, kv_number_bytes=2, num_ranks=2)
+        == activations + logits + tables + scratch + fixed + gathered
+    )
+    assert step_bytes(CONFIG, 256, 8, 64, kv_number_bytes=2, has_head=False) == activations + tables + scratch + fixed
+    assert step_bytes(CONFIG, 256, 8, 64, kv_number_bytes=2, on_gpu=False) == (
+        activations + logits + tables + 64 * 2**20 + 64 * 2**20
+    )
+
+
+@pytest.mark.parametrize(("number_bytes", "each"), [(4, 4), (2, 2), (1, 12)])
+def test_a_cpu_gathers_a_slice_or_one_long_sequence(number_bytes: int, each: int) -> None:
+    """Keys and values of 2 heads of 24; bytes become float32, with two copies in other orders."""
+    longest = 2**21
+    found = step_bytes(CONFIG, 1, 1, longest, kv_number_bytes=number_bytes, on_gpu=False)
+    short = step_bytes(CONFIG, 1, 1, 64, kv_number_bytes=number_bytes, on_gpu=False)
+    gathered = longest * 2 * CONFIG.num_kv_heads * CONFIG.head_dim * each
+    assert found - short == gathered - GATHER_BYTES + rope_bytes(CONFIG, longest) - rope_bytes(CONFIG, 64)
 
 
 def test_graphs_by_hand() -> None:
