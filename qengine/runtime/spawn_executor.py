@@ -28,7 +28,7 @@ from qengine.errors import ConfigError, EngineDeadError, LoadError, QEngineError
 from qengine.parallel.seats import Seat, Seats
 from qengine.parallel.verdicts import Route
 from qengine.parallel.watchdog import DEFAULT_LIMIT_S, Watchdog, nccl_advice
-from qengine.runtime.channel import ChannelClosedError, ProtocolError
+from qengine.runtime.channel import ChannelClosedError, ProtocolError, frame
 from qengine.runtime.executors import OnFailure
 from qengine.runtime.messages import (
     WARM_UP_SECONDS,
@@ -275,13 +275,18 @@ class SpawnExecutor:
             self._send(rank, data)
 
     def _send(self, rank: RankProcess, data: bytes) -> None:
+        """Listens to all ranks meanwhile: one that is about to answer an earlier step takes no other before that."""
         if self._failure is not None:
             raise self._dead()
+        left, deadline = frame(data), time.monotonic() + self._step_timeout
+        while left := self._try_send(rank, left):
+            if not self._listen() and not self._wait(deadline, taker=rank):
+                self._fail(f"rank {rank.rank} took nothing for {self._step_timeout:g} s (--step-timeout)")
+                raise self._dead()
+
+    def _try_send(self, rank: RankProcess, left: memoryview) -> memoryview:
         try:
-            rank.channel.send(data, self._step_timeout)
-        except TimeoutError as error:
-            self._fail(f"rank {rank.rank} took nothing for {self._step_timeout:g} s (--step-timeout)")
-            raise self._dead() from error
+            return rank.channel.try_send(left)
         except ChannelClosedError as error:
             self._fail_with_obituary(f"rank {rank.rank}: {error}")
             raise self._dead() from error
@@ -318,24 +323,28 @@ class SpawnExecutor:
             False when time is over.
         """
         while True:
-            if self._failure is not None:
-                raise self._dead()
-            found = False
-            for rank in self._processes.ranks:
-                report = self._try_receive(rank)
-                if report is not None:
-                    self._unread[rank.rank].append(report)
-                    found = True
-            if found:
+            if self._listen():
                 return True
             if not self._wait(deadline):
                 return False
 
-    def _wait(self, deadline: float | None) -> bool:
-        """Until there is something to read or time is over."""
+    def _listen(self) -> bool:
+        """Read what ranks have said, to be looked at when it is asked for. Returns whether there was a report."""
+        if self._failure is not None:
+            raise self._dead()
+        found = False
+        for rank in self._processes.ranks:
+            report = self._try_receive(rank)
+            if report is not None:
+                self._unread[rank.rank].append(report)
+                found = True
+        return found
+
+    def _wait(self, deadline: float | None, taker: RankProcess | None = None) -> bool:
+        """Until there is something to read, `taker` takes something, or time is over, which is False."""
         poll = select.poll()
         for rank in self._processes.ranks:
-            poll.register(rank.channel, select.POLLIN)
+            poll.register(rank.channel, select.POLLIN | (select.POLLOUT if rank is taker else 0))
         left = None if deadline is None else max(0.0, deadline - time.monotonic()) * 1000
         return bool(poll.poll(left))
 
