@@ -185,7 +185,10 @@ class SpawnExecutor:
         Raises:
             ConfigError, LoadError: what a rank refused. EngineDeadError: a rank died.
         """
-        return self._gather(Loaded, timeout=None)
+        loaded = self._gather(Loaded, timeout=None)
+        # On CPUs nothing is compiled, so the first step takes no longer than others.
+        self._is_warm = all(report.card is None for report in loaded)
+        return loaded
 
     def allocate(self, plan: MemoryPlan) -> None:
         """Have every rank make its KV cache.

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import random
 import shutil
+import signal
 import sys
 import time
 from collections.abc import Iterator
@@ -240,6 +241,25 @@ def test_a_rank_that_dies_while_nothing_runs_is_noticed_at_once() -> None:
         late: list[str] = []
         engine.on_failure(late.append)
         assert late == told
+    finally:
+        engine.shutdown()
+
+
+def test_a_rank_that_is_stopped_before_the_first_request_is_noticed_as_soon_as_later() -> None:
+    """Nothing is compiled on a CPU: there the first step is given no longer than others."""
+    engine = Engine.start(
+        EngineConfig.from_options(
+            {"model": FIXTURE, **OPTIONS, "tensor_parallel_size": 2, "step_timeout": STEP_TIMEOUT}
+        )
+    )
+    try:
+        [*_, victim] = own_ranks()
+        os.kill(victim, signal.SIGSTOP)
+        engine.add(engine.make_request("a", [5] * 40, greedy()))
+        begin = time.monotonic()
+        with pytest.raises(EngineDeadError, match=r"did not answer within 2 s \(--step-timeout\)"):
+            run_to_the_end(engine)
+        assert time.monotonic() - begin < STEP_TIMEOUT + 5.0
     finally:
         engine.shutdown()
 
