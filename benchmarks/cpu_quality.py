@@ -142,7 +142,7 @@ def _logprobs(model: str | None, prompts: Sequence[Sequence[int]], target: Targe
 def _run(decoder: Decoder, prompt: Sequence[int]) -> torch.Tensor:
     num_blocks = -(-len(prompt) // _BLOCK)
     cache = KVCache(decoder.config, num_blocks, _BLOCK, plain(decoder.dtype), _CPU)
-    by_layer = CpuSteps(decoder.rope, _BLOCK, decoder.dtype)
+    by_layer = CpuSteps(decoder.rope, cache, decoder.dtype)
     steps: Steps = by_layer if decoder.stack is None else StackSteps(by_layer)
     step = steps.prepare(Batch((BatchEntry("0", tuple(prompt), 0, tuple(range(num_blocks)), None),)))
     hidden = decoder.forward(step.token_ids, cache.layers, step.inputs)

@@ -314,6 +314,11 @@ def p16_bytes(bits: int, in_features: int, out_features: int, tables: P16Groups)
 
 # The KV cache
 
+#: Keys and values that attention on a CPU gathers at a time, of sequences with one token each; a longer one has more.
+GATHER_BYTES = 64 * 2**20
+#: Bytes of a number that was decoded, which is float32, with its copies in other orders.
+_DECODED_BYTES = 3 * 4
+
 
 def kv_number_bytes(name: str, dtype: str) -> tuple[int, int]:
     """Bytes of a number in the cache, and of a scale per token and head (0 without), by the user's name for it.
@@ -330,3 +335,17 @@ def kv_number_bytes(name: str, dtype: str) -> tuple[int, int]:
 def kv_bytes_per_token(num_kv_heads: int, head_dim: int, number_bytes: int, scale_bytes: int) -> int:
     """Bytes that one token takes in one layer: keys, values and their scales."""
     return 2 * num_kv_heads * (head_dim * number_bytes + scale_bytes)
+
+
+def gathered_bytes_per_token(num_kv_heads: int, head_dim: int, number_bytes: int) -> int:
+    """Bytes that a token's keys and values in one layer take while they are gathered on a CPU, at most.
+
+    Args:
+        number_bytes: of a number in the cache; one byte stands for numbers that are decoded.
+    """
+    return 2 * num_kv_heads * head_dim * (_DECODED_BYTES if number_bytes == 1 else number_bytes)
+
+
+def gathered_bytes(num_kv_heads: int, head_dim: int, number_bytes: int, longest: int) -> int:
+    """The same for one call of attention: a slice of many sequences, or one of `longest` tokens."""
+    return max(GATHER_BYTES, longest * gathered_bytes_per_token(num_kv_heads, head_dim, number_bytes))

@@ -18,9 +18,17 @@ _VERSION = re.compile(r"\b\d{3}\.\d+(?:\.\d+)?\b")
 
 
 def identify_cards(devices: Sequence[str]) -> Cards:
-    """The cards of all ranks ["cuda:0", ...], and the driver."""
+    """The cards of all ranks ["cuda:0", ...], the driver, and torch's NCCL."""
     indices = [torch.device(name).index or 0 for name in devices]
-    return Cards(tuple(str(torch.cuda.get_device_properties(i).uuid) for i in indices), driver_version())
+    uuids = tuple(str(torch.cuda.get_device_properties(i).uuid) for i in indices)
+    return Cards(uuids, driver_version(), nccl_version())
+
+
+def nccl_version() -> str:
+    """Such as "2.27.3", or "none" where torch was built without."""
+    if not torch.distributed.is_nccl_available():
+        return "none"
+    return ".".join(map(str, torch.cuda.nccl.version()))  # type: ignore[no-untyped-call]
 
 
 def driver_version(file: Path = _DRIVER_FILE) -> str:

@@ -9,8 +9,9 @@ of known numbers. Whatever goes wrong in it, a crash or a stall included, is a v
     variables |= verdict.route.environment          # of every rank, before it starts
     if verdict.route is Route.HOST_STAGED: ...      # `HostStagedTransport` for all tensors, no NCCL
 
-A verdict is kept for these cards and this driver. Invariant: the route that is returned has passed a check on these
-cards, now or then, unless the user said "on", and except host memory, which needs none.
+A verdict is kept for these cards, this driver and this NCCL, unless what went wrong may be of the moment, as memory
+that is taken or a machine that is busy. Invariant: the route that is returned has passed a check on these cards, now or
+then, unless the user said "on", and except host memory, which needs none.
 """
 
 from __future__ import annotations
@@ -20,6 +21,7 @@ import itertools
 import json
 import logging
 import os
+import signal
 import subprocess
 import sys
 import tempfile
@@ -41,6 +43,8 @@ logger = logging.getLogger(__name__)
 LIMIT_S = 10.0
 #: Seconds for the probes to come up: Python and torch are read from disk.
 START_LIMIT_S = 60.0
+#: How a library ends its process; SIGKILL is somebody else's, such as a system that is out of memory.
+_CRASHES = (signal.SIGSEGV, signal.SIGBUS, signal.SIGABRT, signal.SIGFPE, signal.SIGILL)
 _POLL_SECONDS = 0.01
 _TAIL_BYTES = 4096
 _PROBE = (sys.executable, "-m", "qengine.parallel.peer_probe")
@@ -52,11 +56,14 @@ class Outcome:
 
     Attributes:
         fault: what is wrong, or None.
-        is_about_cards: whether it says something of the cards; a probe that never came up does not.
+        is_about_cards: whether it says something of the cards: data that came out wrong, a crash in a library. A probe
+            that never came up does not, nor does one that raised (no memory is left, torch has no NCCL) or was killed.
+        is_stall: nothing came within the limit. That is of the cards if another way between them is in time.
     """
 
     fault: str | None
     is_about_cards: bool = True
+    is_stall: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -137,7 +144,8 @@ class _Probe:
         self._errors.seek(max(0, self._errors.seek(0, os.SEEK_END) - _TAIL_BYTES))
         lines = self._errors.read().decode(errors="replace").strip().splitlines()
         said = f": {lines[-1].strip()}" if lines else ""
-        return Outcome(f"the check of card {self.rank} {ended}{where}{said}", is_about_cards=self.stage is not None)
+        is_about_cards = self.stage is not None and -self.process.returncode in _CRASHES
+        return Outcome(f"the check of card {self.rank} {ended}{where}{said}", is_about_cards=is_about_cards)
 
 
 #: What a probe does in each of its stages.
@@ -178,6 +186,7 @@ def _stalled(ranks: Sequence[_Probe], limit_s: float) -> Outcome:
     return Outcome(
         f"the check of card {slowest.rank} did not end within {limit_s:g} s while {doing}",
         is_about_cards=slowest.stage is not None,
+        is_stall=True,
     )
 
 
@@ -196,20 +205,21 @@ def choose_route(
         verdicts: where verdicts are kept; None keeps none.
     """
     assert mode in P2P_MODES, "config checks p2p"
-    twice = _shared_card(cards)
+    twice, is_kept = _shared_card(cards), False
     if twice is not None:
         verdict = Verdict(Route.HOST_STAGED, f"ranks {twice[0]} and {twice[1]} share one card")
     elif mode == "on":
         verdict = Verdict(Route.PEER, "not checked, as told")
     else:
-        verdict = _checked_route(mode, cards, devices, verdicts, prober or Prober())
-    _log(verdict, verdicts)
+        verdict, is_kept = _checked_route(mode, cards, devices, verdicts, prober or Prober())
+    _log(verdict, verdicts if is_kept else None)
     return verdict
 
 
 def _checked_route(
     mode: str, cards: Cards, devices: Sequence[str], verdicts: VerdictFile | None, prober: Prober
-) -> Verdict:
+) -> tuple[Verdict, bool]:
+    """A route that has passed a check, and whether its verdict is in the file."""
     why_off = None
     if mode == "off":
         why_off = "turned off by --p2p off"
@@ -217,26 +227,28 @@ def _checked_route(
         why_off = "turned off by NCCL_P2P_DISABLE"
     known = verdicts.find(cards, peers_allowed=why_off is None) if verdicts else None
     if known is not None:
-        return known
-    verdict, is_about_cards = _probe_routes(why_off, devices, prober)
-    if verdicts is not None and is_about_cards:
-        verdicts.keep(cards, verdict, peers_allowed=why_off is None)
-    return verdict
+        return known, True
+    verdict, is_lasting = _probe_routes(why_off, devices, prober)
+    if verdicts is None or not is_lasting:
+        return verdict, False
+    verdicts.keep(cards, verdict, peers_allowed=why_off is None)
+    return verdict, True
 
 
 def _probe_routes(why_off: str | None, devices: Sequence[str], prober: Prober) -> tuple[Verdict, bool]:
     """The best route that passes, and whether this is worth remembering."""
-    are_about_cards = True
+    direct = Outcome(why_off)
     if why_off is None:
-        outcome = prober.probe(devices, copies=True, variables=Route.PEER.environment)
-        if outcome.fault is None:
+        direct = prober.probe(devices, copies=True, variables=Route.PEER.environment)
+        if direct.fault is None:
             return Verdict(Route.PEER, None), True
-        why_off, are_about_cards = outcome.fault, outcome.is_about_cards
-    outcome = prober.probe(devices, copies=False, variables=Route.NCCL_HOST.environment)
-    if outcome.fault is None:
-        return Verdict(Route.NCCL_HOST, why_off), are_about_cards
-    reason = f"{why_off}; and with NCCL through host memory: {outcome.fault}"
-    return Verdict(Route.HOST_STAGED, reason), are_about_cards and outcome.is_about_cards
+    staged = prober.probe(devices, copies=False, variables=Route.NCCL_HOST.environment)
+    if staged.fault is None:
+        return Verdict(Route.NCCL_HOST, direct.fault), direct.is_about_cards
+    reason = f"{direct.fault}; and with NCCL through host memory: {staged.fault}"
+    # Where nothing is in time, the machine may just be busy.
+    is_lasting = all(outcome.is_about_cards and not outcome.is_stall for outcome in (direct, staged))
+    return Verdict(Route.HOST_STAGED, reason), is_lasting
 
 
 def _shared_card(cards: Cards) -> tuple[int, int] | None:
@@ -246,6 +258,7 @@ def _shared_card(cards: Cards) -> tuple[int, int] | None:
 
 
 def _log(verdict: Verdict, verdicts: VerdictFile | None) -> None:
+    """Say which route, why, and in which file that is kept."""
     if verdict.route is Route.PEER:
         logger.info("cards copy to each other directly (%s)", verdict.reason or "checked")
         return

@@ -53,14 +53,15 @@ class Verdict:
 
 @dataclass(frozen=True, slots=True)
 class Cards:
-    """What a verdict holds for: the cards of all ranks, in order, and the driver."""
+    """What a verdict holds for: the cards of all ranks, in order, and the versions of the driver and of NCCL."""
 
     uuids: tuple[str, ...]
     driver: str
+    nccl: str = "unknown"
 
 
 class VerdictFile:
-    """Verdicts by cards and driver, as JSON."""
+    """Verdicts by cards and versions, as JSON."""
 
     def __init__(self, path: Path) -> None:
         self.path = path
@@ -127,7 +128,8 @@ def _parse(data: bytes) -> dict[str, Any]:
 
 
 def _key(cards: Cards, peers_allowed: bool) -> str:
-    return f"{', '.join(cards.uuids)}; driver {cards.driver}{'' if peers_allowed else '; without direct copies'}"
+    versions = f"driver {cards.driver}; NCCL {cards.nccl}"
+    return f"{', '.join(cards.uuids)}; {versions}{'' if peers_allowed else '; without direct copies'}"
 
 
 def _replace(path: Path, text: str) -> None:

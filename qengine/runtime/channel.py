@@ -27,6 +27,17 @@ class ChannelClosedError(QEngineError):
     """The process at the other end has closed the channel, or is gone."""
 
 
+def frame(payload: bytes) -> memoryview:
+    """A message as it goes over the socket.
+
+    Raises:
+        ProtocolError: it is too large.
+    """
+    if len(payload) > MAX_FRAME_BYTES:
+        raise ProtocolError(f"a message has {len(payload)} bytes, at most {MAX_FRAME_BYTES} can be sent")
+    return memoryview(_HEADER.pack(len(payload)) + payload)
+
+
 class Channel:
     """One end of a stream socket; used by one thread at a time."""
 
@@ -48,17 +59,25 @@ class Channel:
         Raises:
             ProtocolError: it is too large. ChannelClosedError: nobody is there. TimeoutError: it was not taken in time.
         """
-        if len(payload) > MAX_FRAME_BYTES:
-            raise ProtocolError(f"a message has {len(payload)} bytes, at most {MAX_FRAME_BYTES} can be sent")
         deadline = None if timeout is None else time.monotonic() + timeout
-        left = memoryview(_HEADER.pack(len(payload)) + payload)
-        while left:
-            try:
+        left = frame(payload)
+        while left := self.try_send(left):
+            self._wait(select.POLLOUT, deadline)
+
+    def try_send(self, left: memoryview) -> memoryview:
+        """Send as much of a `frame`, or of what is left of one, as is taken now. Returns what is left then.
+
+        Raises:
+            ChannelClosedError: nobody is there.
+        """
+        try:
+            while left:
                 left = left[self._socket.send(left) :]
-            except BlockingIOError:
-                self._wait(select.POLLOUT, deadline)
-            except OSError as error:
-                raise ChannelClosedError(f"nobody reads the channel: {error.strerror}") from error
+        except BlockingIOError:
+            pass
+        except OSError as error:
+            raise ChannelClosedError(f"nobody reads the channel: {error.strerror}") from error
+        return left
 
     def receive(self, timeout: float | None = None) -> bytes:
         """The next message.

@@ -13,8 +13,10 @@ from typing import Protocol
 import torch
 
 from qengine.layers.rope import RotaryEmbedding
+from qengine.runtime.kv_cache import KVCache
 from qengine.scheduling.batch import Batch, BatchEntry
 from quant_kernels.attention.gathered import make_segments
+from quant_kernels.footprint import GATHER_BYTES
 from quant_kernels.ops.base import StepInputs
 from quant_kernels.ops.torch_ops import TorchInputs
 from quant_kernels.stack import NativeInputs
@@ -51,16 +53,17 @@ class Steps(Protocol):
 
 
 class CpuSteps:
-    """Steps for torch's operations. Sequences with one token come first (see `make_segments`)."""
+    """Steps for torch's operations on a cache. Sequences with one token come first (see `make_segments`)."""
 
-    def __init__(self, rope: RotaryEmbedding, block_size: int, dtype: torch.dtype) -> None:
+    def __init__(self, rope: RotaryEmbedding, cache: KVCache, dtype: torch.dtype) -> None:
         self._rope = rope
-        self._block_size = block_size
+        self._block_size = cache.block_size
+        self._max_gathered = GATHER_BYTES // cache.gathered_bytes_per_token
         self._dtype = dtype
 
     def prepare(self, batch: Batch) -> PreparedStep:
         spans = [(e.start, e.num_tokens, e.block_ids) for e in batch.entries]
-        segments, order = make_segments(spans, self._block_size)
+        segments, order = make_segments(spans, self._block_size, self._max_gathered)
         entries = tuple(batch.entries[i] for i in order)
         token_ids: list[int] = []
         positions: list[int] = []

@@ -16,6 +16,7 @@ import torch
 
 from qengine.config import ModelConfig
 from quant_kernels.attention.kv_format import KVFormat, LayerCache, cache_shapes
+from quant_kernels.footprint import gathered_bytes_per_token
 
 
 class KVCache:
@@ -29,6 +30,10 @@ class KVCache:
         self.format = kv_format
         self.num_blocks = num_blocks
         self.block_size = block_size
+        #: Of one layer; see `footprint`.
+        self.gathered_bytes_per_token = gathered_bytes_per_token(
+            config.num_kv_heads, config.head_dim, 1 if kv_format.dtype is None else kv_format.dtype.itemsize
+        )
         self.layers = [LayerCache(kv_format, *parts) for parts in zip(*self._parts, strict=True)]
 
     @property

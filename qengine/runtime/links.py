@@ -107,6 +107,7 @@ def connect_links(
     pipe = meet(f"pipe{place}", stage, pp, seats[1])
     for transport in (group.transport, pipe):
         _greet(transport, device)
+    _greet_neighbours(pipe, device)
     return Links(group, pipe, stage_layers(opened.config.num_layers, pp)[stage])
 
 
@@ -115,6 +116,20 @@ def _greet(transport: Transport, device: torch.device) -> None:
     total = transport.all_reduce(torch.ones(1, device=device))
     if total.item() != transport.size:
         raise TransportError(f"{transport.size} ranks that add up ones find {total.item():g}")
+
+
+def _greet_neighbours(pipe: Transport, device: torch.device) -> None:
+    """The first number down a pipeline: NCCL connects two ranks when they first send, through the file they met in.
+
+    Ranks meet before the file is removed, and no step comes that early.
+    """
+    count = torch.zeros(1, device=device)
+    if pipe.rank > 0:
+        count = pipe.receive(count, pipe.rank - 1)
+    if pipe.rank < pipe.size - 1:
+        pipe.send(count + 1, pipe.rank + 1)
+    if count.item() != pipe.rank:
+        raise TransportError(f"stage {pipe.rank} is told that {count.item():g} are before it")
 
 
 def choose_transport(

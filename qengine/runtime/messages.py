@@ -1,7 +1,7 @@
 """Messages: everything that an engine and the ranks of its model say to each other, as msgpack with a fixed schema.
 
     engine -> rank   Start, Allocate, Step, Clear, Check, Stop
-    rank -> engine   Opened, Joined, Loaded, Done, Result, Failed
+    rank -> engine   Opened, Joined, Alive, Loaded, Done, Result, Failed
 
 Invariant: a message that was decoded has the fields and types declared here, and values that make sense by themselves;
 anything else is one `ProtocolError`. Nothing is ever unpickled or executed. Whether a message comes at the
@@ -134,6 +134,10 @@ class Joined(_Message, frozen=True):
     """Answers `Start`, second: the rank has met the others, and tensors pass between them."""
 
 
+class Alive(_Message, frozen=True):
+    """Answers nothing: said every second while weights are loaded and memory is taken, however long that lasts."""
+
+
 class Loaded(_Message, frozen=True):
     """Answers `Start`, third: the weights are in place.
 
@@ -173,7 +177,7 @@ class Failed(_Message, frozen=True):
 
 
 Order = Start | Allocate | Step | Clear | Check | Stop
-Report = Opened | Joined | Loaded | Done | Result | Failed
+Report = Opened | Joined | Alive | Loaded | Done | Result | Failed
 _T = TypeVar("_T")
 
 _ENCODER = msgspec.msgpack.Encoder()

@@ -21,6 +21,7 @@ from quant_kernels.footprint import (
     WeightFacts,
     cut_inputs,
     fuse,
+    gathered_bytes,
     native_linear_room,
     native_stack_room,
     prepared_parts,
@@ -231,6 +232,7 @@ def step_bytes(
     max_num_seqs: int,
     max_position: int,
     *,
+    kv_number_bytes: int,
     num_ranks: int = 1,
     has_head: bool = True,
     on_gpu: bool = True,
@@ -241,13 +243,18 @@ def step_bytes(
         model: what the rank has; its vocabulary is whole, since logits are.
         rows, max_num_seqs: tokens of the step, and those of them that are sampled.
         max_position: positions that rope's tables are made for.
+        kv_number_bytes: of a number in the cache.
         num_ranks: with several, sums and logits of all ranks are gathered.
         has_head: a pipeline's earlier stages have no logits.
     """
     num_logits = max(max_num_seqs, LOGPROB_ROWS) * model.vocab_size if has_head else 0
     logits = num_logits * _LOGIT_BYTES
     gathered = 2 * (2 * rows * model.hidden_size + num_logits) if num_ranks > 1 else 0
-    scratch = attention_scratch_bytes(model) + _SCRATCH_BYTES if on_gpu else _CPU_SCRATCH_BYTES
+    if on_gpu:
+        scratch = attention_scratch_bytes(model) + _SCRATCH_BYTES
+    else:
+        keys_and_values = gathered_bytes(model.num_kv_heads, model.head_dim, kv_number_bytes, max_position)
+        scratch = keys_and_values + _CPU_SCRATCH_BYTES
     return activation_bytes(model, rows) + logits + gathered + rope_bytes(model, max_position) + scratch
 
 

@@ -472,6 +472,7 @@ class _Planner:
                 rows,
                 limits.max_num_seqs,
                 length,
+                kv_number_bytes=number,
                 num_ranks=self._tp,
                 has_head=model.has_head,
                 on_gpu=machine.is_gpu,

@@ -171,7 +171,7 @@ class Platform:
         sampler = make_sampler(on_triton=selector is not None)
         if selector is None:
             stacked = model.stack is not None and cache.format == plain(torch.bfloat16)
-            by_layer = CpuSteps(model.rope, cache.block_size, model.dtype)
+            by_layer = CpuSteps(model.rope, cache, model.dtype)
             steps: Steps = StackSteps(by_layer) if stacked else by_layer
             return ModelRunner(model, cache, steps, sampler, links=links)
         inputs, graphs = try_import("qengine.runtime.device_inputs"), try_import("qengine.runtime.graphs")

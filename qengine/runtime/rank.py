@@ -7,12 +7,14 @@ numbers only. Who started it decides everything: it reads no flags.
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import signal
 import socket
 import sys
+import threading
 import traceback
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 
 import torch
 
@@ -23,6 +25,7 @@ from qengine.runtime.links import Links, connect_links
 from qengine.runtime.loader import OpenedModel, open_model
 from qengine.runtime.messages import (
     WARM_UP_SECONDS,
+    Alive,
     Allocate,
     Check,
     Clear,
@@ -46,6 +49,9 @@ from qengine.runtime.step_messages import StepReader, write_result
 from qengine.runtime.worker import Worker
 
 logger = logging.getLogger(__name__)
+
+#: How often a rank that is busy with its start says so.
+ALIVE_SECONDS = 1.0
 
 #: The other ranks wait in the middle of the same step for what this one will not give them.
 _NO_WAY_BACK = (
@@ -81,13 +87,20 @@ def _serve(channel: Channel) -> None:
     links = _connect(start, opened, device)
     _send(channel, Joined())
     worker, card = _make_worker(start, opened, device, links)
-    worker.load(show_progress=start.show_progress)
+    with _signs_of_life(channel):
+        worker.load(show_progress=start.show_progress)
     if start.rank == 0:
         worker.log_kernels()
     _send(channel, Loaded(card, worker.weight_bytes))
     reader = StepReader()
     while not isinstance(order := decode_order(channel.receive()), Stop):
-        report = _follow(order, worker, reader, answers=start.rank == config.answering_rank)
+        if isinstance(order, Allocate):
+            with _signs_of_life(channel):
+                worker.allocate(order.plan)
+                worker.warm_up(order.plan)
+            report: Report | None = Done()
+        else:
+            report = _follow(order, worker, reader, answers=start.rank == config.answering_rank)
         if report is not None:
             _send(channel, report)
     # Not after a failure: to be left without a word, the others would say that first.
@@ -117,8 +130,27 @@ def _make_worker(start: Start, opened: OpenedModel, device: torch.device, links:
     return Worker(platform, config, opened, start.plan, links, rank=start.rank), card
 
 
+@contextlib.contextmanager
+def _signs_of_life(channel: Channel) -> Iterator[None]:
+    """Say `Alive` again and again while the block runs, which must not use the channel."""
+    is_over = threading.Event()
+
+    def speak() -> None:
+        with contextlib.suppress(ChannelClosedError):
+            while not is_over.wait(ALIVE_SECONDS):
+                _send(channel, Alive())
+
+    thread = threading.Thread(target=speak, name="qengine-alive", daemon=True)
+    thread.start()
+    try:
+        yield
+    finally:
+        is_over.set()
+        thread.join()
+
+
 def _follow(order: Order, worker: Worker, reader: StepReader, *, answers: bool) -> Report | None:
-    """Do what an order says. Returns the answer if there is one."""
+    """Do what an order says that comes once everything is in its place. Returns the answer if there is one."""
     if isinstance(order, Step):
         batch = reader.read(order)
         result = worker.step(batch)
@@ -126,13 +158,9 @@ def _follow(order: Order, worker: Worker, reader: StepReader, *, answers: bool) 
     if isinstance(order, Clear):
         worker.clear_not_finite(order.block_ids)
         return None
-    if isinstance(order, Allocate):
-        worker.allocate(order.plan)
-        worker.warm_up(order.plan)
-    elif isinstance(order, Check):
-        worker.check()
-    else:
+    if not isinstance(order, Check):
         raise ProtocolError(f"unexpected message {type(order).__name__}")
+    worker.check()
     return Done()
 
 

@@ -8,6 +8,7 @@ After `close` none is left. What is said over the sockets is the executor's busi
 
 from __future__ import annotations
 
+import logging
 import os
 import select
 import signal
@@ -22,7 +23,10 @@ from dataclasses import dataclass
 from typing import IO
 
 from qengine.errors import LoadError
+from qengine.parallel import children
 from qengine.runtime.channel import Channel
+
+logger = logging.getLogger(__name__)
 
 _REAP_SECONDS = 1.0
 _POLL_SECONDS = 0.01
@@ -102,15 +106,22 @@ class RankProcesses:
             rank.process.kill()
 
     def close(self, grace: float) -> None:
-        """Wait up to `grace` seconds for them to end, kill the others, release everything. Idempotent."""
+        """Wait up to `grace` seconds for them to end, kill the others, release everything. Idempotent.
+
+        One that the kernel cannot end in time, as where a device does not answer it, is left to it.
+        """
         self._is_closing = True
         deadline = time.monotonic() + grace
         for rank in self.ranks:
             with suppress(subprocess.TimeoutExpired):
                 rank.process.wait(max(0.0, deadline - time.monotonic()))
         self.kill()
+        deadline = time.monotonic() + children.REAP_SECONDS
         for rank in self.ranks:
-            rank.process.wait()
+            try:
+                rank.process.wait(max(0.0, deadline - time.monotonic()))
+            except subprocess.TimeoutExpired:
+                logger.warning("rank %d (process %d) was killed and has not ended", rank.rank, rank.process.pid)
         self._waker.close()
         self._thread.join()
         for rank in self.ranks:

@@ -28,10 +28,11 @@ from qengine.errors import ConfigError, EngineDeadError, LoadError, QEngineError
 from qengine.parallel.seats import Seat, Seats
 from qengine.parallel.verdicts import Route
 from qengine.parallel.watchdog import DEFAULT_LIMIT_S, Watchdog, nccl_advice
-from qengine.runtime.channel import ChannelClosedError, ProtocolError
+from qengine.runtime.channel import ChannelClosedError, ProtocolError, frame
 from qengine.runtime.executors import OnFailure
 from qengine.runtime.messages import (
     WARM_UP_SECONDS,
+    Alive,
     Allocate,
     Check,
     Clear,
@@ -58,6 +59,8 @@ logger = logging.getLogger(__name__)
 RANK_COMMAND = (sys.executable, "-m", "qengine.runtime.rank")
 #: What ranks may take to start, to open the model, and to meet.
 JOIN_SECONDS = 120.0
+#: Silence after which a rank that loads counts as stopped; it speaks every second, or more seldom on a busy computer.
+LOADING_SILENCE_SECONDS = 30.0
 #: A rank's seat among those of its stage, and its seat between the stages.
 _TwoSeats = tuple[Seat | None, Seat | None]
 _NO_SEATS: _TwoSeats = (None, None)
@@ -68,8 +71,8 @@ _OBITUARY_SECONDS = 0.3
 _REASONS: Mapping[type[object], str] = {
     Opened: ": the ranks cannot reach each other, or do not start",
     Joined: "",
-    Loaded: "",
-    Done: "",
+    Loaded: ": it hangs or is stopped while it loads",
+    Done: ": it hangs or is stopped",
     Result: " (--step-timeout)",
 }
 
@@ -120,6 +123,8 @@ class SpawnExecutor:
         self._step_timeout = parallel.step_timeout
         self._connect_limit_s = connect_limit_s
         self._is_warm = False
+        #: When each rank last said anything.
+        self._heard = [0.0] * parallel.world_size
         self._unread: list[deque[Report]] = [deque() for _ in range(parallel.world_size)]
         self._writer = StepWriter(2 * config.scheduler.max_num_seqs)
         self._lock = threading.Lock()
@@ -183,18 +188,21 @@ class SpawnExecutor:
         """Wait until every rank has its weights; by rank.
 
         Raises:
-            ConfigError, LoadError: what a rank refused. EngineDeadError: a rank died.
+            ConfigError, LoadError: what a rank refused. EngineDeadError: a rank died, or gives no sign of life.
         """
-        return self._gather(Loaded, timeout=None)
+        loaded = self._gather(Loaded, LOADING_SILENCE_SECONDS, while_alive=True)
+        # On CPUs nothing is compiled, so the first step takes no longer than others.
+        self._is_warm = all(report.card is None for report in loaded)
+        return loaded
 
     def allocate(self, plan: MemoryPlan) -> None:
         """Have every rank make its KV cache.
 
         Raises:
-            ConfigError, LoadError: what a rank refused. EngineDeadError: a rank died.
+            ConfigError, LoadError: what a rank refused. EngineDeadError: a rank died, or gives no sign of life.
         """
         self._order(Allocate(plan))
-        self._gather(Done, timeout=None)
+        self._gather(Done, LOADING_SILENCE_SECONDS, while_alive=True)
 
     # Steps
 
@@ -275,32 +283,50 @@ class SpawnExecutor:
             self._send(rank, data)
 
     def _send(self, rank: RankProcess, data: bytes) -> None:
+        """Listens to all ranks meanwhile: one that is about to answer an earlier step takes no other before that."""
         if self._failure is not None:
             raise self._dead()
+        left, deadline = frame(data), time.monotonic() + self._step_timeout
+        while left := self._try_send(rank, left):
+            if not self._listen() and not self._wait(deadline, taker=rank):
+                self._fail(f"rank {rank.rank} took nothing for {self._step_timeout:g} s (--step-timeout)")
+                raise self._dead()
+
+    def _try_send(self, rank: RankProcess, left: memoryview) -> memoryview:
         try:
-            rank.channel.send(data, self._step_timeout)
-        except TimeoutError as error:
-            self._fail(f"rank {rank.rank} took nothing for {self._step_timeout:g} s (--step-timeout)")
-            raise self._dead() from error
+            return rank.channel.try_send(left)
         except ChannelClosedError as error:
             self._fail_with_obituary(f"rank {rank.rank}: {error}")
             raise self._dead() from error
 
-    def _gather(self, kind: type[_R], timeout: float | None, ranks: Sequence[RankProcess] | None = None) -> list[_R]:
+    def _gather(
+        self,
+        kind: type[_R],
+        timeout: float | None,
+        ranks: Sequence[RankProcess] | None = None,
+        *,
+        while_alive: bool = False,
+    ) -> list[_R]:
         """One report of a kind from each of `ranks` (all of them), while all are listened to.
+
+        Args:
+            timeout: seconds for it; None for no limit of this kind.
+            while_alive: a rank that gives signs of life has as long again after each.
 
         Raises:
             ConfigError, LoadError: a rank says so. EngineDeadError: a rank failed, died or says nothing for `timeout`.
         """
-        deadline = None if timeout is None else time.monotonic() + timeout
+        began = time.monotonic()
         reports: dict[int, _R] = {}
         waiting = {rank.rank for rank in (ranks if ranks is not None else self._processes.ranks)}
         while waiting:
             for rank in [rank for rank in waiting if self._unread[rank]]:
                 reports[rank] = self._expect(kind, rank, self._unread[rank].popleft())
                 waiting.remove(rank)
-            if waiting and not self._poll(deadline):
-                silent = ", ".join(map(str, sorted(waiting)))
+            since = {rank: max(began, self._heard[rank]) if while_alive else began for rank in waiting}
+            earliest = min(since.values(), default=began)
+            if waiting and not self._poll(None if timeout is None else earliest + timeout):
+                silent = ", ".join(str(rank) for rank in sorted(waiting) if since[rank] == earliest)
                 self._fail(f"rank {silent} did not answer within {timeout:g} s{_REASONS[kind]}")
                 raise self._dead()
         return [reports[rank] for rank in sorted(reports)]
@@ -312,30 +338,36 @@ class SpawnExecutor:
         return report
 
     def _poll(self, deadline: float | None) -> bool:
-        """Read what ranks say, at least one report, whoever is waited for: one may be ahead of the others.
+        """Read what ranks say, at least one message, whoever is waited for: one may be ahead of the others.
 
         Returns:
             False when time is over.
         """
         while True:
-            if self._failure is not None:
-                raise self._dead()
-            found = False
-            for rank in self._processes.ranks:
-                report = self._try_receive(rank)
-                if report is not None:
-                    self._unread[rank.rank].append(report)
-                    found = True
-            if found:
+            if self._listen():
                 return True
             if not self._wait(deadline):
                 return False
 
-    def _wait(self, deadline: float | None) -> bool:
-        """Until there is something to read or time is over."""
+    def _listen(self) -> bool:
+        """Read what ranks have said, to be looked at when it is asked for. Returns whether there was anything."""
+        if self._failure is not None:
+            raise self._dead()
+        found = False
+        for rank in self._processes.ranks:
+            report = self._try_receive(rank)
+            if report is not None:
+                found = True
+                self._heard[rank.rank] = time.monotonic()
+                if not isinstance(report, Alive):
+                    self._unread[rank.rank].append(report)
+        return found
+
+    def _wait(self, deadline: float | None, taker: RankProcess | None = None) -> bool:
+        """Until there is something to read, `taker` takes something, or time is over, which is False."""
         poll = select.poll()
         for rank in self._processes.ranks:
-            poll.register(rank.channel, select.POLLIN)
+            poll.register(rank.channel, select.POLLIN | (select.POLLOUT if rank is taker else 0))
         left = None if deadline is None else max(0.0, deadline - time.monotonic()) * 1000
         return bool(poll.poll(left))
 

@@ -1,7 +1,8 @@
 """Paged attention in plain torch, on gathered keys and values: the CPU path.
 
-Sequences with one query token form one padded batch; longer ones (prompt chunks, drafts) run one by one. Keys and
-values live in blocks; a lone sequence whose blocks are consecutive is read in place, others are gathered::
+Sequences with one query token form padded batches of like lengths and bounded size; longer ones (prompt chunks, drafts)
+run one by one. Keys and values live in blocks; a lone sequence whose blocks are consecutive is read in place, others
+are gathered::
 
     slot of position p = block_ids[p // block_size] * block_size + p % block_size
 
@@ -65,27 +66,40 @@ class Segment:
 
 
 def make_segments(
-    entries: Sequence[tuple[int, int, Sequence[int]]], block_size: int
+    entries: Sequence[tuple[int, int, Sequence[int]]], block_size: int, max_tokens: int
 ) -> tuple[list[Segment], list[int]]:
     """Group the sequences of a step.
 
     Args:
         entries: (start, num_tokens, block_ids) per sequence.
+        max_tokens: what sequences of one query token may gather together, padding included; a longer one is alone.
 
     Returns:
         The segments, and the order in which the entries' tokens must be laid out as rows.
     """
     singles = [i for i, (_, count, _) in enumerate(entries) if count == 1]
     others = [i for i, (_, count, _) in enumerate(entries) if count != 1]
-    segments = []
+    slices = _slices(singles, [start + count for start, count, _ in entries], block_size, max_tokens)
+    segments, order = [], []
     row = 0
-    if singles:
-        segments.append(_segment([entries[i] for i in singles], row, block_size))
-        row += len(singles)
-    for i in others:
-        segments.append(_segment([entries[i]], row, block_size))
-        row += entries[i][1]
-    return segments, singles + others
+    for members in [*slices, *([i] for i in others)]:
+        segments.append(_segment([entries[i] for i in members], row, block_size))
+        row += segments[-1].num_rows
+        order += members
+    return segments, order
+
+
+def _slices(singles: Sequence[int], lengths: Sequence[int], block_size: int, max_tokens: int) -> list[list[int]]:
+    """Sequences from the longest to the shortest, cut so that no slice, padded to its first, exceeds `max_tokens`."""
+    slices: list[list[int]] = []
+    room = 0
+    for i in sorted(singles, key=lambda i: -lengths[i]):
+        if not room:
+            slices.append([])
+            room = max(1, max_tokens // (-(-lengths[i] // block_size) * block_size))
+        slices[-1].append(i)
+        room -= 1
+    return slices
 
 
 def _segment(entries: list[tuple[int, int, Sequence[int]]], row: int, block_size: int) -> Segment:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import random
 import shutil
+import signal
 import sys
 import time
 from collections.abc import Iterator
@@ -17,6 +18,7 @@ from qengine import LLM, SamplingParams, StructuredOutputs
 from qengine.config import EngineConfig
 from qengine.engine import Engine
 from qengine.errors import ConfigError, EngineDeadError, LoadError
+from qengine.runtime import spawn_executor
 from qengine.runtime.messages import Clear
 from qengine.runtime.spawn_executor import SpawnExecutor
 from qengine.startup import start_parts
@@ -245,6 +247,25 @@ def test_a_rank_that_dies_while_nothing_runs_is_noticed_at_once() -> None:
         engine.shutdown()
 
 
+def test_a_rank_that_is_stopped_before_the_first_request_is_noticed_as_soon_as_later() -> None:
+    """Nothing is compiled on a CPU: there the first step is given no longer than others."""
+    engine = Engine.start(
+        EngineConfig.from_options(
+            {"model": FIXTURE, **OPTIONS, "tensor_parallel_size": 2, "step_timeout": STEP_TIMEOUT}
+        )
+    )
+    try:
+        [*_, victim] = own_ranks()
+        os.kill(victim, signal.SIGSTOP)
+        engine.add(engine.make_request("a", [5] * 40, greedy()))
+        begin = time.monotonic()
+        with pytest.raises(EngineDeadError, match=r"did not answer within 2 s \(--step-timeout\)"):
+            run_to_the_end(engine)
+        assert time.monotonic() - begin < STEP_TIMEOUT + 5.0
+    finally:
+        engine.shutdown()
+
+
 def test_a_start_that_cannot_work_is_refused_by_name() -> None:
     for options, message in (
         ({"tensor_parallel_size": 5}, "tensor_parallel_size is 5"),
@@ -261,6 +282,25 @@ def test_a_rank_that_does_not_come_is_a_load_error(monkeypatch: pytest.MonkeyPat
     monkeypatch.setattr(SpawnExecutor, "join", lambda self: real(self, 8.0))
     with pytest.raises(LoadError, match=r"rank (0, )?1 did not answer within 8 s: the ranks cannot reach each other"):
         start_failing(1, "stop", tensor_parallel_size=2)
+
+
+@pytest.mark.parametrize(
+    ("how", "reason"),
+    [("stop loading", ": it hangs or is stopped while it loads"), ("stop allocating", ": it hangs or is")],
+)
+def test_a_rank_that_is_stopped_in_the_start_is_a_load_error(
+    how: str, reason: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """However long the others load, they say that they live."""
+    monkeypatch.setattr(spawn_executor, "LOADING_SILENCE_SECONDS", 4.0)
+    with pytest.raises(LoadError, match=f"rank 1 did not answer within 4 s{reason}"):
+        start_failing(1, how, tensor_parallel_size=2)
+
+
+def test_a_rank_that_loads_for_long_is_waited_for(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(spawn_executor, "LOADING_SILENCE_SECONDS", 2.5)
+    engine = start_failing(1, "load slowly", tensor_parallel_size=2)
+    engine.shutdown()
 
 
 def test_a_rank_that_ends_while_it_loads_is_a_load_error(tmp_path: Path) -> None:

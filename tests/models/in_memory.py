@@ -66,7 +66,7 @@ class Sequences:
     ) -> None:
         self.model = model
         self.cache = KVCache(model.config, num_blocks, block_size, kv_format, CPU)
-        self.steps = steps or CpuSteps(model.rope, block_size, model.dtype)
+        self.steps = steps or CpuSteps(model.rope, self.cache, model.dtype)
         self.tables: dict[str, list[int]] = {}
         self.lengths: dict[str, int] = {}
         # Handed out from both ends in turn, so that tables are not consecutive.

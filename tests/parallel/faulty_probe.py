@@ -37,6 +37,8 @@ class FaultyPath(DevicePath):
             arrived[2**20 :] = 0
         elif self._fault == "stalls-in-copy":
             time.sleep(600)
+        elif self._fault == "out-of-memory" and self.rank == 0:
+            raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 16.00 MiB")
         elif self._fault == "segfaults":
             os.kill(os.getpid(), signal.SIGSEGV)
         return arrived

@@ -7,7 +7,7 @@ import logging
 import os
 import sys
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import pytest
@@ -16,7 +16,7 @@ from qengine.parallel.cards import driver_version
 from qengine.parallel.peer_check import Outcome, Prober, choose_route
 from qengine.parallel.verdicts import SCHEMA, Cards, Route, Verdict, VerdictFile
 
-CARDS = Cards(("GPU-aaaa", "GPU-bbbb"), "550.54.15")
+CARDS = Cards(("GPU-aaaa", "GPU-bbbb"), "550.54.15", "2.27.3")
 DEVICES = ("cpu", "cpu")
 #: Longer than a check takes on a busy machine.
 PATIENCE_S = 90.0
@@ -47,16 +47,30 @@ def test_cards_without_a_fault_pass(fault: str, size: int) -> None:
         # 2**24 + 1 bytes, of which the first 2**20 arrive.
         ("right-if-small", "copies from card 0 to card 1 are wrong (15728641 of 16777217 bytes, the first at 1048576)"),
         ("segfaults", "the check of card 0 was ended by SIGSEGV while copying between cards"),
+    ],
+)
+def test_a_fault_is_found_and_named(fault: str, reason: str) -> None:
+    assert probe(fault) == Outcome(reason)
+
+
+@pytest.mark.parametrize(
+    ("fault", "reason"),
+    [
         ("killed-in-sums", "the check of card 1 was ended by SIGKILL while cards add up numbers"),
         (
             "raises",
             "the check of card 0 ended with exit code 1 while the cards connect: "
             "RuntimeError: NCCL error: unhandled system error",
         ),
+        (
+            "out-of-memory",
+            "the check of card 0 ended with exit code 1 while copying between cards: "
+            "torch.OutOfMemoryError: CUDA out of memory. Tried to allocate 16.00 MiB",
+        ),
     ],
 )
-def test_a_fault_is_found_and_named(fault: str, reason: str) -> None:
-    assert probe(fault) == Outcome(reason)
+def test_what_may_be_of_the_moment_is_named_and_not_held_against_the_cards(fault: str, reason: str) -> None:
+    assert probe(fault) == Outcome(reason, is_about_cards=False)
 
 
 def test_wrong_sums_are_found() -> None:
@@ -76,6 +90,7 @@ def test_wrong_sums_are_found() -> None:
 def test_a_stall_is_ended_in_time_and_named(fault: str, copies: bool, reason: str) -> None:
     outcome = prober(fault, limit_s=1.0).probe(DEVICES, copies=copies, variables={})
     assert outcome.is_about_cards
+    assert outcome.is_stall
     assert reason in (outcome.fault or "")
 
 
@@ -184,7 +199,12 @@ def test_a_verdict_is_kept_for_these_cards_and_this_driver(tmp_path: Path) -> No
     file = VerdictFile(tmp_path / "cache" / "verdicts.json")
     first = choose_route("auto", CARDS, DEVICES, verdicts=file, prober=scripted("zeros", None))
     assert choose_route("auto", CARDS, DEVICES, verdicts=file, prober=scripted()) == first
-    for others in (Cards(CARDS.uuids, "560.1"), Cards(CARDS.uuids[::-1], CARDS.driver), Cards(("x", "y"), "1")):
+    for others in (
+        replace(CARDS, driver="560.1"),
+        replace(CARDS, nccl="2.28.1"),
+        replace(CARDS, uuids=CARDS.uuids[::-1]),
+        Cards(("x", "y"), "1"),
+    ):
         asked = scripted(None)
         assert choose_route("auto", others, DEVICES, verdicts=file, prober=asked).route is Route.PEER
         assert asked.asked == [(True, None)]
@@ -206,7 +226,31 @@ def test_a_check_that_did_not_start_is_not_kept(tmp_path: Path) -> None:
     assert not file.path.exists()
 
 
-_KEY = "GPU-aaaa, GPU-bbbb; driver 550.54.15"
+STALL = Outcome("no end within 10 s", is_stall=True)
+
+
+@pytest.mark.parametrize(
+    ("outcomes", "route", "is_kept"),
+    [
+        # The way through the host was in time: it is the cards that stall.
+        ([STALL, Outcome(None)], Route.NCCL_HOST, True),
+        ([STALL, STALL], Route.HOST_STAGED, False),
+        ([Outcome("zeros"), STALL], Route.HOST_STAGED, False),
+        ([Outcome("zeros"), Outcome("wrong sums")], Route.HOST_STAGED, True),
+        ([Outcome("no memory", is_about_cards=False), Outcome(None)], Route.NCCL_HOST, False),
+    ],
+)
+def test_what_may_be_of_the_moment_is_not_kept(
+    outcomes: list[Outcome], route: Route, is_kept: bool, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    file = VerdictFile(tmp_path / "verdicts.json")
+    verdict = choose_route("auto", CARDS, DEVICES, verdicts=file, prober=ScriptedProber(outcomes=list(outcomes)))
+    assert verdict.route is route
+    assert (file.find(CARDS, peers_allowed=True) == verdict) is is_kept
+    assert ("kept in" in caplog.text) is is_kept
+
+
+_KEY = "GPU-aaaa, GPU-bbbb; driver 550.54.15; NCCL 2.27.3"
 
 
 @pytest.mark.parametrize(

@@ -1,8 +1,9 @@
 """A rank that fails as it is told: `python -m tests.runtime.failing_rank RANK HOW ...`, then what any rank is given.
 
 HOW is "raise" (in its fifth step), "raise together" (in its fifth step of two sequences), "run out" (of memory),
-"vanish" (the process ends there), "hang" (it answers no more from there on), "garbage" (it says nonsense), or "stop"
-(the process is stopped while it loads). The other ranks are sound.
+"vanish" (the process ends there), "hang" (it answers no more from there on), "garbage" (it says nonsense), "stop"
+(the process is stopped before it opens the model), "stop loading" or "stop allocating" (it is stopped there), or "load
+slowly". The other ranks are sound.
 """
 
 from __future__ import annotations
@@ -11,6 +12,7 @@ import os
 import signal
 import sys
 import threading
+import time
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -47,6 +49,13 @@ def _talk_nonsense(channel: Channel) -> None:
     threading.Event().wait()
 
 
+def _stop(*_: Any, **__: Any) -> None:
+    os.kill(os.getpid(), signal.SIGSTOP)
+
+
+#: By what they stop in.
+STOPS = {"stop loading": "load", "stop allocating": "allocate"}
+
 FAULTS: Mapping[str, Callable[[Channel], None]] = {
     "raise": _raise,
     "raise together": _raise,
@@ -71,6 +80,17 @@ def break_steps(how: str, channel: Channel) -> None:
     Worker.begin = begin  # type: ignore[method-assign]
 
 
+def slow_down() -> None:
+    """Have this process's worker load for five seconds more."""
+    real = Worker.load
+
+    def load(self: Worker, **options: Any) -> Any:
+        time.sleep(5.0)
+        return real(self, **options)
+
+    Worker.load = load  # type: ignore[method-assign]
+
+
 def main(bad_rank: int, how: str, rest: list[str]) -> int:
     real = rank._expect_start
 
@@ -78,6 +98,10 @@ def main(bad_rank: int, how: str, rest: list[str]) -> int:
         start = real(channel)
         if start.rank == bad_rank and how == "stop":
             os.kill(os.getpid(), signal.SIGSTOP)
+        elif start.rank == bad_rank and how in STOPS:
+            setattr(Worker, STOPS[how], _stop)
+        elif start.rank == bad_rank and how == "load slowly":
+            slow_down()
         elif start.rank == bad_rank:
             break_steps(how, channel)
         return start

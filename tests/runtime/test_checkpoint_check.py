@@ -155,7 +155,7 @@ def loaded(folder: str) -> Decoder:
 
 
 def runner_of(model: Decoder, cache: KVCache) -> ModelRunner:
-    steps = CpuSteps(model.rope, cache.block_size, model.dtype)
+    steps = CpuSteps(model.rope, cache, model.dtype)
     return ModelRunner(model, cache, steps, make_sampler(on_triton=False))
 
 

@@ -35,6 +35,7 @@ from qengine.runtime.opening import open_model_headers, split_opened
 from quant_kernels.attention.kv_format import KV_FORMATS, plain
 from quant_kernels.attention.work import NUM_FIELDS
 from quant_kernels.footprint import (
+    GATHER_BYTES,
     Kernels,
     WeightFacts,
     cut_inputs,
@@ -332,12 +333,25 @@ def test_a_step_by_hand() -> None:
     # Cosines and sines of 64 positions and 12 pairs; 1024 slots of 4 heads of 24 sums and 2 statistics, 2 counters.
     tables, scratch = 64 * 12 * 2 * 4, 1024 * (4 * 26 * 4 + 2 * 4)
     fixed = 384 * 2**20
-    assert step_bytes(CONFIG, 256, 40, 64) - step_bytes(CONFIG, 256, 32, 64) == 8 * 150 * 15
-    assert step_bytes(CONFIG, 256, 8, 64) == activations + logits + tables + scratch + fixed
+    two = {"kv_number_bytes": 2}
+    assert step_bytes(CONFIG, 256, 40, 64, **two) - step_bytes(CONFIG, 256, 32, 64, **two) == 8 * 150 * 15
+    assert step_bytes(CONFIG, 256, 8, 64, **two) == activations + logits + tables + scratch + fixed
     gathered = 2 * (2 * 256 * 96 + 32 * 150)
-    assert step_bytes(CONFIG, 256, 8, 64, num_ranks=2) == activations + logits + tables + scratch + fixed + gathered
-    assert step_bytes(CONFIG, 256, 8, 64, has_head=False) == activations + tables + scratch + fixed
-    assert step_bytes(CONFIG, 256, 8, 64, on_gpu=False) == activations + logits + tables + 64 * 2**20
+    several = step_bytes(CONFIG, 256, 8, 64, num_ranks=2, **two)
+    assert several == activations + logits + tables + scratch + fixed + gathered
+    assert step_bytes(CONFIG, 256, 8, 64, has_head=False, **two) == activations + tables + scratch + fixed
+    on_cpu = step_bytes(CONFIG, 256, 8, 64, on_gpu=False, **two)
+    assert on_cpu == activations + logits + tables + 64 * 2**20 + 64 * 2**20
+
+
+@pytest.mark.parametrize(("number_bytes", "each"), [(4, 4), (2, 2), (1, 12)])
+def test_a_cpu_gathers_a_slice_or_one_long_sequence(number_bytes: int, each: int) -> None:
+    """Keys and values of 2 heads of 24; bytes become float32, with two copies in other orders."""
+    longest = 2**21
+    found = step_bytes(CONFIG, 1, 1, longest, kv_number_bytes=number_bytes, on_gpu=False)
+    short = step_bytes(CONFIG, 1, 1, 64, kv_number_bytes=number_bytes, on_gpu=False)
+    gathered = longest * 2 * CONFIG.num_kv_heads * CONFIG.head_dim * each
+    assert found - short == gathered - GATHER_BYTES + rope_bytes(CONFIG, longest) - rope_bytes(CONFIG, 64)
 
 
 @pytest.mark.parametrize("target", NATIVE, ids=IDS[4:])

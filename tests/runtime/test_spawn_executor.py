@@ -1,0 +1,54 @@
+"""What passes between an engine and its ranks, with ranks that compute nothing."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Iterator
+
+import pytest
+
+from qengine.config import EngineConfig
+from qengine.runtime.planner import MemoryPlan
+from qengine.runtime.spawn_executor import SpawnExecutor
+from qengine.scheduling.batch import Batch, BatchEntry
+from tests.runtime.chatty_rank import ANSWER_BYTES
+
+PLAN = MemoryPlan(
+    max_model_len=64,
+    wanted_len=64,
+    fits=True,
+    max_num_batched_tokens=64,
+    max_num_seqs=4,
+    block_size=16,
+    num_blocks=4,
+    cards=(),
+)
+
+
+@pytest.fixture
+def chatty() -> Iterator[SpawnExecutor]:
+    options = {"model": "none", "device": "cpu", "pipeline_parallel_size": 2, "step_timeout": 10.0}
+    executor = SpawnExecutor(
+        EngineConfig.from_options(options),
+        plan=PLAN,
+        num_threads=1,
+        log_level="warning",
+        command=(sys.executable, "-m", "tests.runtime.chatty_rank"),
+    )
+    try:
+        executor.join()
+        executor.load()
+        yield executor
+    finally:
+        executor.shutdown(grace=0.0)
+
+
+def test_a_long_order_reaches_a_rank_that_is_busy_with_a_long_answer(chatty: SpawnExecutor) -> None:
+    """Two steps are in flight; the rank reads the second only when its answer to the first has been taken."""
+    tokens = tuple(range(2**20, 2**20 + 2**18))
+    steps = [
+        chatty.begin(Batch((BatchEntry(name, tokens, 0, tuple(range(2**18)), None, pool="last"),)))
+        for name in ("a", "b")
+    ]
+    for name, step in zip(("a", "b"), steps, strict=True):
+        assert len(step.finish().pooled[name]) == ANSWER_BYTES
