@@ -11,6 +11,7 @@ import httpx
 import pytest
 
 from qengine.serving.chat_form import template_message
+from qengine.serving.limits import LIMITS
 from qengine.serving.messages_input import messages_of
 from qengine.serving.messages_protocol import MessagesRequest
 from qengine.serving.protocol import parse_request
@@ -320,6 +321,16 @@ TEXT = {"type": "text", "text": "a"}
             "send their results",
         ),
         ({"messages": [{"role": "user", "content": "a"}, {"role": "assistant", "content": ""}]}, "no text"),
+        (
+            {
+                "messages": [
+                    {"role": "user", "content": "a"},
+                    {"role": "assistant", "content": [USE]},
+                    {"role": "user", "content": [RESULT] * (LIMITS.num_messages - 1)},
+                ]
+            },
+            f"messages are {LIMITS.num_messages + 1} with each tool_result",
+        ),
         ({"system": 3}, "system"),
         ({"system": [image()]}, "system"),
         ({"stop_sequences": ["a"] * 9}, "stop_sequences"),
@@ -380,6 +391,19 @@ def test_what_is_refused(server: Running, more: dict[str, Any], words: str) -> N
             assert re.search(words, message), message
         if counts_too:
             refusal(client.post(COUNT, json=request), 400)
+
+
+def test_a_logit_bias_reaches_the_engine(server: Running) -> None:
+    request = body(logit_bias={"5": 1})
+    assert server.post(PATH, request).status_code == 200
+    assert server.engine.prepared[-1].params.logit_bias == {5: 1.0}
+    assert server.post(COUNT, request).json()["input_tokens"] > 0
+
+
+def test_a_system_prompt_is_no_message_of_the_limit() -> None:
+    turns = [{"role": role, "content": "a"} for role in ("assistant", "user") * (LIMITS.num_messages // 2)]
+    request = parse_request(MessagesRequest, {**body(), "system": "b", "messages": turns})
+    assert len(messages_of(request)) == LIMITS.num_messages + 1
 
 
 def test_errors_of_every_layer_have_anthropics_shape(server: Running) -> None:
