@@ -281,6 +281,12 @@ def _tools() -> Iterator[Fields]:
     for choice in ("any", 5, [], {"type": "function"}, {"type": "function", "function": {"name": "missing"}}):
         yield Fields(f"tool_choice {_short(choice)}", 400, {"tools": [_tool()], "tool_choice": choice})
     yield Fields("tool_choice without tools", 400, REQUIRED, "tool_choice")
+    named = {"tool_choice": {"type": "function", "function": {"name": "f"}}}
+    forms = {"response_format": {"type": "json_object"}, "structured_outputs": {"choice": ["a"]}}
+    guided = {"guided_json": {}, "guided_regex": "a", "guided_choice": ["a"], "guided_grammar": 'start: "a"'}
+    for name, form in (forms | guided).items():
+        for how, choice in (("required", REQUIRED), ("named", named)):
+            yield Fields(f"a call that is {how} and {name}", 400, {"tools": [_tool()], name: form, **choice}, name)
 
 
 REQUIRED = {"tool_choice": "required"}
