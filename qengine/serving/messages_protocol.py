@@ -105,7 +105,7 @@ _ALLOWED = {
 }
 
 
-class InputMessage(Strict):
+class MessageParam(Strict):
     """One turn, or a part of one: neighbours of the same role are one turn."""
 
     role: Literal["user", "assistant", "system"]
@@ -180,7 +180,7 @@ class CountTokensRequest(GenerationRequest):
 
     model_config = ConfigDict(json_schema_extra=_without_refused)
 
-    messages: Annotated[ListOf[InputMessage], Field(min_length=1, max_length=LIMITS.num_messages)]
+    messages: Annotated[ListOf[MessageParam], Field(min_length=1, max_length=LIMITS.num_messages)]
     system: str | ListOf[TextBlock] | None = None
     tools: Annotated[ListOf[AnthropicTool], Field(max_length=LIMITS.num_tools)] | None = None
     tool_choice: ToolChoice | None = None
