@@ -97,6 +97,7 @@ def test_arguments_in_other_forms() -> None:
     text = '<tool_call>{"name": "add", "arguments": %s}</tool_call>'
     assert parse(text % json.dumps('{"a": 1}'), "hermes")[2] == [("add", '{"a": 1}')]
     assert parse('<tool_call>{"name": "add"}</tool_call>', "hermes")[2] == [("add", "{}")]
+    assert parse(text % r'"{\"a\": \"\ud800\"}"', "hermes")[2] == [("add", '{"a": "\ufffd"}')]
 
 
 MALFORMED = [

@@ -256,6 +256,21 @@ def test_thinking_is_an_option_of_the_template(server: Running) -> None:
     assert prompts[0] == prompts[2] == prompts[3] != prompts[1]
 
 
+def test_arguments_that_are_no_characters_or_no_json_do_no_harm(server: Running) -> None:
+    call = '<tool_call>{"name": "add", "arguments": %s}</tool_call>'
+    server.engine.answers["halves"] = call % r'{"\ud800": ["\udfff", "\ud83d\ude42"]}'
+    server.engine.answers["escaped"] = call % r'"{\"a\": \"\ud800\"}"'
+    server.engine.answers["huge"] = call % '{"a": 1e999, "b": NaN}'
+    expected = {"halves": {"\ufffd": ["\ufffd", "\U0001f642"]}, "escaped": {"a": "\ufffd"}, "huge": {}}
+    for text, arguments in expected.items():
+        response = server.post(PATH, body(text, tools=[TOOL]))
+        assert response.status_code == 200
+        assert [block["input"] for block in response.json()["content"]] == [arguments]
+        # A stream passes on what the model wrote; it must come to its end.
+        streamed = applied(named_events(server.post(PATH, body(text, tools=[TOOL], stream=True))))
+        assert [block["name"] for block in streamed["content"]] == ["add"]
+
+
 # Refusals
 
 
