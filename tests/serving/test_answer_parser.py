@@ -134,6 +134,15 @@ def test_what_is_no_call_is_content_to_the_last_character(dialect: str, text: st
     assert parse(text, dialect) == ("", text, [])
 
 
+@pytest.mark.parametrize("dialect", DIALECTS)
+def test_a_great_many_blanks_are_kept_or_dropped(dialect: str) -> None:
+    blanks = " \n" * 10_000
+    assert parse(f"{blanks}a{blanks}b", dialect)[1] == f"{blanks}a{blanks}b"
+    call = {"newer mistral": "[TOOL_CALLS]add[ARGS]{}", "mistral": '[TOOL_CALLS][{"name": "add"}'}
+    text = call.get(dialect, '<tool_call>{"name": "add"}' if dialect == "hermes" else '{"name": "add"}')
+    assert parse(f"{text}{blanks}", dialect) == ("", "", [("add", "{}")])
+
+
 def test_a_valid_call_after_a_malformed_one_is_found() -> None:
     text = 'a <tool_call>junk <tool_call><tool_call>{"name": "add", "arguments": {}}</tool_call>'
     assert parse(text, "hermes") == ("", "a <tool_call>junk <tool_call>", [("add", "{}")])
