@@ -7,7 +7,7 @@ in a cache. Whether the text is a valid grammar is the compiler's to find out.
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -70,9 +70,7 @@ def schema_text(schema: str | Mapping[str, Any], name: str = "the JSON schema") 
         schema = _parsed(_text(schema, name, MAX_SCHEMA_BYTES), name)
     if not isinstance(schema, Mapping):
         raise _refuse(f"{name} is a JSON {type(schema).__name__}, expected an object")
-    depth = next((depth for depth, _ in _levels(schema) if depth > MAX_SCHEMA_DEPTH), 0)
-    if depth:
-        raise _refuse(f"{name} is nested more than {MAX_SCHEMA_DEPTH} levels deep; make it flatter")
+    _check_extent(schema, name)
     try:
         text = json.dumps(schema, ensure_ascii=False, allow_nan=False, separators=(",", ":"))
     except (TypeError, ValueError) as error:
@@ -92,15 +90,28 @@ def _parsed(text: str, name: str) -> Any:
         raise _refuse(f"{name} is not JSON: {error}") from error
 
 
-def _levels(value: Any) -> Iterator[tuple[int, Any]]:
-    """Every container of a JSON value with its depth, no deeper than one level beyond the limit."""
-    pending: list[tuple[int, Any]] = [(1, value)]
+def _check_extent(schema: Mapping[str, Any], name: str) -> None:
+    """Refuse what is too deep, or too large by far, at a cost that depends on the limits alone.
+
+    Writing a schema of eight megabytes only to measure it would take a second.
+    """
+    num_chars = 0
+    pending: list[tuple[int, Any]] = [(1, schema)]
     while pending:
         depth, item = pending.pop()
-        yield depth, item
-        if depth <= MAX_SCHEMA_DEPTH:
-            inner = item.values() if isinstance(item, Mapping) else item
-            pending += [(depth + 1, child) for child in inner if isinstance(child, Mapping | list | tuple)]
+        if depth > MAX_SCHEMA_DEPTH:
+            raise _refuse(f"{name} is nested more than {MAX_SCHEMA_DEPTH} levels deep; make it flatter")
+        num_chars += 2 * len(item)  # Each has a character at least, and one beside it.
+        inner: Sequence[Any] = item
+        if isinstance(item, Mapping) and num_chars <= MAX_SCHEMA_BYTES:
+            inner = [*item, *item.values()]
+        for child in inner if num_chars <= MAX_SCHEMA_BYTES else ():
+            if isinstance(child, str):
+                num_chars += len(child)
+            elif isinstance(child, Mapping | list | tuple):
+                pending.append((depth + 1, child))
+        if num_chars > MAX_SCHEMA_BYTES:
+            raise _refuse(f"{name} has more than {MAX_SCHEMA_BYTES} bytes, expected at most that many; make it smaller")
 
 
 def _text(value: Any, name: str, limit: int) -> str:

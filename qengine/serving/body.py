@@ -10,18 +10,19 @@ import asyncio
 import json
 import math
 import re
-from collections.abc import Iterable, Iterator
-from typing import Any
+from collections.abc import Callable, Iterable, Iterator
+from typing import Any, TypeVar
 
 from starlette.requests import ClientDisconnect, Request
 
 from qengine.serving.errors import ApiError, invalid, shorten
 from qengine.serving.limits import LIMITS
 
-# Larger bodies are parsed in a thread: a few milliseconds of parsing must not stall every stream.
+# Larger bodies are parsed and checked in a thread: a few milliseconds of it must not stall every stream.
 _INLINE_BYTES = 64 * 1024
 # Digits or exponents long enough to be checked; inside a string they cost time only.
 _LONG_NUMBER = re.compile(rb"[0-9]{%d}|[0-9][eE]\+?[0-9]{3}" % (LIMITS.json_int_digits + 1))
+_T = TypeVar("_T")
 _Container = dict[str, Any] | list[Any]
 
 
@@ -29,11 +30,11 @@ class ClientGoneError(Exception):
     """The client closed the connection; nobody reads an answer."""
 
 
-async def read_json_object(request: Request) -> dict[str, Any]:
-    """The body as a JSON object.
+async def read_json(request: Request, meaning: Callable[[dict[str, Any]], _T]) -> _T:
+    """What `meaning` makes of the body, a JSON object. Of a large body it does so in a thread.
 
     Raises:
-        ApiError: 400, 408, 413 or 415, saying what was found and what was expected.
+        ApiError: 400, 408, 413 or 415, saying what was found and what was expected; and what `meaning` raises.
         ClientGoneError: the client left while sending.
     """
     _check_headers(request)
@@ -45,8 +46,8 @@ async def read_json_object(request: Request) -> dict[str, Any]:
     except ClientDisconnect as error:
         raise ClientGoneError from error
     if len(body) <= _INLINE_BYTES:
-        return parse_json_object(body)
-    return await asyncio.to_thread(parse_json_object, body)
+        return meaning(parse_json_object(body))
+    return await asyncio.to_thread(lambda: meaning(parse_json_object(body)))
 
 
 def _check_headers(request: Request) -> None:

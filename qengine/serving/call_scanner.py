@@ -11,6 +11,8 @@ import json
 from collections.abc import Collection
 from enum import Enum, auto
 
+from qengine.serving.pieces import whole_characters
+
 _CLOSERS = {"{": "}", "[": "]"}
 _BLANKS = " \t\r\n"
 
@@ -192,6 +194,6 @@ class CallScanner:
 
 def _decoded(raw: str) -> str:
     try:
-        return str(json.loads(raw))
+        return whole_characters(str(json.loads(raw)))
     except ValueError as error:
         raise MalformedCallError from error

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import AsyncGenerator
 from contextlib import aclosing
+from functools import partial
 from typing import Any
 
 from fastapi import APIRouter, Request
@@ -16,7 +17,7 @@ from starlette.responses import Response
 from qengine.request import RequestOutput, RequestProgress
 from qengine.serving.api_answers import ChatCompletion, ChatCompletionChunk
 from qengine.serving.api_schema import described
-from qengine.serving.body import read_json_object
+from qengine.serving.body import read_json
 from qengine.serving.chat_call import ChatCall
 from qengine.serving.chat_form import ChatChoice
 from qengine.serving.errors import json_response
@@ -36,7 +37,7 @@ async def create_chat_completion(http: Request) -> Response:
     """Answer a conversation."""
     service = service_of(http)
     service.ready_engine()
-    request = parse_request(ChatCompletionRequest, await read_json_object(http))
+    request = await read_json(http, partial(parse_request, ChatCompletionRequest))
     # The state is looked at again: reading the body may have taken long enough for it to change.
     answers = _ChatAnswers(ChatCall(http, request, id=new_id("chatcmpl")))
     if request.stream:

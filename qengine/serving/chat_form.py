@@ -73,7 +73,7 @@ class ChatForm:
         self._asked = form_of(request)
         template = (tokenizer.tool_template() if request.tools else None) or tokenizer.chat_template or ""
         self._tags = reasoning_tags(template)
-        self._tools = checked_tools(request)
+        self._tools = checked_tools(request, self._asked)
         self._choice = request.tool_choice or ("auto" if self._tools else "none")
         self._dialect = self._find_dialect(tokenizer.tool_template())
         self._answer = AnswerForm(tags=self._tags)

@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import AsyncGenerator
 from contextlib import aclosing
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
 from fastapi import APIRouter, Request
@@ -18,7 +19,7 @@ from qengine.request import CompletionOutput, PositionLogprobs, RequestOutput, R
 from qengine.serving.api_answers import Completion
 from qengine.serving.api_schema import described
 from qengine.serving.async_engine import AsyncEngine
-from qengine.serving.body import read_json_object
+from qengine.serving.body import read_json
 from qengine.serving.errors import json_response
 from qengine.serving.generation import (
     Job,
@@ -52,7 +53,7 @@ async def create_completion(http: Request) -> Response:
     """Continue prompts."""
     service = service_of(http)
     service.ready_engine()
-    request = parse_request(CompletionRequest, await read_json_object(http))
+    request = await read_json(http, partial(parse_request, CompletionRequest))
     service.check_model(request.model)
     # Again: reading the body may have taken long enough for the server's state to change.
     call = _CompletionCall(

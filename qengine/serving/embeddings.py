@@ -12,7 +12,7 @@ import time
 from array import array
 from collections.abc import Sequence
 from contextlib import aclosing
-from functools import cached_property
+from functools import cached_property, partial
 from typing import Annotated, Any, Literal
 
 from fastapi import APIRouter, Request
@@ -25,7 +25,7 @@ from qengine.request import Pooling, RequestOutput
 from qengine.serving.api_answers import EmbeddingList
 from qengine.serving.api_schema import described
 from qengine.serving.async_engine import AsyncEngine
-from qengine.serving.body import read_json_object
+from qengine.serving.body import read_json
 from qengine.serving.errors import ApiError, invalid
 from qengine.serving.generation import cache_salt, check_prompt_chars, new_id
 from qengine.serving.limits import LIMITS
@@ -63,7 +63,7 @@ async def create_embeddings(http: Request) -> Response:
     """A vector for each text: the model's hidden states after its last layer, pooled."""
     service = service_of(http)
     service.ready_engine()
-    request = parse_request(EmbeddingRequest, await read_json_object(http))
+    request = await read_json(http, partial(parse_request, EmbeddingRequest))
     service.check_model(request.model)
     engine = service.ready_engine()
     _check_dimensions(request.dimensions, engine.info.hidden_size)

@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import AsyncGenerator
 from contextlib import aclosing
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any
 
 from fastapi import APIRouter, Request
@@ -17,7 +18,7 @@ from starlette.responses import Response
 from qengine.request import RequestOutput, RequestProgress
 from qengine.serving.api_answers import AnthropicErrorBody, AnthropicMessage, MessageEvent, TokenCount
 from qengine.serving.api_schema import described
-from qengine.serving.body import read_json_object
+from qengine.serving.body import read_json
 from qengine.serving.chat_call import ChatCall
 from qengine.serving.chat_form import ChatChoice
 from qengine.serving.errors import ApiError, anthropic_error, json_response
@@ -45,7 +46,7 @@ async def create_message(http: Request) -> Response:
     If the conversation ends with an assistant's message, the answer goes on from there.
     """
     engine = service_of(http).ready_engine()
-    request = parse_request(MessagesRequest, await read_json_object(http))
+    request = await read_json(http, partial(parse_request, MessagesRequest))
     with in_own_words():
         chat = chat_request(request, engine.tokenizer)
         answer = _MessageAnswer(ChatCall(http, chat, id=new_id("msg", "_"), is_cut_to_fit=True), request)
@@ -61,7 +62,7 @@ async def create_message(http: Request) -> Response:
 async def count_tokens(http: Request) -> Response:
     """How many tokens the prompt of a message has, tools and all."""
     engine = service_of(http).ready_engine()
-    request = parse_request(CountTokensRequest, await read_json_object(http))
+    request = await read_json(http, partial(parse_request, CountTokensRequest))
     with in_own_words():
         call = ChatCall(http, chat_request(request, engine.tokenizer), id=new_id("count", "_"))
         return json_response({"input_tokens": await while_connected(http, engine.offload(call.count_prompt_tokens))})

@@ -14,6 +14,7 @@ from typing import Any
 from qengine.errors import QEngineError
 from qengine.serving.dialect import reasoning_tags
 from qengine.serving.errors import ApiError, as_api_error, invalid
+from qengine.serving.limits import LIMITS
 from qengine.serving.messages_protocol import (
     CountTokensRequest,
     TextBlock,
@@ -77,7 +78,8 @@ def chat_request(request: CountTokensRequest, tokenizer: Tokenizer) -> ChatCompl
     more = {name: getattr(request, name) for name in GenerationRequest.model_fields if name not in _OWN}
     messages = messages_of(request)
     thinking, choice, form = request.thinking, request.tool_choice, request.output_config
-    chat = ChatCompletionRequest(
+    # Not validated again: its parts have been, and some (logit_bias) are no longer as they were sent.
+    chat = ChatCompletionRequest.model_construct(
         **more,
         messages=messages,
         stop=request.stop_sequences,
@@ -100,7 +102,7 @@ def messages_of(request: CountTokensRequest) -> list[ChatMessage]:
     """The conversation; neighbours of one role are one turn. The last turn may be the beginning of the answer.
 
     Raises:
-        ApiError: it ends with calls that have no result, or with thoughts alone.
+        ApiError: it ends with calls that have no result, or with thoughts alone, or is too long.
     """
     messages: list[ChatMessage] = []
     if request.system:
@@ -112,11 +114,23 @@ def messages_of(request: CountTokensRequest) -> list[ChatMessage]:
             messages.append(_model_turn(blocks, names))
         else:
             messages += _other_turn(role, blocks, names)
+    _check_number(messages)
     last = messages[-1]
     if last.role == "assistant" and (last.tool_calls or not last.content):
         reason = "calls tools: send their results after it" if last.tool_calls else "has no text that could go on"
         raise invalid(f"the last message is the assistant's and {reason}", param="messages")
     return messages
+
+
+def _check_number(messages: Sequence[ChatMessage]) -> None:
+    """The limit holds once more: a message may hold many results, each of which the template reads as a message."""
+    num_messages = sum(message.role != "system" for message in messages)
+    if num_messages > LIMITS.num_messages:
+        raise invalid(
+            f"messages are {num_messages} with each tool_result as one of its own, expected at most "
+            f"{LIMITS.num_messages}; send fewer",
+            param="messages",
+        )
 
 
 def _turns(request: CountTokensRequest) -> list[tuple[str, list[Any]]]:

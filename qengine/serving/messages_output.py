@@ -7,10 +7,11 @@ answer ends; each that was started is stopped once. It knows nothing of requests
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Callable, Sequence
 from typing import Any
 
-from qengine.serving.pieces import Piece
+from qengine.serving.pieces import Piece, whole_characters
 
 Event = dict[str, Any]
 Json = dict[str, Any]
@@ -83,9 +84,26 @@ class MessageOutput:
 
 
 def _object(arguments: str) -> Json:
-    """A call's arguments; none where the answer was cut before they were whole."""
+    """A call's arguments; none where the answer was cut before they were whole, or where JSON could not say them."""
     try:
-        found = json.loads(arguments or "{}")
+        found = _sayable(json.loads(arguments or "{}", parse_constant=_refuse_number))
     except (ValueError, RecursionError):
         return {}
     return found if isinstance(found, dict) else {}
+
+
+def _sayable(value: Any) -> Any:
+    """The same value in whole characters. Raises ValueError for a number beyond all bounds."""
+    if isinstance(value, str):
+        return whole_characters(value)
+    if isinstance(value, list):
+        return [_sayable(item) for item in value]
+    if isinstance(value, dict):
+        return {whole_characters(name): _sayable(item) for name, item in value.items()}
+    if isinstance(value, float) and not math.isfinite(value):
+        _refuse_number(str(value))
+    return value
+
+
+def _refuse_number(text: str) -> None:
+    raise ValueError(f"{text} is no number of JSON")

@@ -13,7 +13,7 @@ from pydantic import ConfigDict, Discriminator, Field, Tag
 
 from qengine.serving.errors import ApiError, invalid, shorten
 from qengine.serving.limits import LIMITS
-from qengine.serving.protocol import GenerationRequest, StopStrings, Strict, ToolName
+from qengine.serving.protocol import GenerationRequest, ListOf, StopStrings, Strict, ToolName
 
 _ADVICE = "but this server does not support it; leave it out"
 #: Fields that would change the answer, why they are refused, and the values that ask for nothing.
@@ -82,7 +82,7 @@ class ToolResultBlock(Strict):
 
     type: Literal["tool_result"]
     tool_use_id: Annotated[str, Field(min_length=1)]
-    content: str | list[TextBlock] | None = None
+    content: str | ListOf[TextBlock] | None = None
     is_error: bool | None = None
     cache_control: CacheControl | None = None
 
@@ -105,11 +105,11 @@ _ALLOWED = {
 }
 
 
-class MessageTurn(Strict):
+class MessageParam(Strict):
     """One turn, or a part of one: neighbours of the same role are one turn."""
 
     role: Literal["user", "assistant", "system"]
-    content: str | list[ContentBlock]
+    content: str | ListOf[ContentBlock]
 
     @property
     def blocks(self) -> list[Any]:
@@ -180,9 +180,9 @@ class CountTokensRequest(GenerationRequest):
 
     model_config = ConfigDict(json_schema_extra=_without_refused)
 
-    messages: Annotated[list[MessageTurn], Field(min_length=1, max_length=LIMITS.num_messages)]
-    system: str | list[TextBlock] | None = None
-    tools: Annotated[list[AnthropicTool], Field(max_length=LIMITS.num_tools)] | None = None
+    messages: Annotated[ListOf[MessageParam], Field(min_length=1, max_length=LIMITS.num_messages)]
+    system: str | ListOf[TextBlock] | None = None
+    tools: Annotated[ListOf[AnthropicTool], Field(max_length=LIMITS.num_tools)] | None = None
     tool_choice: ToolChoice | None = None
     thinking: ThinkingConfig | None = None
     output_config: OutputConfig | None = None

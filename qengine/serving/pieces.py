@@ -1,7 +1,8 @@
-"""Piece: a bit of an answer and what it is part of; joining them."""
+"""Piece: a bit of an answer and what it is part of; joining them, and what text may hold."""
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterable
 from dataclasses import dataclass, replace
 from typing import Literal
@@ -22,6 +23,14 @@ class Piece:
     kind: Kind
     text: str
     call: int = -1
+
+
+_SURROGATE = re.compile("[\ud800-\udfff]")
+
+
+def whole_characters(text: str) -> str:
+    """The text with U+FFFD for halves of surrogate pairs: JSON's escapes can say them, UTF-8 cannot."""
+    return _SURROGATE.sub("\ufffd", text)
 
 
 def joined(pieces: Iterable[Piece]) -> list[Piece]:

@@ -20,6 +20,9 @@ from qengine.serving.limits import LIMITS
 from qengine.serving.unsupported import refuse_unsupported
 
 Role = Literal["system", "developer", "user", "assistant", "tool"]
+_Item = TypeVar("_Item")
+#: A list of which the first wrong item is told. All of them would take seconds to collect, in which nothing else runs.
+ListOf = Annotated[list[_Item], Field(fail_fast=True)]
 TokenId = Annotated[int, Field(ge=0, le=LIMITS.token_id)]
 
 
@@ -40,11 +43,11 @@ def _bias_map(value: Any) -> Any:
 
 
 StopStrings = Annotated[
-    list[Annotated[str, Field(min_length=1, max_length=LIMITS.stop_chars)]],
+    ListOf[Annotated[str, Field(min_length=1, max_length=LIMITS.stop_chars)]],
     Field(max_length=LIMITS.num_stop_strings),
     BeforeValidator(_stop_list, json_schema_input_type=str | list[str]),
 ]
-TokenIds = Annotated[list[TokenId], Field(max_length=LIMITS.num_token_ids)]
+TokenIds = Annotated[ListOf[TokenId], Field(max_length=LIMITS.num_token_ids)]
 CacheSalt = Annotated[str, Field(min_length=1, max_length=LIMITS.cache_salt_chars, pattern=r"^[A-Za-z0-9+=_-]+$")]
 ToolName = Annotated[str, Field(pattern=rf"^[A-Za-z0-9_.-]{{1,{LIMITS.tool_name_chars}}}$")]
 Penalty = Annotated[float, Field(ge=-LIMITS.penalty, le=LIMITS.penalty)]
@@ -103,7 +106,7 @@ class StructuredOutputsField(Strict):
     json_: str | dict[str, Any] | None = Field(None, alias="json")
     json_object: bool | None = None
     regex: str | None = None
-    choice: list[str] | None = None
+    choice: ListOf[str] | None = None
     grammar: str | None = None
 
 
@@ -137,7 +140,7 @@ class GenerationRequest(CheckedRequest):
     structured_outputs: StructuredOutputsField | None = None
     guided_json: str | dict[str, Any] | None = None
     guided_regex: str | None = None
-    guided_choice: list[str] | None = None
+    guided_choice: ListOf[str] | None = None
     guided_grammar: str | None = None
 
     @property
@@ -209,9 +212,9 @@ class ChatMessage(Strict):
     """One message. Calls of earlier turns reach the template with their arguments as objects."""
 
     role: Role
-    content: str | list[TextPart] | None = None
+    content: str | ListOf[TextPart] | None = None
     name: str | None = None
-    tool_calls: list[ToolCall] | None = None
+    tool_calls: ListOf[ToolCall] | None = None
     tool_call_id: str | None = None
     reasoning_content: str | None = None
     reasoning: str | None = None
@@ -231,14 +234,14 @@ class ChatMessage(Strict):
 class ChatCompletionRequest(GenerationRequest):
     """POST /v1/chat/completions."""
 
-    messages: Annotated[list[ChatMessage], Field(min_length=1, max_length=LIMITS.num_messages)]
+    messages: Annotated[ListOf[ChatMessage], Field(min_length=1, max_length=LIMITS.num_messages)]
     max_completion_tokens: Annotated[int, Field(ge=1, le=LIMITS.max_tokens)] | None = None
     logprobs: bool | None = None
     top_logprobs: Annotated[int, Field(ge=0)] | None = None
     add_generation_prompt: bool | None = None
     continue_final_message: bool | None = None
     chat_template_kwargs: dict[str, Any] | None = None
-    tools: Annotated[list[Tool], Field(max_length=LIMITS.num_tools)] | None = None
+    tools: Annotated[ListOf[Tool], Field(max_length=LIMITS.num_tools)] | None = None
     tool_choice: Literal["none", "auto", "required"] | NamedToolChoice | None = None
     parallel_tool_calls: bool | None = None
     include_reasoning: bool | None = None

@@ -9,6 +9,7 @@ from __future__ import annotations
 import time
 from collections.abc import AsyncGenerator
 from contextlib import aclosing
+from functools import partial
 from typing import Any
 
 from fastapi import APIRouter, Request
@@ -17,7 +18,7 @@ from starlette.responses import Response
 from qengine.request import RequestOutput, RequestProgress
 from qengine.serving.api_answers import ResponseEvent, ResponseObject
 from qengine.serving.api_schema import described
-from qengine.serving.body import read_json_object
+from qengine.serving.body import read_json
 from qengine.serving.chat_call import ChatCall
 from qengine.serving.chat_form import ChatChoice
 from qengine.serving.errors import ApiError, json_response
@@ -45,7 +46,7 @@ async def create_response(http: Request) -> Response:
     Nothing is kept: what came before is sent as input each time.
     """
     engine = service_of(http).ready_engine()
-    request = parse_request(ResponsesRequest, await read_json_object(http))
+    request = await read_json(http, partial(parse_request, ResponsesRequest))
     with in_own_words():
         call = ChatCall(http, chat_request(request, engine.tokenizer), id=new_id("resp", "_"))
         answers = _ResponseAnswer(call, request)

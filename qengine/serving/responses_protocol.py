@@ -9,11 +9,11 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 from typing import Annotated, Any, Literal
 
-from pydantic import ConfigDict, Discriminator, Field, Tag
+from pydantic import BeforeValidator, ConfigDict, Discriminator, Field, Tag
 
 from qengine.serving.errors import invalid, shorten
 from qengine.serving.limits import LIMITS
-from qengine.serving.protocol import FunctionDefinition, FunctionName, GenerationRequest, StreamOptions, Strict
+from qengine.serving.protocol import FunctionDefinition, FunctionName, GenerationRequest, ListOf, StreamOptions, Strict
 
 
 class _Refused:
@@ -94,7 +94,7 @@ class InputMessage(Strict):
 
     type: Literal["message"] = "message"
     role: Literal["user", "assistant", "system", "developer"]
-    content: str | list[ContentPart]
+    content: str | ListOf[ContentPart]
 
     @property
     def text(self) -> str:
@@ -115,7 +115,7 @@ class FunctionCallOutput(Strict):
 
     type: Literal["function_call_output"]
     call_id: Annotated[str, Field(min_length=1)]
-    output: str | list[ContentPart]
+    output: str | ListOf[ContentPart]
 
     @property
     def text(self) -> str:
@@ -133,8 +133,8 @@ class ReasoningItem(Strict):
     """Thoughts before an answer, as they were returned."""
 
     type: Literal["reasoning"]
-    content: list[ReasoningText] | None = None
-    summary: list[ReasoningText] | None = None
+    content: ListOf[ReasoningText] | None = None
+    summary: ListOf[ReasoningText] | None = None
     encrypted_content: str | None = None
 
     @property
@@ -193,7 +193,7 @@ class AllowedTools(Strict):
 
     type: Literal["allowed_tools"]
     mode: Literal["auto", "required"]
-    tools: Annotated[list[NamedFunction], Field(min_length=1, max_length=LIMITS.num_tools)]
+    tools: Annotated[ListOf[NamedFunction], Field(min_length=1, max_length=LIMITS.num_tools)]
 
 
 def _check_function(tool: Any, where: str) -> None:
@@ -257,9 +257,21 @@ _MetadataKey = Annotated[str, Field(max_length=LIMITS.metadata_key_chars)]
 _MetadataText = Annotated[str, Field(max_length=LIMITS.metadata_value_chars)]
 
 
+def _few_entries(value: Any) -> Any:
+    """Counted before they are looked at: all of ten thousand could be wrong."""
+    if isinstance(value, dict) and len(value) > LIMITS.num_metadata:
+        raise ValueError(f"has {len(value)} entries, expected at most {LIMITS.num_metadata}")
+    return value
+
+
 def _without_refused(schema: dict[str, Any]) -> None:
     for name in _REFUSED:
         schema["properties"].pop(name, None)
+
+
+RequestMetadata = Annotated[
+    dict[_MetadataKey, _MetadataText], Field(max_length=LIMITS.num_metadata), BeforeValidator(_few_entries)
+]
 
 
 class ResponsesRequest(GenerationRequest):
@@ -267,19 +279,19 @@ class ResponsesRequest(GenerationRequest):
 
     model_config = ConfigDict(json_schema_extra=_without_refused)
 
-    input: str | Annotated[list[InputItem], Field(min_length=1, max_length=LIMITS.num_messages)]
+    input: str | Annotated[ListOf[InputItem], Field(min_length=1, max_length=LIMITS.num_messages)]
     instructions: str | None = None
     max_output_tokens: Annotated[int, Field(ge=1, le=LIMITS.max_tokens)] | None = None
     max_tool_calls: Annotated[int, Field(ge=0)] | None = None
-    tools: Annotated[list[ResponsesTool], Field(max_length=LIMITS.num_tools)] | None = None
+    tools: Annotated[ListOf[ResponsesTool], Field(max_length=LIMITS.num_tools)] | None = None
     tool_choice: Literal["none", "auto", "required"] | NamedFunction | AllowedTools | None = None
     parallel_tool_calls: bool | None = None
     text: TextConfig | None = None
     reasoning: ReasoningConfig | None = None
-    include: list[Includable] | None = None
+    include: ListOf[Includable] | None = None
     top_logprobs: Annotated[int, Field(ge=0)] | None = None
     truncation: Literal["auto", "disabled"] | None = None
-    metadata: Annotated[dict[_MetadataKey, _MetadataText], Field(max_length=LIMITS.num_metadata)] | None = None
+    metadata: RequestMetadata | None = None
     store: bool | None = None
     stream_options: ResponsesStreamOptions | None = None
     chat_template_kwargs: dict[str, Any] | None = None

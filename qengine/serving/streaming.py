@@ -72,15 +72,20 @@ async def _first(chunks: AsyncGenerator[Chunks, None]) -> Chunks:
 
 async def _named_events(first: Chunks, chunks: AsyncGenerator[Chunks, None]) -> AsyncGenerator[bytes, None]:
     async with aclosing(chunks):
-        yield _encode_named(first)
-        async for more in chunks:
-            yield _encode_named(more)
+        batch: Chunks | None = first
+        while batch is not None:
+            try:
+                data = _encode_named(batch)
+            except ValueError as error:  # Who made it tells of it, in the words of its API.
+                data = _encode_named(await chunks.athrow(error))
+            yield data
+            batch = await anext(chunks, None)
 
 
 async def _events(first: Chunks, chunks: AsyncGenerator[Chunks, None]) -> AsyncGenerator[bytes, None]:
     async with aclosing(chunks):
-        yield _encode(first)
         try:
+            yield _encode(first)
             async for more in chunks:
                 yield _encode(more)
         except Exception as error:  # noqa: BLE001 - the status is sent: the stream itself must carry any error

@@ -6,9 +6,9 @@ that lets other threads run, and its answer is written piece by piece for the sa
 
 from __future__ import annotations
 
-import asyncio
 import json
 from collections.abc import Sequence
+from functools import partial
 from typing import Annotated, Any
 
 from fastapi import APIRouter, Request
@@ -18,12 +18,12 @@ from starlette.responses import Response
 from qengine.serving.api_answers import Detokenized, Tokenized
 from qengine.serving.api_schema import described
 from qengine.serving.async_engine import AsyncEngine
-from qengine.serving.body import read_json_object
+from qengine.serving.body import read_json
 from qengine.serving.chat_call import ChatCall
 from qengine.serving.errors import invalid, json_response
 from qengine.serving.generation import new_id
 from qengine.serving.limits import LIMITS
-from qengine.serving.protocol import ChatCompletionRequest, ChatMessage, CheckedRequest, Tool, parse_request
+from qengine.serving.protocol import ChatCompletionRequest, ChatMessage, CheckedRequest, ListOf, Tool, parse_request
 from qengine.serving.service import Service, service_of
 from qengine.serving.streaming import while_connected
 from qengine.tokenizer import Tokenizer
@@ -39,13 +39,13 @@ class TokenizeRequest(CheckedRequest):
 
     model: _ModelName | None = None
     prompt: str | None = None
-    messages: Annotated[list[ChatMessage], Field(min_length=1, max_length=LIMITS.num_messages)] | None = None
+    messages: Annotated[ListOf[ChatMessage], Field(min_length=1, max_length=LIMITS.num_messages)] | None = None
     add_special_tokens: bool | None = None
     return_token_strs: bool | None = None
     add_generation_prompt: bool | None = None
     continue_final_message: bool | None = None
     chat_template_kwargs: dict[str, Any] | None = None
-    tools: Annotated[list[Tool], Field(max_length=LIMITS.num_tools)] | None = None
+    tools: Annotated[ListOf[Tool], Field(max_length=LIMITS.num_tools)] | None = None
 
     def check_together(self) -> None:
         super().check_together()
@@ -63,7 +63,7 @@ class DetokenizeRequest(CheckedRequest):
     """POST /detokenize."""
 
     model: _ModelName | None = None
-    tokens: list[int]
+    tokens: ListOf[int]
 
 
 @router.post("/tokenize", **described(tag="Text", body=TokenizeRequest, answer=Tokenized))
@@ -74,7 +74,7 @@ async def tokenize(http: Request) -> Response:
     """
     service = service_of(http)
     service.ready_engine()
-    request = parse_request(TokenizeRequest, await read_json_object(http))
+    request = await read_json(http, partial(parse_request, TokenizeRequest))
     engine = _engine(service, request.model)
     if request.prompt is not None:
         text = request.prompt
@@ -98,8 +98,7 @@ async def detokenize(http: Request) -> Response:
     """The text of token ids, special tokens and all."""
     service = service_of(http)
     service.ready_engine()
-    body = await read_json_object(http)
-    request = await asyncio.to_thread(parse_request, DetokenizeRequest, body)
+    request = await read_json(http, partial(parse_request, DetokenizeRequest))
     engine = _engine(service, request.model)
     is_long = len(request.tokens) > LIMITS.long_text_chars
 

@@ -39,7 +39,8 @@ class ToolCallParser:
         self._opener = Marker(dialect.opener)
         self._scanner = CallScanner(names)
         self._raw = ""  # Text that may turn out to be no call.
-        self._blanks = ""
+        self._lead: list[str] = []  # Blanks before that. Looking through all of them for each would take long.
+        self._blanks: list[str] = []
         self._pieces: list[Piece] = []
         self._take: Callable[[str], None] = self._start if dialect.style is CallStyle.BARE else self._text
         self.num_calls = 0
@@ -55,9 +56,9 @@ class ToolCallParser:
         if self._take == self._text:
             self._content(self._opener.flush())
         elif self._take != self._after and self._scanner.name is None:
-            self._content(self._raw)
+            self._content(self._kept())
         if self._blanks and not self.num_calls:
-            self._pieces.append(Piece("content", self._blanks))
+            self._pieces.append(Piece("content", "".join(self._blanks)))
         pieces, self._pieces = self._pieces, []
         return pieces
 
@@ -65,11 +66,25 @@ class ToolCallParser:
 
     def _content(self, text: str) -> None:
         """Pass text on, but blanks only once something follows them."""
-        self._blanks += text
-        kept = self._blanks.rstrip()
+        kept = text.rstrip()
         if kept:
-            self._pieces.append(Piece("content", kept))
-            self._blanks = self._blanks[len(kept) :]
+            self._pieces.append(Piece("content", "".join(self._blanks) + kept))
+            self._blanks = []
+        if len(kept) < len(text):
+            self._blanks.append(text[len(kept) :])
+
+    def _leads(self, char: str) -> bool:
+        """Keep a blank before anything else."""
+        if self._raw or not char.isspace():
+            return False
+        self._lead.append(char)
+        return True
+
+    def _kept(self) -> str:
+        """What was kept because it may turn out to be no call; it is no longer kept."""
+        text = "".join(self._lead) + self._raw
+        self._lead, self._raw = [], ""
+        return text
 
     def _text(self, char: str) -> None:
         passed, is_open = self._opener.feed(char)
@@ -82,16 +97,17 @@ class ToolCallParser:
 
     def _start(self, char: str) -> None:
         """The beginning of an answer that is either calls or content."""
+        if self._leads(char):
+            return
         self._raw += char
-        text = self._raw.lstrip()
-        if text == "{":
-            self._new_call(char, before=self._raw[:-1])
-        elif text == self._opener.text:
+        if self._raw == "{":
+            self._new_call(char, before=self._kept()[:-1])
+        elif self._raw == self._opener.text:
+            self._raw = self._kept()
             self._take = self._call
-        elif not self._opener.text.startswith(text):
-            raw, self._raw = self._raw, ""
+        elif not self._opener.text.startswith(self._raw):
             self._take = self._content
-            self._content(raw)
+            self._content(self._kept())
 
     # Calls
 
@@ -134,7 +150,7 @@ class ToolCallParser:
             return
         self._raw += char
         if self._scanner.name is not None and not was_begun:
-            self._blanks = ""
+            self._blanks = []
             self.num_calls += 1
             self._emit(Piece("call", self._scanner.name, self.num_calls - 1))
         if arguments:
@@ -149,25 +165,29 @@ class ToolCallParser:
 
     def _after(self, char: str) -> None:
         """Between the end of a call's object and what comes next."""
+        if self._leads(char):
+            return
         self._raw += char
-        text = self._raw.lstrip()
+        text = self._raw
         if self._dialect.style is CallStyle.TAGGED:
             if text == self._dialect.closer:
-                self._raw, self._take = "", self._text
+                self._kept()
+                self._take = self._text
             elif not self._dialect.closer.startswith(text):
                 self._leave()
         elif self._dialect.style is CallStyle.LIST and text == "]":
-            self._raw, self._take = "", self._text
+            self._kept()
+            self._take = self._text
         elif text == (";" if self._dialect.style is CallStyle.BARE else ","):
-            self._new_call(before=self._raw)
+            self._new_call(before=self._kept())
         elif text == "{" and self._dialect.style is CallStyle.BARE:
-            self._new_call(char, before=self._raw[:-1])
-        elif text:
+            self._new_call(char, before=self._kept()[:-1])
+        else:
             self._leave()
 
     def _leave(self) -> None:
         """Back to content with what came after a call."""
-        raw, self._raw = self._raw, ""
+        raw = self._kept()
         self._take = self._content if self._dialect.style is CallStyle.BARE else self._text
         for char in raw:
             self._take(char)

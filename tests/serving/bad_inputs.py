@@ -261,6 +261,11 @@ MEDIA: tuple[dict[str, Any], ...] = (
 )
 
 
+_BAD_PATTERNS = ({"pattern": 5}, {"pattern": "a" * (LIMITS.regex_bytes + 1)})
+#: Python's own `re` takes nine seconds for it.
+_SLOW_PATTERN = "(?i)" + "[\x01-\uffff]" * 580
+
+
 def _tool(name: Any = "f", **more: Any) -> dict[str, Any]:
     return {"type": "function", "function": {"name": name, **more}}
 
@@ -275,12 +280,24 @@ def _tools() -> Iterator[Fields]:
         yield Fields(
             f"tool parameters {_short(parameters)}", 400, {"tools": [_tool(parameters=parameters)], **REQUIRED}
         )
-    for property_ in ({"type": "strnig"}, {"type": 5}, {"type": ["x"]}, {"type": "string", "pattern": "(["}):
-        parameters = {"type": "object", "properties": {"a": property_}}
-        yield Fields(f"tool property {_short(property_)}", 400, {"tools": [_tool(parameters=parameters)]})
+    for property_ in ({"type": "strnig"}, {"type": 5}, {"type": ["x"]}, *_BAD_PATTERNS):
+        tools = {"tools": [_tool(parameters={"type": "object", "properties": {"a": property_}})]}
+        yield Fields(f"tool property {_short(property_)}", 400, tools)
+    for pattern in ("([", _SLOW_PATTERN):
+        parameters = {"type": "object", "properties": {"a": {"pattern": pattern}}, "required": ["a"]}
+        tools = {"tools": [_tool(parameters=parameters)]}
+        yield Fields(f"tool pattern {_short(pattern)} that calls must match", 400, {**tools, **REQUIRED})
+    shown = {"type": "object", "properties": {"a": {"pattern": r"\p{Lu}+"}}}
+    yield Fields("a tool's pattern that Python does not know", 200, {"tools": [_tool(parameters=shown)]})
     for choice in ("any", 5, [], {"type": "function"}, {"type": "function", "function": {"name": "missing"}}):
         yield Fields(f"tool_choice {_short(choice)}", 400, {"tools": [_tool()], "tool_choice": choice})
     yield Fields("tool_choice without tools", 400, REQUIRED, "tool_choice")
+    named = {"tool_choice": {"type": "function", "function": {"name": "f"}}}
+    forms = {"response_format": {"type": "json_object"}, "structured_outputs": {"choice": ["a"]}}
+    guided = {"guided_json": {}, "guided_regex": "a", "guided_choice": ["a"], "guided_grammar": 'start: "a"'}
+    for name, form in (forms | guided).items():
+        for how, choice in (("required", REQUIRED), ("named", named)):
+            yield Fields(f"a call that is {how} and {name}", 400, {"tools": [_tool()], name: form, **choice}, name)
 
 
 REQUIRED = {"tool_choice": "required"}

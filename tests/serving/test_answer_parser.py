@@ -97,6 +97,7 @@ def test_arguments_in_other_forms() -> None:
     text = '<tool_call>{"name": "add", "arguments": %s}</tool_call>'
     assert parse(text % json.dumps('{"a": 1}'), "hermes")[2] == [("add", '{"a": 1}')]
     assert parse('<tool_call>{"name": "add"}</tool_call>', "hermes")[2] == [("add", "{}")]
+    assert parse(text % r'"{\"a\": \"\ud800\"}"', "hermes")[2] == [("add", '{"a": "\ufffd"}')]
 
 
 MALFORMED = [
@@ -131,6 +132,15 @@ MALFORMED = [
 @pytest.mark.parametrize(("dialect", "text"), MALFORMED)
 def test_what_is_no_call_is_content_to_the_last_character(dialect: str, text: str) -> None:
     assert parse(text, dialect) == ("", text, [])
+
+
+@pytest.mark.parametrize("dialect", DIALECTS)
+def test_a_great_many_blanks_are_kept_or_dropped(dialect: str) -> None:
+    blanks = " \n" * 10_000
+    assert parse(f"{blanks}a{blanks}b", dialect)[1] == f"{blanks}a{blanks}b"
+    call = {"newer mistral": "[TOOL_CALLS]add[ARGS]{}", "mistral": '[TOOL_CALLS][{"name": "add"}'}
+    text = call.get(dialect, '<tool_call>{"name": "add"}' if dialect == "hermes" else '{"name": "add"}')
+    assert parse(f"{text}{blanks}", dialect) == ("", "", [("add", "{}")])
 
 
 def test_a_valid_call_after_a_malformed_one_is_found() -> None:

@@ -11,6 +11,7 @@ import httpx
 import pytest
 
 from qengine.serving.chat_form import template_message
+from qengine.serving.limits import LIMITS
 from qengine.serving.messages_input import messages_of
 from qengine.serving.messages_protocol import MessagesRequest
 from qengine.serving.protocol import parse_request
@@ -255,6 +256,21 @@ def test_thinking_is_an_option_of_the_template(server: Running) -> None:
     assert prompts[0] == prompts[2] == prompts[3] != prompts[1]
 
 
+def test_arguments_that_are_no_characters_or_no_json_do_no_harm(server: Running) -> None:
+    call = '<tool_call>{"name": "add", "arguments": %s}</tool_call>'
+    server.engine.answers["halves"] = call % r'{"\ud800": ["\udfff", "\ud83d\ude42"]}'
+    server.engine.answers["escaped"] = call % r'"{\"a\": \"\ud800\"}"'
+    server.engine.answers["huge"] = call % '{"a": 1e999, "b": NaN}'
+    expected = {"halves": {"\ufffd": ["\ufffd", "\U0001f642"]}, "escaped": {"a": "\ufffd"}, "huge": {}}
+    for text, arguments in expected.items():
+        response = server.post(PATH, body(text, tools=[TOOL]))
+        assert response.status_code == 200
+        assert [block["input"] for block in response.json()["content"]] == [arguments]
+        # A stream passes on what the model wrote; it must come to its end.
+        streamed = applied(named_events(server.post(PATH, body(text, tools=[TOOL], stream=True))))
+        assert [block["name"] for block in streamed["content"]] == ["add"]
+
+
 # Refusals
 
 
@@ -320,6 +336,16 @@ TEXT = {"type": "text", "text": "a"}
             "send their results",
         ),
         ({"messages": [{"role": "user", "content": "a"}, {"role": "assistant", "content": ""}]}, "no text"),
+        (
+            {
+                "messages": [
+                    {"role": "user", "content": "a"},
+                    {"role": "assistant", "content": [USE]},
+                    {"role": "user", "content": [RESULT] * (LIMITS.num_messages - 1)},
+                ]
+            },
+            f"messages are {LIMITS.num_messages + 1} with each tool_result",
+        ),
         ({"system": 3}, "system"),
         ({"system": [image()]}, "system"),
         ({"stop_sequences": ["a"] * 9}, "stop_sequences"),
@@ -344,7 +370,10 @@ TEXT = {"type": "text", "text": "a"}
         ({"tools": [{"name": "f"}]}, "input_schema is missing"),
         ({"tools": [{**TOOL, "name": "a b"}]}, r"tools\[0\].name"),
         ({"tools": [{**TOOL, "input_schema": {"type": "array"}}]}, "input_schema"),
-        ({"tools": [{**TOOL, "input_schema": {"properties": {"a": {"pattern": "("}}}}]}, "input_schema"),
+        (
+            {"tools": [{**TOOL, "input_schema": {"properties": {"a": {"pattern": 5}}}}]},
+            "input_schema has the pattern 5",
+        ),
         ({"tools": [{"type": "web_search_20250305", "name": "web_search"}]}, "your program runs"),
         ({"tools": [{"type": "bash_20250124", "name": "bash"}]}, "your program runs"),
         ({"tools": [{**TOOL, "input_examples": [{}]}]}, "input_examples"),
@@ -380,6 +409,19 @@ def test_what_is_refused(server: Running, more: dict[str, Any], words: str) -> N
             assert re.search(words, message), message
         if counts_too:
             refusal(client.post(COUNT, json=request), 400)
+
+
+def test_a_logit_bias_reaches_the_engine(server: Running) -> None:
+    request = body(logit_bias={"5": 1})
+    assert server.post(PATH, request).status_code == 200
+    assert server.engine.prepared[-1].params.logit_bias == {5: 1.0}
+    assert server.post(COUNT, request).json()["input_tokens"] > 0
+
+
+def test_a_system_prompt_is_no_message_of_the_limit() -> None:
+    turns = [{"role": role, "content": "a"} for role in ("assistant", "user") * (LIMITS.num_messages // 2)]
+    request = parse_request(MessagesRequest, {**body(), "system": "b", "messages": turns})
+    assert len(messages_of(request)) == LIMITS.num_messages + 1
 
 
 def test_errors_of_every_layer_have_anthropics_shape(server: Running) -> None:

@@ -3,17 +3,23 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Iterator
 from typing import Any
 
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from pydantic import ValidationError
 
 from qengine.serving.body import parse_json_object
+from qengine.serving.embeddings import EmbeddingRequest
 from qengine.serving.errors import ApiError
 from qengine.serving.generation import sampling_params
 from qengine.serving.limits import LIMITS
-from qengine.serving.protocol import ChatCompletionRequest, CompletionRequest, parse_request
+from qengine.serving.messages_protocol import CountTokensRequest, MessagesRequest
+from qengine.serving.protocol import ChatCompletionRequest, CheckedRequest, CompletionRequest, parse_request
+from qengine.serving.responses_protocol import ResponsesRequest
+from qengine.serving.text_routes import DetokenizeRequest, TokenizeRequest
 
 USER = {"role": "user", "content": "hi"}
 INTEGERS = ["n", "seed", "max_tokens", "max_completion_tokens", "min_tokens", "top_k", "top_logprobs"]
@@ -320,3 +326,36 @@ def test_a_body_of_very_many_items_is_refused_before_it_is_parsed() -> None:
 def test_a_body_of_one_long_string_is_fine() -> None:
     body = json.dumps({"a": "x" * (LIMITS.body_bytes - 20)}).encode()
     assert len(parse_json_object(body)["a"]) == LIMITS.body_bytes - 20
+
+
+REQUESTS = (
+    *(ChatCompletionRequest, CompletionRequest, ResponsesRequest, MessagesRequest, CountTokensRequest),
+    *(EmbeddingRequest, TokenizeRequest, DetokenizeRequest),
+)
+
+
+def parts_of(schema: Any) -> Iterator[dict[str, Any]]:
+    """Every part of a validator's schema, without what is there for documentation."""
+    if isinstance(schema, dict):
+        yield schema
+        schema = [part for name, part in schema.items() if name not in ("json_schema_input_schema", "metadata")]
+    if isinstance(schema, list | tuple):
+        for part in schema:
+            yield from parts_of(part)
+
+
+@pytest.mark.parametrize("kind", REQUESTS)
+def test_a_list_tells_its_first_wrong_item_alone(kind: type[CheckedRequest]) -> None:
+    lists = [part for part in parts_of(kind.__pydantic_core_schema__) if part.get("type") == "list"]
+    assert lists or kind is EmbeddingRequest
+    checked = [part for part in lists if part.get("items_schema", {"type": "any"})["type"] != "any"]
+    assert [part["items_schema"] for part in checked if not part.get("fail_fast")] == []
+
+
+def test_a_thousand_wrong_items_are_one_error() -> None:
+    body = {"model": "m", "messages": [{"role": "user", "content": [1] * 1000}]}
+    with pytest.raises(ValidationError) as caught:
+        ChatCompletionRequest.model_validate(body)
+    assert caught.value.error_count() == 2  # It is no text, and its first part is none.
+    with pytest.raises(ApiError, match=r"^messages\[0\].content\[0\] is 1, expected an object$"):
+        parse_request(ChatCompletionRequest, body)

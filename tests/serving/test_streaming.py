@@ -14,7 +14,7 @@ from qengine.errors import EngineDeadError
 from qengine.request import CompletionOutput
 from qengine.serving.body import ClientGoneError
 from qengine.serving.generation import Progress
-from qengine.serving.streaming import Chunks, EventStream, event_stream, while_connected
+from qengine.serving.streaming import Chunks, EventStream, event_stream, named_event_stream, while_connected
 
 
 class Client:
@@ -55,6 +55,25 @@ def test_an_error_after_the_first_byte_ends_the_stream_without_done() -> None:
         assert lines[:2] == ['data: {"a":1}', 'data: {"a":2}']
         assert json.loads(lines[2].removeprefix("data: "))["error"]["code"] == "engine_dead"
         assert lines[3:] == [""]
+
+    asyncio.run(scenario())
+
+
+def test_an_event_that_cannot_be_written_is_told_by_who_made_it() -> None:
+    async def chunks() -> AsyncGenerator[Chunks, None]:
+        try:
+            yield [{"type": "begin"}]
+            yield [{"type": "text", "text": "\ud800"}]
+        except ValueError:
+            yield [{"type": "error"}]
+
+    async def scenario() -> None:
+        client = Client()
+        response = await named_event_stream(client.request(), chunks())
+        await response({}, client.receive, client.send)
+        assert client.is_complete
+        kinds = [event.split("\n")[0] for event in client.received.decode().split("\n\n")]
+        assert kinds == ["event: begin", "event: error", ""]
 
     asyncio.run(scenario())
 
