@@ -163,7 +163,8 @@ def test_ranks_on_a_cpu_share_its_memory_and_all_they_hold_is_counted(tp: int, p
         for shape in split_opened(opened, tp).ranks:
             local = shape.local(facts.config)
             weights += weight_bytes(facts, shape, "cpu", "float32")
-            steps += step_bytes(local, 256, 256, 256, num_ranks=tp, has_head=facts.has_head, on_gpu=False)
+            sizes = {"num_ranks": tp, "kv_number_bytes": 4}
+            steps += step_bytes(local, 256, 256, 256, **sizes, has_head=facts.has_head, on_gpu=False)
             per_token += 2 * len(layers) * local.num_kv_heads * 64 * 4
     [card] = found.cards
     assert (card.weight_bytes, card.step_buffer_bytes, card.kv_bytes_per_token) == (weights, steps, per_token)
