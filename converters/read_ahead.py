@@ -6,7 +6,8 @@
 Ranges are taken in the order of the plan, which is the model's. The disk gets hints for a window of them, sorted and
 joined in the order of the file: the page cache turns one order into the other, so that the disk works in long
 sequential reads whatever a layer is assembled from. It is also what ranks in other processes share: the first one's
-reads are copies in memory for the others, so each byte comes off the disk once.
+reads are copies in memory for the others, so each byte comes off the disk once, as long as the ranks are not further
+apart than the page cache reaches.
 Files are read and never mapped: a fault on every page is three times slower, and a file that shrinks would end the
 process. Invariant: whatever ends the `with`, the thread has ended and no file is open after it.
 """

@@ -138,7 +138,8 @@ class Worker:
     def _check_weights(self, plan: MemoryPlan) -> None:
         longest, most = plan.max_model_len, plan.max_num_batched_tokens
         found = examine(self.runner, max_len=longest, max_rows=min(most, self._config.scheduler.max_num_seqs * longest))
-        if self._config.load.load_format == "dummy":
+        # Of several ranks one says it for all.
+        if self._config.load.load_format == "dummy" or not self._links.samples:
             found = replace(found, constant_token_id=None)
         judge(found, self._opened.location.name, self.runner.model.dtype, self._opened.config.torch_dtype)
 
