@@ -13,7 +13,9 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from safetensors.torch import load_file, save_file
 
+from benchmarks.synthetic import GROUP_SIZE, Sizes, write_checkpoint
 from qengine import LLM, SamplingParams, StructuredOutputs
 from qengine.config import EngineConfig
 from qengine.engine import Engine
@@ -83,6 +85,33 @@ def test_any_split_gives_the_tokens_of_one_rank(
             again = run(llm, asked[0], wanted[0])[0]
             assert again.outputs[0].token_ids == expected[0]
         assert again.num_cached_tokens > 0
+
+
+@pytest.fixture(scope="module", params=[107, 231], ids=["107 groups", "231 groups"])
+def odd_groups(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> tuple[str, list[list[int]]]:
+    """A model whose MLP has a number of groups that no number of ranks divides, and its tokens in one process."""
+    folder = tmp_path_factory.mktemp("odd")
+    write_checkpoint(folder, Sizes(384, request.param * GROUP_SIZE, 6, 3, num_layers=1, vocab_size=2048), "awq")
+    for file in Path(FIXTURE).glob("*token*"):
+        shutil.copy(file, folder)
+    for shard in folder.glob("*.safetensors"):
+        tensors = load_file(shard)
+        if (table := tensors.get("model.embed_tokens.weight")) is not None:
+            # Else a token's own embedding outweighs what the layers make of it.
+            save_file({**tensors, "model.embed_tokens.weight": table * 0.01}, shard, metadata={"format": "pt"})
+    with LLM(str(folder), **OPTIONS) as llm:
+        return str(folder), tokens(run(llm, mixed_prompts(6, seed=5), greedy(max_tokens=16)))
+
+
+@pytest.mark.parametrize("tp", [2, 3])
+def test_an_mlp_that_does_not_divide_gives_the_tokens_of_one_rank(
+    tp: int, odd_groups: tuple[str, list[list[int]]]
+) -> None:
+    """By gloo, 54 + 53 and 116 + 115 groups on two ranks, thirds on three."""
+    folder, expected = odd_groups
+    assert len({token for one in expected for token in one}) > 16, "a model that says one thing shows nothing"
+    with LLM(folder, **OPTIONS, tensor_parallel_size=tp, p2p="on") as llm:
+        assert tokens(run(llm, mixed_prompts(6, seed=5), greedy(max_tokens=16))) == expected
 
 
 def test_everything_a_request_can_ask_for_passes_between_processes(llm: LLM) -> None:

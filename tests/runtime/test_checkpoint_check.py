@@ -139,6 +139,12 @@ def test_sound_models_pass(name: str | None, caplog: pytest.LogCaptureFixture) -
 # On several ranks
 
 
+def test_one_of_several_ranks_warns_for_all(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    folder = changed(tmp_path, {"model.norm.weight": torch.zeros_like})
+    LLM(folder, max_model_len=64, device="cpu", tensor_parallel_size=2).shutdown()
+    assert capfd.readouterr().err.count("answers every input with the same token (id 0)") == 1
+
+
 @pytest.mark.parametrize("sizes", [{"tensor_parallel_size": 2}, {"pipeline_parallel_size": 3}])
 @pytest.mark.parametrize("layer", [0, 1, 2])
 def test_ranks_name_the_layer_of_the_whole_model(tmp_path: Path, sizes: dict[str, int], layer: int) -> None:
