@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from contextlib import contextmanager
 
-from qengine.errors import QEngineError, RequestError
+from qengine.errors import EngineDeadError, QEngineError, RequestError
 
 
 class QueueFullError(QEngineError):
@@ -26,6 +26,10 @@ class RequestTimeoutError(QEngineError):
 
 class NotAcceptingError(QEngineError):
     """The server finishes what it has and takes nothing new."""
+
+
+class ShutDownError(EngineDeadError):
+    """The server was stopped before the request was finished: by a second signal, or after --drain-timeout."""
 
 
 class Admission:

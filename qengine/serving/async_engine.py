@@ -19,7 +19,7 @@ import time
 from collections.abc import AsyncGenerator, Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import aclosing, suppress
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import TypeVar
 
 from qengine.engine import Engine, EngineInfo, PendingRequest
@@ -28,8 +28,9 @@ from qengine.grammars.compiler import CompiledGrammar
 from qengine.grammars.sources import GrammarSource
 from qengine.grammars.trial import NUM_PROCESSES
 from qengine.request import Pooling, RequestOutput, RequestProgress, SamplingParams
-from qengine.serving.admission import Admission, QueueTimeoutError, RequestTimeoutError
+from qengine.serving.admission import Admission, QueueTimeoutError, RequestTimeoutError, ShutDownError
 from qengine.serving.limits import LIMITS
+from qengine.serving.mailbox import Mailbox, Report
 from qengine.serving.metrics.recorder import Recorder
 from qengine.serving.tracing import Tracer
 from qengine.tokenizer import Tokenizer
@@ -39,8 +40,6 @@ logger = logging.getLogger(__name__)
 NUM_TOKENIZER_THREADS = 2
 _STOPPING = "the server is shutting down"
 _T = TypeVar("_T")
-#: What one request tells its caller. Progress comes before all outputs.
-Report = RequestOutput | RequestProgress
 
 
 @dataclass(frozen=True, slots=True)
@@ -70,40 +69,6 @@ class Timeouts:
 
     queue: float | None = None
     request: float | None = None
-
-
-@dataclass(slots=True)
-class _Mailbox:
-    """What one caller has not taken yet. Touched in the event loop only."""
-
-    latest: dict[str, Report] = field(default_factory=dict)
-    error: QEngineError | None = None
-    is_expired: bool = False
-    filled: asyncio.Event = field(default_factory=asyncio.Event)
-
-    def fail(self, error: QEngineError) -> None:
-        self.error = error
-        self.filled.set()
-
-    def expire(self, error: QEngineError) -> None:
-        """Fail even if there are outputs that nobody has taken."""
-        self.is_expired = True
-        self.fail(error)
-
-    async def take(self) -> list[Report]:
-        """The latest of each request that told something since the last call, waiting for at least one.
-
-        Raises:
-            RequestError: the engine refused a request. EngineDeadError: the engine stopped.
-            QueueTimeoutError, RequestTimeoutError: it took too long.
-        """
-        while not self.latest or self.is_expired:
-            if self.error is not None:
-                raise self.error
-            self.filled.clear()
-            await self.filled.wait()
-        reports, self.latest = list(self.latest.values()), {}
-        return reports
 
 
 class AsyncEngine:
@@ -158,7 +123,7 @@ class AsyncEngine:
         self._delivery_is_due = False
         # Touched in the event loop only.
         self._loop: asyncio.AbstractEventLoop | None = None
-        self._mailboxes: dict[str, _Mailbox] = {}
+        self._mailboxes: dict[str, Mailbox] = {}
         # Touched in the engine thread only: what was last told of requests that are watched and have no token yet.
         self._watched: dict[str, RequestProgress | None] = {}
         self._thread = threading.Thread(target=self._run, name="qengine-engine", daemon=True)
@@ -190,7 +155,7 @@ class AsyncEngine:
 
         `is_long` is for what may take seconds: then it waits for others of its kind, and nobody else for it.
         """
-        return await asyncio.get_running_loop().run_in_executor(self._long_pool if is_long else self._pool, work)
+        return await self._in_thread(self._long_pool if is_long else self._pool, work)
 
     def make_embedding_request(
         self,
@@ -216,9 +181,20 @@ class AsyncEngine:
 
     async def compile_grammar(self, source: GrammarSource) -> CompiledGrammar:
         """`Engine.compile_grammar`, while the event loop goes on."""
-        return await asyncio.get_running_loop().run_in_executor(
-            self._grammar_pool, lambda: self._engine.compile_grammar(source)
-        )
+        return await self._in_thread(self._grammar_pool, lambda: self._engine.compile_grammar(source))
+
+    async def _in_thread(self, pool: ThreadPoolExecutor, work: Callable[[], _T]) -> _T:
+        """Raises ShutDownError for work that was not begun before the end, beside what `work` raises."""
+        try:
+            future = pool.submit(work)
+        except RuntimeError as error:  # The pool is closed.
+            raise ShutDownError(_STOPPING) from error
+        try:
+            return await asyncio.wrap_future(future)
+        except asyncio.CancelledError as error:
+            if self._should_stop and future.cancelled():
+                raise ShutDownError(_STOPPING) from error
+            raise
 
     def make_request(
         self,
@@ -290,7 +266,7 @@ class AsyncEngine:
         """The same with the progress of each request before its outputs, whenever it has changed. Raises as `run`."""
         self._check_alive()
         loop = self._bind_loop()
-        mailbox = _Mailbox()
+        mailbox = Mailbox()
         unfinished = {request.request_id for request in pending}
         if len(unfinished) != len(pending) or not unfinished.isdisjoint(self._mailboxes):
             raise RequestError("a request id is already in use; give each request its own", param="request_id")
@@ -315,7 +291,7 @@ class AsyncEngine:
                 self._forget(unfinished, request_id)
 
     def _set_timers(
-        self, loop: asyncio.AbstractEventLoop, mailbox: _Mailbox, request_ids: tuple[str, ...]
+        self, loop: asyncio.AbstractEventLoop, mailbox: Mailbox, request_ids: tuple[str, ...]
     ) -> list[asyncio.TimerHandle]:
         timers = []
         if self._timeouts.queue is not None:
@@ -327,7 +303,7 @@ class AsyncEngine:
 
     def _check_alive(self) -> None:
         if self._death is not None:
-            raise EngineDeadError(self._death)
+            raise _death_error(self._death)
 
     def _forget(self, unfinished: set[str], request_id: str) -> None:
         unfinished.discard(request_id)
@@ -364,7 +340,7 @@ class AsyncEngine:
                 mailbox.fail(item)
         if death is not None:
             for mailbox in self._mailboxes.values():
-                mailbox.fail(EngineDeadError(death))
+                mailbox.fail(_death_error(death))
 
     # In the engine thread
 
@@ -493,3 +469,7 @@ class AsyncEngine:
             self._die(_STOPPING)
         else:
             self._engine.shutdown()
+
+
+def _death_error(reason: str) -> EngineDeadError:
+    return ShutDownError(reason) if reason == _STOPPING else EngineDeadError(reason)

@@ -18,7 +18,13 @@ from starlette.exceptions import HTTPException
 from starlette.responses import Response
 
 from qengine.errors import EngineDeadError, QEngineError, RequestError
-from qengine.serving.admission import NotAcceptingError, QueueFullError, QueueTimeoutError, RequestTimeoutError
+from qengine.serving.admission import (
+    NotAcceptingError,
+    QueueFullError,
+    QueueTimeoutError,
+    RequestTimeoutError,
+    ShutDownError,
+)
 from qengine.serving.limits import LIMITS
 
 logger = logging.getLogger(__name__)
@@ -118,7 +124,7 @@ def as_api_error(error: BaseException) -> ApiError:
     if isinstance(error, QueueFullError):
         headers = {"Retry-After": str(LIMITS.retry_after_seconds)}
         return ApiError(429, str(error), code="queue_full", headers=headers)
-    if isinstance(error, NotAcceptingError):
+    if isinstance(error, NotAcceptingError | ShutDownError):
         return unavailable(str(error), "draining")
     if isinstance(error, HTTPException):
         return _from_http(error)

@@ -57,7 +57,7 @@ def run_server(config: EngineConfig, options: ServerOptions, *, start_engine: St
         start_engine: makes the engine; tests give another one.
 
     Returns:
-        The exit code: 0 after SIGTERM, 130 after Ctrl-C, 3 if the engine died.
+        The exit code: 0 after SIGTERM, 130 after Ctrl-C, 3 if the engine died, if only while it was stopped.
 
     Raises:
         ConfigError: an option is wrong or the address is taken. LoadError: the model cannot be loaded.
@@ -142,7 +142,8 @@ def _load_and_serve(
             signals.wait(DEATH_LINGER_SECONDS)
             return EXIT_ENGINE_DEAD
         _drain(service, async_engine, signals, options.drain_timeout)
-        return _exit_code(signals)
+        # It is shut down below: if it is dead before, it died.
+        return EXIT_ENGINE_DEAD if async_engine.is_dead else _exit_code(signals)
     finally:
         async_engine.shutdown(_ABORT_SECONDS)
 

@@ -13,7 +13,7 @@ import pytest
 
 from qengine.errors import EngineDeadError, RequestError
 from qengine.request import RequestOutput, SamplingParams
-from qengine.serving.admission import Admission, NotAcceptingError, QueueFullError
+from qengine.serving.admission import Admission, NotAcceptingError, QueueFullError, ShutDownError
 from qengine.serving.async_engine import AsyncEngine
 from tests.serving.running import WAIT_SECONDS
 from tests.serving.scripted_engine import DIE_PROMPT, NAN_PROMPT, NEVER_FITS_PROMPT, SCRIPT, ScriptedEngine
@@ -237,9 +237,26 @@ def test_shutdown_fails_what_is_in_flight() -> None:
         stopping = asyncio.ensure_future(asyncio.to_thread(engine.shutdown))
         await until(lambda: engine._should_stop)
         scripted.allow()
-        with pytest.raises(EngineDeadError, match="shutting down"):
+        with pytest.raises(ShutDownError, match="shutting down"):
             await task
         await stopping
+        with pytest.raises(ShutDownError, match="shutting down"):
+            await engine.offload(lambda: None)
+
+    play(scenario)
+
+
+def test_work_that_waits_for_a_thread_is_told_of_the_end() -> None:
+    async def scenario(engine: AsyncEngine, scripted: ScriptedEngine) -> None:
+        is_released = threading.Event()
+        running = asyncio.ensure_future(engine.offload(is_released.wait, is_long=True))
+        waiting = asyncio.ensure_future(engine.offload(lambda: None, is_long=True))
+        await asyncio.sleep(0)
+        await asyncio.to_thread(engine.shutdown)
+        with pytest.raises(ShutDownError, match="shutting down"):
+            await waiting
+        is_released.set()
+        assert await running
 
     play(scenario)
 

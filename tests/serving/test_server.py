@@ -182,7 +182,8 @@ def test_a_second_signal_or_the_end_of_time_stops_even_a_step_that_hangs(
                 wait_until(lambda: health(url) == 503)
                 send(signal.SIGINT)
             last = old.read().split(b"data: ")[-1]
-            assert json.loads(last)["error"]["message"] == "the server is shutting down"
+            error = json.loads(last)["error"]
+            assert (error["message"], error["code"]) == ("the server is shutting down", "draining")
 
     drain_timeout = 60.0 if is_patient else 0.1
     try:
@@ -220,6 +221,23 @@ def test_a_dead_engine_ends_the_server(monkeypatch: pytest.MonkeyPatch, caplog: 
 
     assert run_with(story, lambda config: ScriptedEngine(), monkeypatch) == EXIT_ENGINE_DEAD
     assert "a scripted failure of the device" in caplog.text
+
+
+def test_an_engine_that_dies_while_it_is_stopped_is_told_by_the_exit_code(monkeypatch: pytest.MonkeyPatch) -> None:
+    engine = ScriptedEngine()
+
+    def story(url: str) -> None:
+        wait_until(lambda: health(url) == 200)
+        engine.hold()
+        with ThreadPoolExecutor(1) as pool:
+            answer = pool.submit(post, url, prompt=DIE_PROMPT)
+            wait_until(lambda: engine.has_unfinished)
+            send(signal.SIGTERM)
+            wait_until(lambda: health(url) == 503)
+            engine.allow()
+            assert answer.result().status_code == 500
+
+    assert run_with(story, lambda config: engine, monkeypatch) == EXIT_ENGINE_DEAD
 
 
 def test_a_load_error_is_raised_and_frees_the_port(monkeypatch: pytest.MonkeyPatch) -> None:
