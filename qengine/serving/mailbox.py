@@ -1,7 +1,7 @@
 """Mailbox: what the engine has told one caller and the caller has not taken yet.
 
-Invariant: of each request only the latest report is kept, so a slow reader makes nothing grow. It is touched in the event
-loop only and knows nothing of the engine.
+Invariant: of each request only the latest report is kept, so a slow reader makes nothing grow. It is touched in the
+event loop only and knows nothing of the engine.
 """
 
 from __future__ import annotations
