@@ -256,6 +256,27 @@ def test_thinking_is_an_option_of_the_template(server: Running) -> None:
     assert prompts[0] == prompts[2] == prompts[3] != prompts[1]
 
 
+def test_a_drain_during_thoughts_lets_the_answer_come(server: Running) -> None:
+    engine, admission = server.engine, server.service.ready_engine().admission
+    engine.answers["drained"] = "<think>\n" + "one and two " * 20 + "\n</think>\n\nThree."
+    request = body("drained", stream=True, thinking={"type": "enabled", "budget_tokens": 30})
+    engine.hold()
+    try:
+        engine.allow(16)
+        with server.client() as client, client.stream("POST", PATH, json=request) as response:
+            lines = response.iter_lines()
+            next(line for line in lines if "content_block_delta" in line)
+            admission.begin_drain()
+            engine.allow()
+            rest = list(lines)
+    finally:
+        admission.is_draining = False
+        engine.allow()
+    assert "event: message_stop" in rest
+    assert not any("error" in line for line in rest)
+    server.wait_until_quiet()
+
+
 def test_arguments_that_are_no_characters_or_no_json_do_no_harm(server: Running) -> None:
     call = '<tool_call>{"name": "add", "arguments": %s}</tool_call>'
     server.engine.answers["halves"] = call % r'{"\ud800": ["\udfff", "\ud83d\ude42"]}'
