@@ -249,8 +249,8 @@ def test_a_conversation_with_calls_as_templates_read_it() -> None:
 
 def test_thinking_is_an_option_of_the_template(server: Running) -> None:
     prompts = []
-    for thinking in ({"type": "enabled", "budget_tokens": 2000}, {"type": "disabled"}, {"type": "adaptive"}, None):
-        assert server.post(PATH, body(max_tokens=1, thinking=thinking)).status_code == 200
+    for thinking in ({"type": "enabled", "budget_tokens": 1}, {"type": "disabled"}, {"type": "adaptive"}, None):
+        assert server.post(PATH, body(max_tokens=2, thinking=thinking)).status_code == 200
         prompts.append(server.engine.prepared[-1].prompt)
     assert prompts[1].endswith("<think>\n\n</think>\n\n")
     assert prompts[0] == prompts[2] == prompts[3] != prompts[1]
@@ -408,6 +408,7 @@ TEXT = {"type": "text", "text": "a"}
         ({"tools": [TOOL], "tool_choice": "auto"}, "tool_choice"),
         ({"thinking": {"type": "enabled"}}, "budget_tokens is missing"),
         ({"thinking": {"type": "enabled", "budget_tokens": 0}}, "budget_tokens"),
+        ({"thinking": {"type": "enabled", "budget_tokens": 300}}, "expected less than max_tokens"),
         ({"thinking": {"type": "disabled", "budget_tokens": 9}}, "budget_tokens"),
         ({"thinking": {"type": "between_tools"}}, "thinking"),
         ({"thinking": True}, "thinking"),
@@ -423,7 +424,12 @@ TEXT = {"type": "text", "text": "a"}
 )
 def test_what_is_refused(server: Running, more: dict[str, Any], words: str) -> None:
     request = {name: value for name, value in {**body(), **more}.items() if value is not None}
-    counts_too = "max_tokens" not in more and "structured" not in words and NEVER_FITS_PROMPT not in str(more)
+    counts_too = (
+        "max_tokens" not in more
+        and "max_tokens" not in words
+        and "structured" not in words
+        and NEVER_FITS_PROMPT not in str(more)
+    )
     with server.client() as client:
         for stream in ({}, {"stream": True}):
             message = refusal(client.post(PATH, json={**stream, **request}), 400)
