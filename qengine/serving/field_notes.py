@@ -19,6 +19,7 @@ FIELD_NOTES: Mapping[str, str] = MappingProxyType(
         "stream": "send the answer as server-sent events",
         "stream_options": "what else a stream tells",
         "include_usage": "a last chunk counts tokens; of a response the usage comes in any case",
+        "continuous_usage_stats": "refused if true: the usage comes once, at the end",
         "include_progress": "until the first token, chunks tell of the place in the queue and of the prompt",
         "include_obfuscation": "must not be true: streams are not padded",
         "system": "what the model is told before the conversation, as text or in blocks of type text",

@@ -9,7 +9,7 @@ from __future__ import annotations
 import time
 import uuid
 from collections.abc import AsyncGenerator, Callable, Mapping, Sequence
-from contextlib import aclosing
+from contextlib import aclosing, nullcontext
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -169,10 +169,13 @@ async def answer(engine: AsyncEngine, job: Job) -> AsyncGenerator[tuple[int, Req
 
 
 async def follow(
-    engine: AsyncEngine, job: Job, *, wants_progress: bool
+    engine: AsyncEngine, job: Job, *, wants_progress: bool, is_admitted: bool = False
 ) -> AsyncGenerator[tuple[int, RequestOutput | RequestProgress], None]:
-    """The same, with the progress of each prompt before its outputs if it is wanted."""
-    with engine.admission.reserve(job.num_prompts * job.params.n):
+    """The same, with the progress of each prompt before its outputs if it is wanted.
+
+    `is_admitted`: the caller holds the place in the queue.
+    """
+    with nullcontext() if is_admitted else engine.admission.reserve(job.num_prompts * job.params.n):
         prompts = await engine.offload(job.prompts)
         grammar = await _compile(engine, job, prompts)
         pending = await engine.offload(lambda: _prepare(engine, job, prompts, grammar))

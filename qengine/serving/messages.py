@@ -133,7 +133,16 @@ class _MessageAnswer:
         yield [*self._message.finish(), ended, {"type": "message_stop"}]
 
     async def _gains(self) -> AsyncGenerator[_Gain | RequestProgress, None]:
-        """What the engine reports, as events. Thoughts that fill their budget are ended and the answer begun."""
+        """What the engine reports, as events. Thoughts that fill their budget are ended and the answer begun.
+
+        Both have one place in the queue: once begun, an answer is neither turned away nor forgotten by a drain.
+        """
+        with self._call.engine.admission.reserve(1):
+            async with aclosing(self._parts()) as gains:
+                async for gain in gains:
+                    yield gain
+
+    async def _parts(self) -> AsyncGenerator[_Gain | RequestProgress, None]:
         cut: _Gain | None = None
         async with aclosing(self._follow(self._call.job, self._budget)) as gains:
             async for gain in gains:
@@ -157,7 +166,8 @@ class _MessageAnswer:
         progress = Progress()
         choice: ChatChoice | None = None
         wants_progress = self._request.include_progress and not self._has_begun
-        async with aclosing(follow(self._call.engine, job, wants_progress=wants_progress)) as reports:
+        reports = follow(self._call.engine, job, wants_progress=wants_progress, is_admitted=True)
+        async with aclosing(reports):
             async for _, report in reports:
                 if isinstance(report, RequestProgress):
                     yield report

@@ -242,6 +242,16 @@ class MessagesRequest(CountTokensRequest):
 
     max_tokens: Annotated[int, Field(ge=1, le=LIMITS.max_tokens)]
 
+    def check_together(self) -> None:
+        super().check_together()
+        budget = self.thinking.budget_tokens if self.thinking is not None else None
+        if budget is not None and budget >= self.max_tokens:
+            raise invalid(
+                f"thinking.budget_tokens is {budget}, expected less than max_tokens ({self.max_tokens}), of which the "
+                "thoughts are a part",
+                param="thinking.budget_tokens",
+            )
+
 
 def _check_tool(tool: Mapping[str, Any], where: str) -> None:
     kind = tool.get("type")

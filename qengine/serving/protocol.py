@@ -17,7 +17,7 @@ from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationEr
 from qengine.request import REPETITION_PENALTIES
 from qengine.serving.errors import ApiError, invalid, shorten
 from qengine.serving.limits import LIMITS
-from qengine.serving.unsupported import refuse_unsupported
+from qengine.serving.unsupported import refuse_in_chat, refuse_in_completions, refuse_unsupported
 
 Role = Literal["system", "developer", "user", "assistant", "tool"]
 _Item = TypeVar("_Item")
@@ -80,6 +80,7 @@ class StreamOptions(Strict):
 
     include_usage: bool | None = None
     include_progress: bool | None = None
+    continuous_usage_stats: Literal[False] | None = None
 
 
 class JsonSchemaFormat(Strict):
@@ -251,6 +252,10 @@ class ChatCompletionRequest(GenerationRequest):
         """`max_completion_tokens`, or its older name `max_tokens`."""
         return self.max_tokens if self.max_completion_tokens is None else self.max_completion_tokens
 
+    @classmethod
+    def check_body(cls, body: Mapping[str, Any]) -> None:
+        refuse_in_chat(body)
+
     def check_together(self) -> None:
         super().check_together()
         for index, message in enumerate(self.messages):
@@ -299,6 +304,10 @@ class CompletionRequest(GenerationRequest):
             ApiError: `prompt` is of no such form, empty, or has too many items.
         """
         return checked_prompts(self.prompt, "prompt")
+
+    @classmethod
+    def check_body(cls, body: Mapping[str, Any]) -> None:
+        refuse_in_completions(body)
 
     def check_together(self) -> None:
         super().check_together()

@@ -37,6 +37,9 @@ _REFUSED = {
     "context_management": _Refused("this server does not compact conversations; leave it out", []),
     # Fields of chat that have another name here.
     "max_tokens": _Refused("it is called max_output_tokens here"),
+    "max_completion_tokens": _Refused("it is called max_output_tokens here"),
+    "logprobs": _Refused("ask for them with top_logprobs, or with include", False),
+    "thinking": _Refused("it is called reasoning here"),
     "response_format": _Refused("it is called text.format here"),
     "n": _Refused("a response is one answer; send several requests", 1),
 }

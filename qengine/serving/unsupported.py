@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from typing import Any
 
-from qengine.serving.errors import invalid, shorten
+from qengine.serving.errors import ApiError, invalid, shorten
 
 _Harmless = Callable[[Any], bool]
 
@@ -24,6 +24,11 @@ def _is_null(value: Any) -> bool:
 
 def _one_of(*values: object) -> _Harmless:
     return lambda value: value is None or any(type(value) is type(v) and value == v for v in values)
+
+
+def _is_unset(value: Any) -> bool:
+    """llama.cpp's "no": none, or a number of zero or below."""
+    return value is None or (type(value) in (int, float) and value <= 0)
 
 
 _FIELDS: dict[str, _Harmless] = {
@@ -55,6 +60,11 @@ _FIELDS: dict[str, _Harmless] = {
     "vllm_xargs": _is_empty,
     "thinking_token_budget": _is_null,
     # SGLang and llama.cpp
+    "enable_thinking": _is_null,
+    "stop_regex": _is_empty,
+    "n_predict": _is_null,
+    "repeat_penalty": _one_of(1, 1.0),
+    "top_n_sigma": _is_unset,
     "regex": _is_null,
     "json_schema": _is_null,
     "ebnf": _is_null,
@@ -63,6 +73,17 @@ _FIELDS: dict[str, _Harmless] = {
     "mirostat": _one_of(0),
     "dry_multiplier": _one_of(0, 0.0),
     "xtc_probability": _one_of(0, 0.0),
+}
+#: Fields of other routes, what asks for nothing, and what to do instead.
+_NOT_IN_CHAT: dict[str, tuple[_Harmless, str]] = {
+    "echo": (_is_empty, "it belongs to /v1/completions; leave it out"),
+    "best_of": (_one_of(1), "it belongs to /v1/completions; leave it out"),
+    "thinking": (_is_empty, "it belongs to /v1/messages; chat templates have their options in chat_template_kwargs"),
+}
+_NOT_IN_COMPLETIONS: dict[str, tuple[_Harmless, str]] = {
+    "max_completion_tokens": (_is_null, "it is called max_tokens here"),
+    "top_logprobs": (_one_of(0), "logprobs says how many here"),
+    "thinking": (_is_empty, "it belongs to /v1/messages; leave it out"),
 }
 #: vLLM's older names for structured output; which library does the work is no client's business, so it is ignored.
 _PREFIX = "guided_"
@@ -77,8 +98,29 @@ def refuse_unsupported(body: Mapping[str, Any]) -> None:
         is_unknown = name.startswith(_PREFIX) and name not in _KNOWN_WITH_PREFIX
         is_harmless = _is_null if is_unknown else _FIELDS.get(name)
         if is_harmless is not None and not is_harmless(value):
-            raise invalid(
-                f"{name} is {shorten(value)}, but this server does not support it; leave it out",
-                param=name,
-                code="unsupported_parameter",
-            )
+            raise _refusal(name, value, "but this server does not support it; leave it out")
+
+
+def refuse_in_chat(body: Mapping[str, Any]) -> None:
+    """The same for what only chat refuses: fields of other routes, and the older way to tell of calls."""
+    _refuse_of_others(body, _NOT_IN_CHAT)
+    messages = body.get("messages")
+    for index, message in enumerate(messages if isinstance(messages, list) else ()):
+        value = message.get("function_call") if isinstance(message, dict) else None
+        if value is not None:
+            raise _refusal(f"messages[{index}].function_call", value, "but calls are told as tool_calls here")
+
+
+def refuse_in_completions(body: Mapping[str, Any]) -> None:
+    """The same for what only completions refuse."""
+    _refuse_of_others(body, _NOT_IN_COMPLETIONS)
+
+
+def _refuse_of_others(body: Mapping[str, Any], fields: Mapping[str, tuple[_Harmless, str]]) -> None:
+    for name, (is_harmless, advice) in fields.items():
+        if not is_harmless(body.get(name)):
+            raise _refusal(name, body[name], f"but {advice}")
+
+
+def _refusal(param: str, value: object, reason: str) -> ApiError:
+    return invalid(f"{param} is {shorten(value)}, {reason}", param=param, code="unsupported_parameter")

@@ -153,9 +153,21 @@ def _streams_and_salts() -> Iterator[Fields]:
     yield from each("stream", "stream", 400, ["yes", 1, [], {}])
     yield Fields("stream_options alone", 400, {"stream_options": {"include_usage": True}}, "stream_options")
     yield Fields("stream_options is no object", 400, {"stream": True, "stream_options": 5}, "stream_options")
+    yield Fields("usage in each chunk", 400, {"stream": True, "stream_options": {"continuous_usage_stats": True}})
     yield Fields("include_usage", 400, {"stream": True, "stream_options": {"include_usage": 1}})
     yield from each("salt", "cache_salt", 400, ["", "x" * 129, "a\0b", "a/b", "a b", "é", "a\n", 5, [], {}], param=None)
     yield from each("salt", "cache_salt", 200, ["x" * 128, "aA0+=_-", None])
+
+
+#: A field of another server that would change the answer, a value that does, and one that does not.
+OF_OTHER_SERVERS: tuple[tuple[str, Any, Any], ...] = (
+    ("enable_thinking", False, None),
+    ("stop_regex", "a+", None),
+    ("n_predict", 5, None),
+    ("repeat_penalty", 1.1, 1.0),
+    ("top_n_sigma", 1.5, -1.0),
+    ("thinking", {"type": "enabled", "budget_tokens": 5}, None),
+)
 
 
 def _models_and_unknown_fields() -> Iterator[Fields]:
@@ -166,6 +178,9 @@ def _models_and_unknown_fields() -> Iterator[Fields]:
     template = "{% for i in range(99999999) %}{% for j in range(99999999) %}x{% endfor %}{% endfor %}"
     for name, value in (("chat_template", template), ("prompt_embeds", "AAAA"), ("mm_processor_kwargs", {"a": 1})):
         yield Fields(f"{name} is refused", 400, {name: value}, name)
+    for name, asks, harmless in OF_OTHER_SERVERS:
+        yield Fields(f"{name} is refused", 400, {name: asks}, name)
+        yield Fields(f"{name} that asks for nothing", 200, {name: harmless})
     yield from each("log-probabilities of prompts", "prompt_logprobs", 400, [-1, 0, 1, 10**9])
 
 
@@ -315,6 +330,12 @@ def _chat_fields() -> Iterator[Fields]:
     bad: list[Any] = [{"tokenize": True}, {"messages": []}, {"tools": [{}]}, {"chat_template": "x"}, {"unheard_of": 1}]
     yield from each(kwargs, kwargs, 400, [*bad, {"enable_thinking": {"a": 1}}, {"enable_thinking": "x" * 5000}, 5, []])
     yield Fields("both prompts", 400, {"continue_final_message": True, "add_generation_prompt": True})
+    yield from each("echo", "echo", 400, [True])
+    yield from each("best_of", "best_of", 400, [2])
+    yield Fields("echo and best_of that ask for nothing", 200, {"echo": False, "best_of": 1})
+    call = {"role": "assistant", "content": "a", "function_call": {"name": "f", "arguments": "{}"}}
+    yield Fields("an older call", 400, {"messages": [USER, call, USER]}, "messages[1].function_call")
+    yield Fields("no older call", 200, {"messages": [USER, {**call, "function_call": None}, USER]})
     yield from each("effort", "reasoning_effort", 400, ["high", 5])
     yield Fields("a long message", 400, {"messages": [{"role": "user", "content": "x" * (16 * MAX_MODEL_LEN + 1)}]})
 
@@ -337,6 +358,8 @@ def _prompts() -> Iterator[Fields]:
         yield Fields(f"{name} beside others", 400, {"prompt": ["a", text]}, "prompt")
     yield from each("logprobs", "logprobs", 400, [21, -1, "2", 1.5, True, 2**63])
     yield from each("echo", "echo", 400, ["yes", 1])
+    yield from each("max_completion_tokens", "max_completion_tokens", 400, [5])
+    yield from each("top_logprobs", "top_logprobs", 400, [5])
     yield from each("suffix", "suffix", 400, ["x", 5])
     yield from each("best_of", "best_of", 400, [2, 0, "x", 2**63], param=None)
     yield Fields("tools", 400, {"tools": [_tool()]}, "tools")

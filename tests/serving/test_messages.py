@@ -249,11 +249,32 @@ def test_a_conversation_with_calls_as_templates_read_it() -> None:
 
 def test_thinking_is_an_option_of_the_template(server: Running) -> None:
     prompts = []
-    for thinking in ({"type": "enabled", "budget_tokens": 2000}, {"type": "disabled"}, {"type": "adaptive"}, None):
-        assert server.post(PATH, body(max_tokens=1, thinking=thinking)).status_code == 200
+    for thinking in ({"type": "enabled", "budget_tokens": 1}, {"type": "disabled"}, {"type": "adaptive"}, None):
+        assert server.post(PATH, body(max_tokens=2, thinking=thinking)).status_code == 200
         prompts.append(server.engine.prepared[-1].prompt)
     assert prompts[1].endswith("<think>\n\n</think>\n\n")
     assert prompts[0] == prompts[2] == prompts[3] != prompts[1]
+
+
+def test_a_drain_during_thoughts_lets_the_answer_come(server: Running) -> None:
+    engine, admission = server.engine, server.service.ready_engine().admission
+    engine.answers["drained"] = "<think>\n" + "one and two " * 20 + "\n</think>\n\nThree."
+    request = body("drained", stream=True, thinking={"type": "enabled", "budget_tokens": 30})
+    engine.hold()
+    try:
+        engine.allow(16)
+        with server.client() as client, client.stream("POST", PATH, json=request) as response:
+            lines = response.iter_lines()
+            next(line for line in lines if "content_block_delta" in line)
+            admission.begin_drain()
+            engine.allow()
+            rest = list(lines)
+    finally:
+        admission.is_draining = False
+        engine.allow()
+    assert "event: message_stop" in rest
+    assert not any("error" in line for line in rest)
+    server.wait_until_quiet()
 
 
 def test_arguments_that_are_no_characters_or_no_json_do_no_harm(server: Running) -> None:
@@ -387,6 +408,7 @@ TEXT = {"type": "text", "text": "a"}
         ({"tools": [TOOL], "tool_choice": "auto"}, "tool_choice"),
         ({"thinking": {"type": "enabled"}}, "budget_tokens is missing"),
         ({"thinking": {"type": "enabled", "budget_tokens": 0}}, "budget_tokens"),
+        ({"thinking": {"type": "enabled", "budget_tokens": 300}}, "expected less than max_tokens"),
         ({"thinking": {"type": "disabled", "budget_tokens": 9}}, "budget_tokens"),
         ({"thinking": {"type": "between_tools"}}, "thinking"),
         ({"thinking": True}, "thinking"),
@@ -402,7 +424,12 @@ TEXT = {"type": "text", "text": "a"}
 )
 def test_what_is_refused(server: Running, more: dict[str, Any], words: str) -> None:
     request = {name: value for name, value in {**body(), **more}.items() if value is not None}
-    counts_too = "max_tokens" not in more and "structured" not in words and NEVER_FITS_PROMPT not in str(more)
+    counts_too = (
+        "max_tokens" not in more
+        and "max_tokens" not in words
+        and "structured" not in words
+        and NEVER_FITS_PROMPT not in str(more)
+    )
     with server.client() as client:
         for stream in ({}, {"stream": True}):
             message = refusal(client.post(PATH, json={**stream, **request}), 400)
