@@ -214,7 +214,7 @@ def _forms() -> Iterator[Fields]:
     yield from each(form, form, 400, [{}, {"type": "xml"}, {"type": "json_schema"}, 5, "json_object", []], param=None)
     outputs = "structured_outputs"
     too_long = "a" * (LIMITS.regex_bytes + 1)
-    regexes = [{"regex": regex} for regex in ("([", "a{99999}", too_long, 5)]
+    regexes = [{"regex": regex} for regex in ("([", "((a{999}){999}){999}", too_long, 5)]
     choices = [{"choice": value} for value in ([], "a", [5], ["x"] * (LIMITS.grammar_choices + 1))]
     yield from each(outputs, outputs, 400, [*regexes, *choices, {"grammar": "start: ((("}, {}, [], 5], param=None)
     yield Fields("two forms", 400, {outputs: {"regex": "a", "choice": ["a"]}})
