@@ -15,7 +15,7 @@ from qengine.runtime.channel import ProtocolError
 from qengine.runtime.checkpoint_check import Findings
 from qengine.runtime.links import Links
 from qengine.runtime.loader import open_model
-from qengine.runtime.messages import Allocate, Check, Clear, Done, Start
+from qengine.runtime.messages import Check, Clear, Done, Start
 from qengine.runtime.platform import Platform
 from qengine.runtime.rank import _follow
 from qengine.runtime.step_messages import StepReader
@@ -38,7 +38,7 @@ def test_orders_before_the_cache_is_there_are_refused_and_after_it_answered(work
     reader = StepReader()
     with pytest.raises(EngineDeadError):
         _follow(Check(), worker, reader, answers=True)
-    assert _follow(Allocate(worker.plan()), worker, reader, answers=True) == Done()
+    worker.allocate(worker.plan())
     assert _follow(Check(), worker, reader, answers=True) == Done()
     start = Start(CONFIG, worker.plan(), 0, "/nowhere", "info", False)
     with pytest.raises(ProtocolError, match="unexpected message Start"):

@@ -54,9 +54,9 @@ def children(pid: int) -> list[int]:
 
 
 def own_ranks() -> list[int]:
-    """This process's children, but for those that try out grammars, which live as long as their engines."""
+    """This process's children that are ranks; libraries have helpers of their own, which live as long as it does."""
     commands = {pid: Path(f"/proc/{pid}/cmdline") for pid in children(os.getpid())}
-    return [pid for pid, command in commands.items() if b"qengine.grammars" not in command.read_bytes()]
+    return [pid for pid, command in commands.items() if b"rank" in command.read_bytes()]
 
 
 def is_alive(pid: int) -> bool:

@@ -246,7 +246,8 @@ def test_errors_have_the_clients_classes(server: Running, client: anthropic.Anth
     image: Any = {"type": "image", "source": {"type": "url", "url": "http://169.254.169.254/"}}
     with pytest.raises(anthropic.BadRequestError, match="reads no images"):
         ask(client, messages=[{"role": "user", "content": [image]}])
-    with pytest.raises(anthropic.RequestTooLargeError):
+    # The server answers and closes without reading on, which a client in the middle of sending may not see.
+    with pytest.raises((anthropic.RequestTooLargeError, anthropic.APIConnectionError)):
         ask(client, messages=[{"role": "user", "content": "a" * (8 * 2**20)}])
     with pytest.raises(anthropic.BadRequestError, match="does not think"):
         ask(client, thinking={"type": "enabled", "budget_tokens": 1024}, max_tokens=2048)

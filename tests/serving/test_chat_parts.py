@@ -219,7 +219,6 @@ for _ in range(17):
         ({"tools": function(type="object", properties={"a": {"type": "strnig"}})}, "tools[0].function.parameters"),
         ({"tools": function(properties={"a": {"type": ["string", 5]}})}, "tools[0].function.parameters"),
         ({"tools": function(properties={"a": {"anyOf": [{"type": 5}]}})}, "tools[0].function.parameters"),
-        ({"tools": function(properties={"a": {"pattern": "((("}})}, "tools[0].function.parameters"),
         ({"tools": function(properties={"a": {"pattern": "x" * 5000}})}, "tools[0].function.parameters"),
         ({"tools": function(**DEEP)}, "tools[0].function.parameters"),
         ({"tools": function(enum=["x" * 70000])}, "tools[0].function.parameters"),
