@@ -16,7 +16,7 @@ import torch
 
 from quant_kernels.attention.kv_format import LayerCache
 from quant_kernels.linear.cpu_int8 import CpuInt8Linear
-from quant_kernels.native.library import Library
+from quant_kernels.native.binding import Library
 from quant_kernels.native.structures import ITEM_ROWS, MAX_HEAD_DIM, Layer, Stack
 from quant_kernels.native.structures import Sequence as SequenceRecord
 from quant_kernels.ops.base import Heads, StepInputs

@@ -11,7 +11,7 @@ from functools import lru_cache
 import torch
 
 from quant_kernels.linear.cpu_int8 import CpuInt8Linear
-from quant_kernels.native.library import Library, load
+from quant_kernels.native.binding import Library, load
 from quant_kernels.native.structures import Level
 from quant_kernels.packed_weight import PackedWeight
 

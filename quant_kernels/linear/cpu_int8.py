@@ -12,7 +12,7 @@ import torch
 
 from quant_kernels.footprint import native_bytes, native_group
 from quant_kernels.linear.whole import WholeLinear
-from quant_kernels.native.library import Library
+from quant_kernels.native.binding import Library
 from quant_kernels.native.structures import ScaleKind, Weight, ZeroKind
 from quant_kernels.packed_weight import PackedWeight
 

@@ -19,7 +19,7 @@ from quant_kernels.linear.cpu_int4 import CpuInt4Linear
 from quant_kernels.linear.cpu_int8 import CpuInt8Linear
 from quant_kernels.linear.dense import DenseLinear
 from quant_kernels.linear.p16 import layout
-from quant_kernels.native.library import Library
+from quant_kernels.native.binding import Library
 from quant_kernels.ops.base import LayerOps
 from quant_kernels.ops.torch_ops import TorchOps
 from quant_kernels.packed_weight import DenseWeight, PackedWeight

@@ -21,8 +21,8 @@ from quant_kernels.linear import cpu_check, dispatch
 from quant_kernels.linear.cpu_check import checked_library, is_right
 from quant_kernels.linear.cpu_int8 import CpuInt8Linear, can_run, stored_bytes
 from quant_kernels.linear.dispatch import Target, choose, prepare
-from quant_kernels.native import library as native
-from quant_kernels.native.library import Library, load
+from quant_kernels.native import binding as native
+from quant_kernels.native.binding import Library, load
 from quant_kernels.native.structures import Level
 from quant_kernels.packed_weight import PackedWeight
 from quant_kernels.packing import expand_zeros, unpack_codes

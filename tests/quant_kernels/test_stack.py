@@ -17,7 +17,7 @@ import torch.nn.functional as F
 from quant_kernels.attention.kv_format import LayerCache, plain
 from quant_kernels.footprint import native_stack_room
 from quant_kernels.linear.cpu_int8 import CpuInt8Linear
-from quant_kernels.native.library import Library, load
+from quant_kernels.native.binding import Library, load
 from quant_kernels.native.structures import Level
 from quant_kernels.ops.base import Heads
 from quant_kernels.packed_weight import PackedWeight

@@ -1,7 +1,7 @@
 /* What the files of this library share: weights, quantized rows, a step, and the table of kernels of one instruction set.
  *
  * All sizes are counts of elements, all strides too. Nothing here allocates memory that outlives a call. Python checks
- * every pointer, shape and stride before it calls (quant_kernels/native/library.py); nothing is checked again here. */
+ * every pointer, shape and stride before it calls (quant_kernels/native/binding.py); nothing is checked again here. */
 #ifndef QK_H
 #define QK_H
 
