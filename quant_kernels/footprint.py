@@ -262,8 +262,8 @@ def native_stack_room(
 
 
 def _native_rows(rows: int, inputs: int) -> int:
-    """Two planes of int8, and for every chunk a scale and a sum of each plane."""
-    return 2 * rows * inputs + 3 * rows * inputs // CHUNK * 4 + 5 * _ALIGNMENT
+    """16-bit integers, and for every chunk a scale and a sum."""
+    return 2 * rows * inputs + rows * inputs // CHUNK * 8 + 2 * _ALIGNMENT
 
 
 # Triton's kernels

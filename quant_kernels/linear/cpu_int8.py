@@ -75,7 +75,7 @@ class CpuInt8Linear(WholeLinear):
             scale_kind=_SCALES[weight.scales.dtype],
             zero_kind=ZeroKind.MIN if mins else ZeroKind.TABLE if weight.zeros is not None else ZeroKind.CONST,
             zero_const=weight.zero_const or 0,
-            planes=2 if is_fine else 1,
+            is_fine=is_fine or weight.bits == 8,
         )
         self._pack(weight, group)
 

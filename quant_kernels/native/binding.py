@@ -36,7 +36,7 @@ _SIGNATURES: dict[str, tuple[type | None, tuple[type, ...]]] = {
     "qk_stack_room": (_LONG, (_POINTER, _LONG, _INT)),
     "qk_run_stack": (None, (_POINTER, _POINTER, _LONG, _LONG, _POINTER, _POINTER, _POINTER, _INT, _INT)),
     "qk_sizes": (None, (ctypes.POINTER(_LONG),)),
-    "qk_quantize": (None, (_POINTER, _LONG, *[_POINTER] * 5, _INT)),
+    "qk_quantize": (None, (_POINTER, _LONG, _POINTER, _INT, _POINTER, _INT)),
     "qk_silu_mul": (None, (_POINTER, _POINTER, _LONG, _POINTER, _INT)),
     "qk_rms_norm": (None, (_POINTER, _POINTER, _LONG, _FLOAT, _POINTER, _INT)),
 }
@@ -137,22 +137,18 @@ class Library:
         num_bytes: int = self.functions.qk_stack_room(ctypes.addressof(stack), rows, threads)
         return num_bytes
 
-    def quantize(self, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-        """float32 [K], K a multiple of 32, as int8 codes.
+    def quantize(self, x: torch.Tensor, *, is_fine: bool = False) -> tuple[torch.Tensor, torch.Tensor]:
+        """float32 [K], K a multiple of 32, as integers.
 
         Returns:
-            The two planes, int8 [2, K]; scales, float32 [K / 32]; sums of codes, float32 [2, K / 32].
+            int8 [K], or, fine, int16 [K] with the middle two of each four exchanged; and float32 [K / 32, 2], the scale
+            of each 32 and their sum.
         """
         _expect_floats(x, 32)
-        planes, scales, sums = (
-            torch.empty(2, len(x), dtype=torch.int8),
-            torch.empty(len(x) // 32),
-            torch.empty(2, len(x) // 32),
-        )
-        (q, low), (total, low_total) = planes, sums
-        parts = (q, low, scales, total, low_total)
-        self.functions.qk_quantize(x.data_ptr(), len(x), *(t.data_ptr() for t in parts), self.level)
-        return planes, scales, sums
+        integers = torch.empty(len(x), dtype=torch.int16 if is_fine else torch.int8)
+        tables = torch.empty(len(x) // 32, 2)
+        self.functions.qk_quantize(x.data_ptr(), len(x), integers.data_ptr(), is_fine, tables.data_ptr(), self.level)
+        return integers, tables
 
     def silu_mul(self, gate: torch.Tensor, up: torch.Tensor) -> torch.Tensor:
         """silu(gate) * up of float32 [N] each, N a multiple of 8."""

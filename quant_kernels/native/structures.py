@@ -61,7 +61,7 @@ class Weight(ctypes.Structure):
         ("scale_kind", ctypes.c_int32),
         ("zero_kind", ctypes.c_int32),
         ("zero_const", ctypes.c_int32),
-        ("planes", ctypes.c_int32),
+        ("is_fine", ctypes.c_int32),
         ("unused", ctypes.c_int32),
     )
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 
 from quant_kernels.attention.kv_format import KVFormat, LayerCache, cache_shapes
+from quant_kernels.native.binding import Library
 from quant_kernels.packed_weight import PackedWeight
 from quant_kernels.packing import pack_codes
 
@@ -54,3 +55,15 @@ def make_cache(
     """An empty cache."""
     shapes = cache_shapes(kv_format, num_blocks, block_size, kv_heads, head_dim)
     return LayerCache(kv_format, *(torch.zeros(s, dtype=d, device=device) for s, d in shapes))
+
+
+def in_order(fine: torch.Tensor) -> torch.Tensor:
+    """Fine rows of the CPU kernels, int16 [K], as int32 in the inputs' order."""
+    return fine.view(-1, 4)[:, [0, 2, 1, 3]].flatten().int()
+
+
+def rounded_row(row: torch.Tensor, library: Library, *, is_fine: bool = False) -> torch.Tensor:
+    """float64 [K]: a row as the integers stand for it by which the CPU kernels multiply."""
+    q, tables = library.quantize(row.float().contiguous(), is_fine=is_fine)
+    q = in_order(q) if is_fine else q
+    return (q.view(-1, 32).double() * tables[:, :1].double()).flatten()

@@ -28,7 +28,7 @@ from quant_kernels.packed_weight import PackedWeight
 from quant_kernels.packing import expand_zeros, unpack_codes
 from quant_kernels.reference import dequantize, group_of_row, linear
 from quant_kernels.sharding import slice_inputs
-from tests.quant_kernels.records import KINDS, random_record
+from tests.quant_kernels.records import KINDS, in_order, random_record, rounded_row
 
 CPU = torch.device("cpu")
 LIBRARY, REASON = load()
@@ -59,13 +59,8 @@ def floats(*shape: int, seed: int = 0) -> torch.Tensor:
 
 
 def rounded(x: torch.Tensor, library: Library, *, is_fine: bool = False) -> torch.Tensor:
-    """x [M, K] as int8 stands for it."""
-    rows = []
-    for row in x.float():
-        (q, low), scales, _ = library.quantize(row.contiguous())
-        q = q + low / 254 if is_fine else q
-        rows.append((q.view(-1, 32).double() * scales.double().unsqueeze(1)).flatten())
-    return torch.stack(rows)
+    """x [M, K] as integers stand for it."""
+    return torch.stack([rounded_row(row, library, is_fine=is_fine) for row in x])
 
 
 def absolute_products(x: torch.Tensor, record: PackedWeight) -> torch.Tensor:
@@ -87,7 +82,8 @@ def test_it_is_built_where_there_is_a_compiler() -> None:
 @pytest.mark.parametrize("size", [32, 96, 576])
 def test_rows_are_rounded_to_the_nearest_step(library: Library, size: int) -> None:
     x = floats(size) * torch.logspace(-6, 3, size)
-    (q, low), scales, sums = library.quantize(x)
+    q, tables = library.quantize(x)
+    scales, sums = tables.unbind(1)
     chunks = x.view(-1, 32)
     expected = chunks.abs().amax(dim=1) / 127
     assert torch.allclose(scales, expected, rtol=2**-23)
@@ -95,21 +91,34 @@ def test_rows_are_rounded_to_the_nearest_step(library: Library, size: int) -> No
     # Half a step, and the roundings of the inverse and of the product.
     error = (q.view(-1, 32) * scales.unsqueeze(1) - chunks).abs()
     assert (error <= scales.unsqueeze(1) * (0.5 + 127 * 2**-22)).all()
-    both = (q + low / 254).view(-1, 32) * scales.unsqueeze(1)
-    assert ((both - chunks).abs() <= scales.unsqueeze(1) * (0.5 / 254 + 127 * 2**-22)).all()
-    assert torch.equal(sums[0], q.view(-1, 32).float().sum(dim=1))
-    assert torch.equal(sums[1], low.view(-1, 32).float().sum(dim=1))
+    assert torch.equal(sums, q.view(-1, 32).float().sum(dim=1))
+
+
+@needs_library
+@pytest.mark.parametrize("size", [32, 96, 576])
+def test_fine_rows_have_steps_of_a_254th(library: Library, size: int) -> None:
+    x = floats(size) * torch.logspace(-6, 3, size)
+    q, tables = library.quantize(x, is_fine=True)
+    coarse, _ = library.quantize(x)
+    scales, sums = tables.unbind(1)
+    assert q.abs().max() == 127 * 254
+    assert torch.equal(sums, q.view(-1, 32).float().sum(dim=1))
+    assert (in_order(q) - coarse.int() * 254).abs().max() <= 127
+    error = (in_order(q).view(-1, 32) * scales.unsqueeze(1) - x.view(-1, 32)).abs()
+    assert (error <= scales.unsqueeze(1) * (0.5 + 254 * 127 * 2**-22)).all()
 
 
 @needs_library
 def test_ties_go_to_even_and_zeros_stay(library: Library) -> None:
     x = torch.zeros(64)
     x[:5] = torch.tensor([127.0, 0.5, 1.5, -0.5, -2.5])
-    (q, low), scales, _ = library.quantize(x)
-    assert low[:5].tolist() == [0, 127, -127, -127, -127]
+    q, tables = library.quantize(x)
     assert q[:5].tolist() == [127, 0, 2, 0, -2]
-    assert scales.tolist() == [1.0, 0.0]
+    assert tables[:, 0].tolist() == [1.0, 0.0]
     assert not q[32:].any()
+    fine, tables = library.quantize(x, is_fine=True)
+    assert in_order(fine)[:5].tolist() == [127 * 254, 127, 381, -127, -635]
+    assert tables[:, 0].tolist() == [torch.tensor(1 / 254).item(), 0.0]
 
 
 @needs_library
@@ -132,8 +141,7 @@ SHAPES = [(32, 1, 32), (64, 16, 32), (96, 17, 96), (128, 24, 64), (256, 33, 128)
 @needs_library
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize(("in_features", "out_features", "group_size"), SHAPES)
-@pytest.mark.parametrize("bits", [4, 8])
-@pytest.mark.parametrize("is_fine", [False, True])
+@pytest.mark.parametrize(("bits", "is_fine"), [(4, False), (4, True), (8, True)])
 def test_linears_match_the_reference(
     library: Library, kind: str, in_features: int, out_features: int, group_size: int, bits: int, is_fine: bool
 ) -> None:
@@ -166,13 +174,15 @@ def test_scales_of_every_type_are_kept(library: Library, scale_dtype: torch.dtyp
 
 
 @needs_library
-@pytest.mark.parametrize("bits", [4, 8])
-def test_extreme_codes_do_not_overflow(library: Library, bits: int) -> None:
+@pytest.mark.parametrize(("bits", "is_fine"), [(4, False), (4, True), (8, True)])
+def test_extreme_codes_do_not_overflow(library: Library, bits: int, is_fine: bool) -> None:
     codes = torch.full((64 * bits // 32, 16), -1, dtype=torch.int32)
     record = PackedWeight(bits, codes, torch.ones(2, 16), 32, 64, 16, zero_const=0)
     for sign in (1, -1):
-        got = CpuInt8Linear(record, library).in_float32(torch.full((5, 64), 127.0 * sign))
-        assert (got == sign * 64 * 127 * (2**bits - 1)).all()
+        got = CpuInt8Linear(record, library, is_fine=is_fine).in_float32(torch.full((5, 64), 127.0 * sign))
+        expected = torch.full_like(got, sign * 64 * 127 * (2**bits - 1))
+        # Fine sums have more bits than float32, and a scale that is no power of two.
+        assert torch.allclose(got, expected, rtol=2**-22 if is_fine else 0, atol=0)
 
 
 @needs_library

@@ -23,7 +23,7 @@ from quant_kernels.ops.base import Heads
 from quant_kernels.packed_weight import PackedWeight
 from quant_kernels.reference import dequantize
 from quant_kernels.stack import LayerStack, NativeInputs, StackLayer, can_stack
-from tests.quant_kernels.records import make_cache, random_record
+from tests.quant_kernels.records import make_cache, random_record, rounded_row
 
 LIBRARY, REASON = load()
 pytestmark = pytest.mark.skipif(LIBRARY is None, reason=REASON)
@@ -165,11 +165,7 @@ def _linears(records: Sequence[PackedWeight], library: Library) -> Iterator[CpuI
 
 def _linear(x: torch.Tensor, record: PackedWeight, library: Library, *, is_fine: bool = False) -> torch.Tensor:
     order = slice(None) if record.perm is None else record.perm.long()
-    rows = []
-    for row in x[:, order].float():
-        (q, low), scales, _ = library.quantize(row.contiguous())
-        q = q + low / 254 if is_fine else q
-        rows.append((q.view(-1, 32).double() * scales.double().unsqueeze(1)).flatten())
+    rows = [rounded_row(row, library, is_fine=is_fine) for row in x[:, order]]
     y = torch.stack(rows) @ dequantize(replace(record, perm=None)).double()
     return y if record.bias is None else y + record.bias.double()
 

@@ -1,5 +1,5 @@
 /* The kernels, for one instruction set: the file that includes this defines QK_TABLE, QK_TARGET (a function attribute),
- * TILE_WIDTH, dot_chunk, load_f16, load_u8 and fma8 first.
+ * TILE_WIDTH, dot_coarse, dot_fine, load_f16, load_u8, fma8, fma_tile and splat_tile first.
  *
  * Vectors are GCC's and clang's own, so one text serves all sets. Invariant: what a row gets depends on that row alone,
  * not on its neighbours or on the number of threads; matmuls and quantization give the same bits on every set, since
@@ -11,6 +11,7 @@ typedef int32_t vi __attribute__((vector_size(32)));
 typedef uint32_t vu __attribute__((vector_size(32)));
 typedef uint16_t vh __attribute__((vector_size(16)));
 typedef int8_t vb __attribute__((vector_size(8)));
+typedef int16_t vs __attribute__((vector_size(16)));
 
 INLINE vf load8(const float *p) {
     vf v;
@@ -67,12 +68,15 @@ INLINE vf exp8(vf x) {
     return (vf)((vi)(p * (vf)power) & ~low);
 }
 
-/* Symmetric int8 with a scale per 32 numbers, as llama.cpp's Q8_0: the largest becomes 127. */
-TARGET static void quantize(const float *x, int64_t count, const qk_rows *to, int64_t row, int64_t first) {
+/* Of each four numbers the middle two change places: see `qk_rows`. */
+INLINE vi turn8(vi v) { return (vi){v[0], v[2], v[1], v[3], v[4], v[6], v[5], v[7]}; }
+
+/* Symmetric int8 with a scale per 32 numbers, as llama.cpp's Q8_0: the largest becomes 127. With `is_fine` a second int8
+ * holds what the first one's rounding left, in units of 1 / 254, and the two are one number of 15 bits and a sign. */
+INLINE void quantize_to(const float *x, int64_t count, const qk_rows *to, int64_t at, int is_fine) {
     const vf magic = splat8(12582912.0f); /* Adding 1.5 * 2^23 rounds to the nearest integer, ties to even. */
-    int8_t *q = to->q + row * to->k + first, *low = to->low + row * to->k + first;
-    int64_t chunk = (row * to->k + first) / QK_CHUNK;
-    for (const float *end = x + count; x < end; chunk++, x += QK_CHUNK, q += QK_CHUNK, low += QK_CHUNK) {
+    float *tables = to->tables + at / QK_CHUNK * 2;
+    for (const float *end = x + count; x < end; x += QK_CHUNK, at += QK_CHUNK, tables += 2) {
         vf most = splat8(0.0f);
         vi bad = most != most;
         for (int i = 0; i < 4; i++) {
@@ -81,7 +85,7 @@ TARGET static void quantize(const float *x, int64_t count, const qk_rows *to, in
             bad |= v != v;
         }
         float largest = largest_of(most);
-        vi total = {0}, low_total = {0};
+        vi total = {0};
         for (int i = 0; i < 8; i++)
             if (bad[i]) largest = __builtin_nanf("");
         /* Too small to have an inverse: nothing is left of it. NaN and infinity make the scale so, and all results. */
@@ -90,19 +94,29 @@ TARGET static void quantize(const float *x, int64_t count, const qk_rows *to, in
             vf v = load8(x + 8 * i);
             v = inverse > 0.0f ? v * inverse : splat8(0.0f);
             vi whole = (vi)(v + magic) - (vi)magic;
-            vi rest = (vi)((v - __builtin_convertvector(whole, vf)) * 254.0f + magic) - (vi)magic;
+            if (is_fine) {
+                vi rest = (vi)((v - __builtin_convertvector(whole, vf)) * 254.0f + magic) - (vi)magic;
+                whole = whole * 254 + rest;
+                vs words = __builtin_convertvector(turn8(whole), vs);
+                memcpy(to->fine + at + 8 * i, &words, sizeof words);
+            } else {
+                vb bytes = __builtin_convertvector(whole, vb);
+                memcpy(to->coarse + at + 8 * i, &bytes, sizeof bytes);
+            }
             total += whole;
-            low_total += rest;
-            vb bytes = __builtin_convertvector(whole, vb), low_bytes = __builtin_convertvector(rest, vb);
-            memcpy(q + 8 * i, &bytes, sizeof bytes);
-            memcpy(low + 8 * i, &low_bytes, sizeof low_bytes);
         }
-        int32_t all = 0, low_all = 0;
-        for (int i = 0; i < 8; i++) all += total[i], low_all += low_total[i];
-        to->scale[chunk] = largest / 127.0f;
-        to->sum[chunk] = (float)all;
-        to->low_sum[chunk] = (float)low_all;
+        int32_t all = 0;
+        for (int i = 0; i < 8; i++) all += total[i];
+        tables[0] = is_fine ? largest / 127.0f * (1.0f / 254.0f) : largest / 127.0f;
+        tables[1] = (float)all;
     }
+}
+
+TARGET static void quantize(const float *x, int64_t count, const qk_rows *to, int64_t row, int64_t first) {
+    if (to->is_fine)
+        quantize_to(x, count, to, row * to->k + first, 1);
+    else
+        quantize_to(x, count, to, row * to->k + first, 0);
 }
 
 typedef float tf __attribute__((vector_size(TILE_WIDTH * 4)));
@@ -163,45 +177,39 @@ INLINE tf load_tile(const float *p) {
     return v;
 }
 
-/* `parts` vectors of outputs from `part` on, of a block; rows, parts and bits are constants of the caller. */
+/* `parts` vectors of outputs from `part` on, of a block; rows, parts, bits and is_fine are constants of the caller. */
 INLINE void tile_of(const qk_weight *w, const uint8_t *codes, const float *table, const qk_rows *x, int64_t row, int rows,
-                    int part, int parts, int bits, float *out) {
-    const int64_t table_bytes = QK_COLUMNS * (qk_scale_bytes(w) + qk_zero_bytes(w));
-    const int planes = w->planes;
-    const int64_t chunks = x->k / QK_CHUNK, chunks_per_group = w->group / QK_CHUNK;
-    const int8_t *q[QK_TILE_ROWS], *low[QK_TILE_ROWS];
-    const float *scale[QK_TILE_ROWS], *sum[QK_TILE_ROWS], *low_sum[QK_TILE_ROWS];
+                    int part, int parts, int bits, int is_fine, float *out) {
+    const int64_t table_bytes = QK_COLUMNS * (qk_scale_bytes(w) + qk_zero_bytes(w)), groups = w->k / w->group;
+    const int64_t code_bytes = QK_COLUMNS * QK_CHUNK * bits / 8, chunks = w->group / QK_CHUNK;
+    const int64_t ahead = row == 0 && part == 0 ? groups * qk_group_bytes(w) : 0, stride = w->k / QK_CHUNK * 2;
+    const int8_t *coarse = x->coarse + row * w->k;
+    const int16_t *fine = x->fine + row * w->k;
+    const float *tables = x->tables + row * stride;
     tf acc[QK_TILE_ROWS][16 / TILE_WIDTH];
-    for (int r = 0; r < rows; r++) {
-        q[r] = x->q + (row + r) * x->k;
-        low[r] = x->low + (row + r) * x->k;
-        scale[r] = x->scale + (row + r) * chunks;
-        sum[r] = x->sum + (row + r) * chunks;
-        low_sum[r] = x->low_sum + (row + r) * chunks;
+    for (int r = 0; r < rows; r++)
         for (int p = 0; p < parts; p++) acc[r][p] = (tf){0};
-    }
-    for (int64_t first = 0; first < chunks; first += chunks_per_group, table += 2 * QK_COLUMNS) {
+    for (int64_t g = 0; g < groups; g++, table += 2 * QK_COLUMNS) {
+        /* The first rows that meet a block ask for the next one, which the processor's own guesses come late for. */
+        if (ahead != 0)
+            for (int64_t i = 0; i < table_bytes; i += 64) __builtin_prefetch(codes + ahead + i);
         codes += table_bytes;
-        for (int64_t c = first; c < first + chunks_per_group; c++) {
+        for (int64_t c = 0; c < chunks; c++, codes += code_bytes, tables += 2, coarse += QK_CHUNK, fine += QK_CHUNK) {
             ti dot[QK_TILE_ROWS][16 / TILE_WIDTH];
-            float scales[QK_TILE_ROWS], sums[QK_TILE_ROWS];
-            dot_chunk(codes, q, c * QK_CHUNK, rows, part, parts, bits, planes == 2 ? 254 : 1, dot);
-            for (int r = 0; r < rows; r++) scales[r] = scale[r][c], sums[r] = sum[r][c];
-            if (planes == 2) {
-                ti rest[QK_TILE_ROWS][16 / TILE_WIDTH];
-                dot_chunk(codes, low, c * QK_CHUNK, rows, part, parts, bits, 1, rest);
-                for (int r = 0; r < rows; r++) {
-                    for (int p = 0; p < parts; p++) dot[r][p] += rest[r][p];
-                    scales[r] *= 1.0f / 254.0f;
-                    sums[r] = sums[r] * 254.0f + low_sum[r][c];
-                }
-            }
-            codes += QK_COLUMNS * QK_CHUNK * bits / 8;
+            if (ahead != 0)
+                for (int64_t i = 0; i < code_bytes; i += 64) __builtin_prefetch(codes + ahead + i);
+            if (is_fine)
+                dot_fine(codes, fine, w->k, rows, part, parts, bits, dot);
+            else
+                dot_coarse(codes, coarse, w->k, rows, part, parts, dot);
             for (int p = 0; p < parts; p++) {
-                const tf ws = load_tile(table + TILE_WIDTH * (part + p));
+                const tf scale = load_tile(table + TILE_WIDTH * (part + p));
                 const tf min = load_tile(table + QK_COLUMNS + TILE_WIDTH * (part + p));
-                for (int r = 0; r < rows; r++)
-                    acc[r][p] += (__builtin_convertvector(dot[r][p], tf) * ws + sums[r] * min) * scales[r];
+                for (int r = 0; r < rows; r++) {
+                    const tf of_row = splat_tile(tables[r * stride]), sum = splat_tile(tables[r * stride + 1]);
+                    const tf product = __builtin_convertvector(dot[r][p], tf) * scale;
+                    acc[r][p] = fma_tile(fma_tile(sum, min, product), of_row, acc[r][p]);
+                }
             }
         }
     }
@@ -212,31 +220,34 @@ INLINE void tile_of(const qk_weight *w, const uint8_t *codes, const float *table
 
 /* One row takes all vectors of a block together, to keep the units busy; more rows one after the other, for registers. */
 INLINE void tile_rows(const qk_weight *w, const uint8_t *codes, const float *table, const qk_rows *x, int64_t row, int rows,
-                      int bits, float *out) {
+                      int bits, int is_fine, float *out) {
     if (rows == 1) {
-        tile_of(w, codes, table, x, row, 1, 0, 16 / TILE_WIDTH, bits, out);
+        tile_of(w, codes, table, x, row, 1, 0, 16 / TILE_WIDTH, bits, is_fine, out);
         return;
     }
-    for (int part = 0; part < 16 / TILE_WIDTH; part++) tile_of(w, codes, table, x, row, rows, part, 1, bits, out);
+    for (int part = 0; part < 16 / TILE_WIDTH; part++)
+        tile_of(w, codes, table, x, row, rows, part, 1, bits, is_fine, out);
 }
 
-INLINE void tile_bits(const qk_weight *w, const uint8_t *codes, const float *table, const qk_rows *x, int64_t row,
-                      int64_t rows, int bits, float *out) {
+INLINE void tile_kind(const qk_weight *w, const uint8_t *codes, const float *table, const qk_rows *x, int64_t row,
+                      int64_t rows, int bits, int is_fine, float *out) {
     switch (rows) {
-        case 1: tile_rows(w, codes, table, x, row, 1, bits, out); return;
-        case 2: tile_rows(w, codes, table, x, row, 2, bits, out); return;
-        case 3: tile_rows(w, codes, table, x, row, 3, bits, out); return;
-        default: tile_rows(w, codes, table, x, row, 4, bits, out);
+        case 1: tile_rows(w, codes, table, x, row, 1, bits, is_fine, out); return;
+        case 2: tile_rows(w, codes, table, x, row, 2, bits, is_fine, out); return;
+        case 3: tile_rows(w, codes, table, x, row, 3, bits, is_fine, out); return;
+        default: tile_rows(w, codes, table, x, row, 4, bits, is_fine, out);
     }
 }
 
 TARGET static void tile(const qk_weight *w, int64_t block, const float *table, const qk_rows *x, int64_t row, int64_t rows,
                         float *out) {
     const uint8_t *data = w->data + block * (w->k / w->group) * qk_group_bytes(w);
-    if (w->bits == 4)
-        tile_bits(w, data, table, x, row, rows, 4, out);
+    if (w->bits == 8)
+        tile_kind(w, data, table, x, row, rows, 8, 1, out);
+    else if (w->is_fine)
+        tile_kind(w, data, table, x, row, rows, 4, 1, out);
     else
-        tile_bits(w, data, table, x, row, rows, 8, out);
+        tile_kind(w, data, table, x, row, rows, 4, 0, out);
 }
 
 TARGET static void rms_norm(const float *x, const float *weight, int64_t n, float eps, float *out) {

@@ -41,20 +41,44 @@ INLINE plain_vf load_u8(const uint8_t *p) {
     return v;
 }
 
-/* dot[r][p][column] of the codes of one chunk of inputs, from `first` on, and the rows' bytes there. */
-INLINE void dot_chunk(const uint8_t *codes, const int8_t *const *q, int64_t first, int rows, int part, int parts, int bits, int times,
-                      plain_vi dot[][2]) {
+/* Rounded once, as the other sets do it. */
+INLINE plain_vf fma_tile(plain_vf a, plain_vf b, plain_vf c) {
+    plain_vf v;
+    for (int i = 0; i < 8; i++) v[i] = __builtin_fmaf(a[i], b[i], c[i]);
+    return v;
+}
+
+INLINE plain_vf splat_tile(float x) { return (plain_vf){x, x, x, x, x, x, x, x}; }
+
+/* The code of input i of a chunk and a column of a block. */
+INLINE int32_t code_of(const uint8_t *codes, int bits, int i, int column) {
     const int per_unit = 32 / bits;
+    const uint8_t byte = codes[i / per_unit * 64 + column * 4 + i % 4];
+    return bits == 8 ? byte : i % 8 < 4 ? byte & 15 : byte >> 4;
+}
+
+INLINE void dot_coarse(const uint8_t *codes, const int8_t *q, int64_t stride, int rows, int part, int parts,
+                       plain_vi dot[][2]) {
     for (int r = 0; r < rows; r++)
         for (int p = 0; p < parts; p++)
             for (int column = 0; column < 8; column++) {
                 int32_t total = 0;
-                for (int i = 0; i < QK_CHUNK; i++) {
-                    const uint8_t byte = codes[i / per_unit * 64 + (8 * (part + p) + column) * 4 + i % 4];
-                    const int32_t code = bits == 8 ? byte : i % 8 < 4 ? byte & 15 : byte >> 4;
-                    total += code * q[r][first + i];
-                }
-                dot[r][p][column] = total * times;
+                for (int i = 0; i < QK_CHUNK; i++)
+                    total += code_of(codes, 4, i, 8 * (part + p) + column) * q[r * stride + i];
+                dot[r][p][column] = total;
+            }
+}
+
+INLINE void dot_fine(const uint8_t *codes, const int16_t *q, int64_t stride, int rows, int part, int parts, int bits,
+                     plain_vi dot[][2]) {
+    static const int8_t places[4] = {0, 2, 1, 3};
+    for (int r = 0; r < rows; r++)
+        for (int p = 0; p < parts; p++)
+            for (int column = 0; column < 8; column++) {
+                int32_t total = 0;
+                for (int i = 0; i < QK_CHUNK; i++)
+                    total += code_of(codes, bits, i, 8 * (part + p) + column) * q[r * stride + i / 4 * 4 + places[i % 4]];
+                dot[r][p][column] = total;
             }
 }
 

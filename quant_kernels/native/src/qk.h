@@ -37,17 +37,18 @@ typedef struct {
     const int32_t *order; /* [k] or NULL: row i is fed x[order[i]], or 0 where that is negative */
     int64_t k, n, group;
     int32_t bits, scale_kind, zero_kind, zero_const;
-    int32_t planes; /* of the activations that it is multiplied by: 1, or 2 for 15 bits */
+    int32_t is_fine; /* multiplied by fine rows, not coarse ones; always with 8 bits */
     int32_t unused;
 } qk_weight;
 
-/* Rows of int8: x[r][i] is about (q[r][i] + low[r][i] / 254) * scale[r][i / 32], where the second plane is what the first
- * one's rounding left. The sums are those of each chunk's q and low. */
+/* Rows of integers: x[r][i] is about q[r][i] * scale. Coarse rows are int8. Fine ones are int16, and the middle two of
+ * each four inputs have changed places: so pairs of them meet the even and the odd bytes of a unit of codes. */
 typedef struct {
-    int8_t *q, *low;
-    float *scale;
-    float *sum, *low_sum;
+    int8_t *coarse;
+    int16_t *fine; /* The same place. */
+    float *tables; /* [rows][k / 32][2]: a chunk's scale, and the sum of its integers */
     int64_t k;
+    int32_t is_fine;
 } qk_rows;
 
 /* Attention of rows over one layer of a paged cache of bfloat16 [blocks, block_size, num_kv_heads, head_dim]. */

@@ -202,15 +202,21 @@ static uint8_t *carve(uint8_t **room, int64_t bytes) {
 static qk_rows carve_rows(uint8_t **room, int64_t rows, int64_t k) {
     qk_rows made = {0};
     made.k = k;
-    made.q = (int8_t *)carve(room, rows * k);
-    made.low = (int8_t *)carve(room, rows * k);
-    made.scale = (float *)carve(room, rows * k / QK_CHUNK * 4);
-    made.sum = (float *)carve(room, rows * k / QK_CHUNK * 4);
-    made.low_sum = (float *)carve(room, rows * k / QK_CHUNK * 4);
+    made.fine = (int16_t *)carve(room, rows * k * 2);
+    made.coarse = (int8_t *)made.fine;
+    made.tables = (float *)carve(room, rows * k / QK_CHUNK * 8);
     return made;
 }
 
-static int64_t rows_bytes(int64_t rows, int64_t k) { return 2 * rows * k + 3 * rows * k / QK_CHUNK * 4 + 5 * 64; }
+static int64_t rows_bytes(int64_t rows, int64_t k) { return 2 * rows * k + rows * k / QK_CHUNK * 8 + 2 * 64; }
+
+/* The same place for the inputs of another linear. */
+static qk_rows rows_for(const qk_rows *rows, const qk_weight *next) {
+    qk_rows made = *rows;
+    made.k = next->k;
+    made.is_fine = next->is_fine;
+    return made;
+}
 
 /* Bytes of room that `qk_linear` needs. */
 int64_t qk_linear_room(int64_t rows, int64_t inputs, int64_t k, int32_t threads) {
@@ -233,6 +239,7 @@ void qk_linear(const qk_weight *weight, const void *x, int64_t x_stride, int32_t
     else
         l.to.out = y;
     l.quantized = carve_rows(&room, rows, weight->k);
+    l.quantized.is_fine = weight->is_fine;
     l.room = (float *)carve(&room, threads * 2 * widest * 4);
     l.room_stride = 2 * widest;
     qk_run(linear_member, &l, threads);
@@ -299,8 +306,7 @@ int64_t qk_stack_room(const qk_stack *s, int64_t rows, int32_t threads) {
 
 static void normalize_rows(qk_team *team, const stack_step *t, const float *norm, const qk_weight *next, float *room) {
     const int64_t hidden = t->stack->hidden;
-    qk_rows to = t->x;
-    to.k = next->k;
+    const qk_rows to = rows_for(&t->x, next);
     for (int64_t row; (row = qk_take(team, 1)) < t->rows;) {
         const float *x = room;
         t->kernels->rms_norm(t->residual + row * hidden, norm, hidden, t->stack->norm_eps, room);
@@ -387,8 +393,7 @@ static int quantizes_items(const qk_stack *s, const qk_weight *next) {
 static void quantize_item(const stack_step *t, const qk_weight *next, int64_t row, int64_t count, int64_t kv_head) {
     const qk_stack *s = t->stack;
     const int64_t columns = s->num_heads / s->num_kv_heads * s->head_dim, first = kv_head * columns;
-    qk_rows to = t->x;
-    to.k = next->k;
+    const qk_rows to = rows_for(&t->x, next);
     for (int64_t end = row + count; row < end; row++)
         quantize(t->kernels, &to, row, first, columns, t->attended + row * s->num_heads * s->head_dim + first);
 }
@@ -423,8 +428,7 @@ static void quantize_rows(qk_team *team, const stack_step *t, const float *x, co
                           int64_t columns, const qk_weight *next, float *room) {
     const int64_t piece = next->order == NULL ? PIECE_COLUMNS : columns;
     const int64_t pieces = (columns + piece - 1) / piece;
-    qk_rows to = t->x;
-    to.k = next->k;
+    const qk_rows to = rows_for(&t->x, next);
     for (int64_t i; (i = qk_take(team, 1)) < t->rows * pieces;) {
         const int64_t row = i / pieces, first = i % pieces * piece;
         const int64_t count = columns - first < piece ? columns - first : piece;
@@ -444,9 +448,8 @@ static void quantize_rows(qk_team *team, const stack_step *t, const float *x, co
 
 static void multiply_rows(qk_team *team, const stack_step *t, const qk_rows *inputs, const qk_weight *w, float *out,
                           int64_t stride, int adds, float *room) {
-    qk_rows x = *inputs;
+    const qk_rows x = rows_for(inputs, w);
     const target to = {out, stride, NULL, adds};
-    x.k = w->k;
     multiply(team, t->kernels, w, &x, t->rows, &to, room);
     qk_wait(team);
 }
@@ -457,12 +460,12 @@ static int makes_chunks(const qk_stack *s, const qk_layer *layer) {
 }
 
 /* Chunks [begin, end) of silu(gate) * up, quantized, for some rows. */
-static void make_chunks(const stack_step *t, const qk_weight *w, int64_t begin, int64_t end, int64_t row, int64_t stop,
+static void make_chunks(const stack_step *t, const qk_layer *layer, int64_t begin, int64_t end, int64_t row, int64_t stop,
                         float *room) {
+    const qk_weight *w = &layer->gate_up;
     const int64_t inner = t->stack->intermediate, blocks = QK_CHUNK / QK_COLUMNS;
     const target to = {t->wide, t->wide_stride, NULL, 0};
-    qk_rows x = t->x;
-    x.k = w->k;
+    const qk_rows x = rows_for(&t->x, w), made = rows_for(&t->inner, &layer->down);
     for (int half = 0; half < 2; half++) {
         const int64_t first = half * inner / QK_COLUMNS;
         for (int64_t block = begin * blocks; block < end * blocks; block++)
@@ -472,17 +475,17 @@ static void make_chunks(const stack_step *t, const qk_weight *w, int64_t begin, 
     for (; row < stop; row++) {
         const float *gate = t->wide + row * t->wide_stride + column;
         t->kernels->silu_mul(gate, gate + inner, count, room);
-        quantize(t->kernels, &t->inner, row, column, count, room);
+        quantize(t->kernels, &made, row, column, count, room);
     }
 }
 
-static void multiply_gated(qk_team *team, const stack_step *t, const qk_weight *w, float *room) {
+static void multiply_gated(qk_team *team, const stack_step *t, const qk_layer *layer, float *room) {
     const int64_t chunks = t->stack->intermediate / QK_CHUNK, piece = at_least_one(chunks / (PIECES * team->size));
-    const int64_t near = near_rows(w);
+    const int64_t near = near_rows(&layer->gate_up);
     for (int64_t begin; (begin = qk_take(team, piece)) < chunks;) {
         const int64_t end = begin + piece < chunks ? begin + piece : chunks;
         for (int64_t row = 0; row < t->rows; row += near)
-            make_chunks(t, w, begin, end, row, row + near < t->rows ? row + near : t->rows, room);
+            make_chunks(t, layer, begin, end, row, row + near < t->rows ? row + near : t->rows, room);
     }
     qk_wait(team);
 }
@@ -500,7 +503,7 @@ static void run_layer(qk_team *team, const stack_step *t, const qk_layer *layer,
     multiply_rows(team, t, &t->x, &layer->out, t->residual, s->hidden, 1, room);
     normalize_rows(team, t, layer->post_norm, &layer->gate_up, room);
     if (makes_chunks(s, layer)) {
-        multiply_gated(team, t, &layer->gate_up, room);
+        multiply_gated(team, t, layer, room);
         multiply_rows(team, t, &t->inner, &layer->down, t->residual, s->hidden, 1, room);
         return;
     }
@@ -571,9 +574,8 @@ void qk_sizes(int64_t *out) {
     out[0] = sizeof(qk_weight), out[1] = sizeof(qk_layer), out[2] = sizeof(qk_stack), out[3] = sizeof(qk_sequence);
 }
 
-void qk_quantize(const float *x, int64_t k, int8_t *q, int8_t *low, float *scale, float *sum, float *low_sum,
-                 int32_t level) {
-    const qk_rows to = {q, low, scale, sum, low_sum, k};
+void qk_quantize(const float *x, int64_t k, void *q, int32_t is_fine, float *tables, int32_t level) {
+    const qk_rows to = {q, q, tables, k, is_fine};
     kernels_of(level)->quantize(x, k, &to, 0, 0);
 }
 
