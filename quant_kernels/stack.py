@@ -111,7 +111,8 @@ class LayerStack:
             record.input_norm, record.post_norm = (norm.data_ptr() for norm in norms)
             if head_norms is not None:
                 record.query_norm, record.key_norm = (norm.data_ptr() for norm in head_norms)
-            record.window = layer.heads.window or 0
+            window = layer.heads.window
+            record.window = 0 if window is None or window >= len(cosines) else window  # C counts positions in 32 bits.
         self._stack = Stack(
             layers=self._layers,
             final_norm=self._final_norm.data_ptr(),

@@ -73,6 +73,7 @@ KERNEL_FLOORS: tuple[tuple[str, ...], ...] = (
     ("ops", "native"),
     ("linear",),
     ("compiled", "stack"),
+    ("stack_check",),
     ("resources",),
 )
 KERNEL_IMPORTS = {"quant_kernels", "torch", "triton", "numpy"}

@@ -7,7 +7,7 @@ Blocks of 32 values run along the inputs; fp16 fields are little endian::
     Q8_0   | d f16 | 32 signed bytes |     W = d * q
 
 Invariant: codes, scales and mins keep their bits; only their places change. Rows are converted some at a time, so that
-beside the result no more than a few MB are in memory.
+beside the result no more than a few MB are in memory. The CPU kernels' library does it on all cores where it was built.
 """
 
 from __future__ import annotations
@@ -22,6 +22,7 @@ from converters.formats.base import require_finite
 from converters.formats.gguf_headers import BLOCK, PACKINGS
 from converters.gguf_file import GGUFTensor
 from converters.read_ahead import ByteRange, Reader
+from quant_kernels.native.binding import load as load_native
 from quant_kernels.packed_weight import DenseWeight, PackedWeight
 
 _TORCH: Mapping[str, torch.dtype] = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
@@ -47,7 +48,12 @@ def read_linear(
     codes = torch.empty(in_features * packing.bits // 32, out_features, dtype=torch.int32)
     scales = torch.empty(num_groups, out_features, dtype=torch.float16)
     mins = torch.empty_like(scales) if packing.zero_point is None else None
+    library, _ = load_native()
     for rows, blocks in _chunks(tensor, reader):
+        if library is not None:
+            parts = (codes[:, rows], scales[:, rows], None if mins is None else mins[:, rows])
+            library.unblock(torch.from_numpy(blocks), packing.bits, *parts)
+            continue
         codes[:, rows] = torch.from_numpy(_words(blocks[..., packing.head_bytes :], packing.bits)).t()
         scales[:, rows] = _halves(blocks, 0).t()
         if mins is not None:

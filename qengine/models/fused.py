@@ -16,6 +16,7 @@ from qengine.layers.rope import RotaryEmbedding
 from quant_kernels.linear.cpu_int8 import CpuInt8Linear
 from quant_kernels.linear.dispatch import Target
 from quant_kernels.stack import LayerStack, StackLayer, can_stack
+from quant_kernels.stack_check import is_right
 
 if TYPE_CHECKING:
     from qengine.models.decoder import DecoderLayer
@@ -38,6 +39,12 @@ def try_stack(
     possible, reason = can_stack(len(norm.weight), first.gate_up.out_features // 2, first.heads)
     if not possible:
         logger.info("layers run one operation at a time: %s", reason)
+        return None
+    if not is_right(target.native):
+        logger.warning(
+            "the %s kernels of whole layers give wrong results here; layers run one operation at a time",
+            target.native.level.text,
+        )
         return None
     return LayerStack(target.native, complete, norm.weight, norm.eps, rope.cos, rope.sin)
 

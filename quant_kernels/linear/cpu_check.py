@@ -14,10 +14,13 @@ from quant_kernels.linear.cpu_int8 import CpuInt8Linear
 from quant_kernels.native.binding import Library, load
 from quant_kernels.native.structures import Level
 from quant_kernels.packed_weight import PackedWeight
+from quant_kernels.reference import linear
 
 logger = logging.getLogger(__name__)
 
 _INPUTS, _OUTPUTS, _GROUP, _ROWS = 96, 24, 32, 5
+#: Of a result, that rounding activations to int8 may change: half a step of 127 for each input, at random.
+_ROUNDING = 0.02
 
 
 @lru_cache
@@ -36,13 +39,18 @@ def checked_library() -> Library | None:
 
 
 def is_right(library: Library) -> bool:
-    """Whether matmuls have the bits of plain C, for 4 and 8 bits and every kind of zero point."""
+    """Whether matmuls have the bits of plain C, and are about what records mean.
+
+    For 4 and 8 bits, coarse and fine rows, every kind of zero point and of scale.
+    """
     plain = library.at(Level.PLAIN, max_threads=1)
     x = torch.arange(_ROWS * _INPUTS, dtype=torch.float32).view(_ROWS, _INPUTS).mul(0.7).sin()
     for record in _records():
-        first, second = (CpuInt8Linear(record, lib).in_float32(x) for lib in (library, plain))
-        if not torch.equal(first, second):
-            return False
+        expected = linear(x, record)
+        for is_fine in (False, True):
+            first, second = (CpuInt8Linear(record, lib, is_fine=is_fine).in_float32(x) for lib in (library, plain))
+            if not torch.equal(first, second) or (first - expected).norm() > _ROUNDING * expected.norm():
+                return False
     return True
 
 

@@ -16,7 +16,7 @@ from pathlib import Path
 import torch
 
 from quant_kernels.native import library_file
-from quant_kernels.native.structures import Layer, Level, Number, Sequence, Stack, Weight
+from quant_kernels.native.structures import CHUNK, VERSION, Layer, Level, Number, Sequence, Stack, Weight
 
 logger = logging.getLogger(__name__)
 
@@ -28,6 +28,7 @@ _SIGNATURES: dict[str, tuple[type | None, tuple[type, ...]]] = {
     "qk_best_level": (_INT, ()),
     "qk_set_openmp": (None, (_POINTER, _POINTER)),
     "qk_pack": (None, (_POINTER, _POINTER, _POINTER, _POINTER, _POINTER, _INT)),
+    "qk_unblock": (None, (_POINTER, _LONG, _LONG, _INT, _POINTER, _POINTER, _POINTER, _LONG, _INT)),
     "qk_linear_room": (_LONG, (_LONG, _LONG, _LONG, _INT)),
     "qk_linear": (
         None,
@@ -115,6 +116,41 @@ class Library:
             self.num_threads,
         )
 
+    def unblock(
+        self, blocks: torch.Tensor, bits: int, words: torch.Tensor, scales: torch.Tensor, mins: torch.Tensor | None
+    ) -> None:
+        """Rows of GGUF blocks to columns of a record; bits are kept.
+
+        Args:
+            blocks: uint8 [rows, groups, bytes of a block], contiguous: a float16 scale, a float16 min if there are
+                `mins`, and 32 codes of 4 or 8 bits (8 bits are signed).
+            words: int32 [groups * bits, rows], which codes are written to as `packing` lays them out, 8 bits plus 128.
+            scales, mins: float16 [groups, rows]. Of all three the columns are neighbours.
+        """
+        rows, groups, block_bytes = blocks.shape
+        halves = 1 if mins is None else 2
+        tables = (scales,) if mins is None else (scales, mins)
+        if bits not in (4, 8) or block_bytes != 2 * halves + bits * CHUNK // 8 or not blocks.is_contiguous():
+            raise ValueError(f"blocks {list(blocks.shape)} of {bits} bits with {halves - 1} mins")
+        if words.shape != (groups * bits, rows) or any(table.shape != (groups, rows) for table in tables):
+            raise ValueError(f"words {list(words.shape)} and scales {list(scales.shape)} for {rows} rows of {groups}")
+        if words.dtype != torch.int32 or any(table.dtype != torch.float16 for table in tables):
+            raise ValueError(f"words of {words.dtype}, scales of {scales.dtype}")
+        columns = words.stride(0)
+        if any(table.stride() != (columns, 1) for table in (words, *tables)):
+            raise ValueError("the rows of words, scales and mins must lie equally far apart, and columns together")
+        self.functions.qk_unblock(
+            blocks.data_ptr(),
+            rows,
+            groups,
+            bits,
+            words.data_ptr(),
+            scales.data_ptr(),
+            None if mins is None else mins.data_ptr(),
+            columns,
+            self.num_threads,
+        )
+
     def run_stack(
         self, stack: Stack, sequences: ctypes.Array[Sequence], residual: torch.Tensor, hidden: torch.Tensor
     ) -> None:
@@ -187,9 +223,9 @@ def load() -> tuple[Library | None, str]:
             function.restype, function.argtypes = result, arguments
     except (OSError, AttributeError) as error:
         return None, f"the CPU kernels in {path.name} cannot be loaded ({error}); {HOW_TO_BUILD}"
-    sizes = (_LONG * 4)()
+    sizes = (_LONG * 5)()
     functions.qk_sizes(sizes)
-    if list(sizes) != [ctypes.sizeof(record) for record in (Weight, Layer, Stack, Sequence)]:
+    if list(sizes) != [*(ctypes.sizeof(record) for record in (Weight, Layer, Stack, Sequence)), VERSION]:
         return None, f"the CPU kernels in {path.name} are of another version; {HOW_TO_BUILD}"
     _borrow_threads(functions)
     return Library(functions, Level(functions.qk_best_level())), ""

@@ -5,6 +5,8 @@ from __future__ import annotations
 import ctypes
 from enum import IntEnum
 
+#: Of the records and functions: QK_VERSION.
+VERSION = 2
 #: Inputs that share a scale of the activations, and outputs of a block.
 CHUNK, COLUMNS = 32, 16
 #: Rows (query tokens times heads that share keys) of an attention item, and the largest head.

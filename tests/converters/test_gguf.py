@@ -15,6 +15,7 @@ from gguf import GGMLQuantizationType, GGUFReader
 from gguf.quants import dequantize as oracle
 from gguf.quants import quantize
 
+from converters.formats import gguf
 from converters.open import open_checkpoint
 from converters.source import LinearSlot, Slot, TensorSlot
 from quant_kernels.packed_weight import DenseWeight, PackedWeight
@@ -142,16 +143,26 @@ def test_types(tmp_path: Path, kind: Kind) -> None:
 @pytest.mark.parametrize(
     ("kind", "bits", "zero_const"), [(Kind.Q4_0, 4, 8), (Kind.Q4_1, 4, None), (Kind.Q8_0, 8, 128)], ids=str
 )
-def test_any_bytes_are_exact(tmp_path: Path, kind: Kind, bits: int, zero_const: int | None) -> None:
-    """Blocks that no quantizer would choose: negative scales and every code."""
+@pytest.mark.parametrize("is_compiled", [True, False])
+def test_any_bytes_are_exact(
+    tmp_path: Path,
+    kind: Kind,
+    bits: int,
+    zero_const: int | None,
+    is_compiled: bool,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Blocks that no quantizer would choose: negative scales and every code; with the compiled library and without."""
+    if not is_compiled:
+        monkeypatch.setattr(gguf, "load_native", lambda: (None, "there is no compiler"))
     rng = np.random.default_rng(7)
     num_halves, block_bytes = {Kind.Q4_0: (1, 18), Kind.Q4_1: (2, 20), Kind.Q8_0: (1, 34)}[kind]
-    blocks = rng.integers(0, 256, (16, 3, block_bytes), dtype=np.uint8)
-    halves = rng.normal(size=(16, 3, num_halves)).astype("<f2")
+    blocks = rng.integers(0, 256, (20, 3, block_bytes), dtype=np.uint8)
+    halves = rng.normal(size=(20, 3, num_halves)).astype("<f2")
     blocks[..., : 2 * num_halves] = halves.view(np.uint8)
-    data = blocks.reshape(16, -1)
+    data = blocks.reshape(20, -1)
     path = write_gguf(tmp_path / "m.gguf", {"blk.0.ffn_down.weight": (data, kind)})
-    weight = read_linear(path, LinearSlot(MODULE, 96, 16))
+    weight = read_linear(path, LinearSlot(MODULE, 96, 20))
     assert isinstance(weight, PackedWeight)
     assert (weight.bits, weight.group_size, weight.zero_const) == (bits, 32, zero_const)
     assert (weight.mins is not None) == (kind == Kind.Q4_1)

@@ -237,6 +237,22 @@ def test_without_torchs_threads_it_makes_its_own(library: Library) -> None:
 
 
 @needs_library
+def test_rows_of_any_length_are_read_to_their_end_and_no_further(library: Library) -> None:
+    part = slice_inputs(random_record(128, 24, 32, act_order=True), range(20, 120), with_bias=True)
+    assert isinstance(part, PackedWeight)
+    prepared = CpuInt8Linear(part, library)
+    x = floats(3, 100).bfloat16()
+    assert torch.equal(prepared.in_float32(x), prepared.in_float32(x.float()))
+
+
+@needs_library
+def test_the_largest_floats_are_finite(library: Library) -> None:
+    q, tables = library.quantize(torch.full((32,), torch.finfo(torch.float32).max))
+    assert (q == 127).all()
+    assert tables.isfinite().all()
+
+
+@needs_library
 def test_rows_may_lie_apart(library: Library) -> None:
     prepared = CpuInt8Linear(random_record(64, 20, 32), library)
     wide = floats(4, 100)
@@ -251,6 +267,11 @@ def test_wrong_inputs_are_refused(library: Library) -> None:
     for x in (floats(64), floats(2, 63), floats(2, 64).double(), floats(2, 64).half()):
         with pytest.raises(ValueError, match=r"expected \[rows, 64\] in float32 or bfloat16"):
             prepared(x)
+    words, scales = torch.empty(8, 20, dtype=torch.int32), torch.empty(2, 20, dtype=torch.float16)
+    blocks = torch.zeros(20, 2, 18, dtype=torch.uint8)
+    for wrong in ((blocks[:, :1], words, scales), (blocks[:19], words, scales), (blocks, words.t(), scales)):
+        with pytest.raises(ValueError, match=r"rows|blocks"):
+            library.unblock(wrong[0], 4, wrong[1], wrong[2], None)
     for x in (floats(30), floats(2, 32), floats(64)[::2], floats(32).double()):
         with pytest.raises(ValueError, match="expected contiguous float32"):
             library.quantize(x)

@@ -9,16 +9,18 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
+from typing import Any
 
 import pytest
 import torch
 import torch.nn.functional as F
 
+from quant_kernels import stack_check
 from quant_kernels.attention.kv_format import LayerCache, plain
 from quant_kernels.footprint import native_stack_room
 from quant_kernels.linear.cpu_int8 import CpuInt8Linear
 from quant_kernels.native.binding import Library, load
-from quant_kernels.native.structures import Level
+from quant_kernels.native.structures import Level, Stack
 from quant_kernels.ops.base import Heads
 from quant_kernels.packed_weight import PackedWeight
 from quant_kernels.reference import dequantize
@@ -56,6 +58,7 @@ SHAPES = {
     "narrow heads": Shape(num_heads=12, num_kv_heads=4, head_dim=8),
     "wide heads": Shape(hidden=96, num_heads=2, num_kv_heads=1, head_dim=80, block_size=16),
     "windows": Shape(windows=(5, None, 37)),
+    "windows beyond 32 bits": Shape(windows=(2**32 + 5, None)),
     "normed heads": Shape(head_norms=True, kind="zeros"),
     "biases": Shape(bias=True),
     "activation order": Shape(order=True, kind="zeros"),
@@ -347,3 +350,18 @@ def test_scratch_is_what_the_plan_says(shape: Shape) -> None:
     for rows, threads in ((1, 1), (3, 2), (256, 5), (257, 64)):
         planned = native_stack_room(rows, widest, shape.intermediate, heads, threads)
         assert planned == stack.room_bytes(rows, threads)
+
+
+def test_the_check_of_a_layer_passes_and_sees_a_wrong_row(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert LIBRARY is not None
+    vectors = LIBRARY.at(LIBRARY.level)
+    assert stack_check.is_right(vectors)
+    vectors, real = LIBRARY.at(LIBRARY.level), Library.run_stack
+
+    def wrong(self: Library, stack: Stack, sequences: Any, residual: torch.Tensor, hidden: torch.Tensor) -> None:
+        real(self, stack, sequences, residual, hidden)
+        if self is vectors:
+            hidden[-1].neg_()
+
+    monkeypatch.setattr(Library, "run_stack", wrong)
+    assert not stack_check.is_right(vectors)

@@ -89,7 +89,7 @@ INLINE void quantize_to(const float *x, int64_t count, const qk_rows *to, int64_
         for (int i = 0; i < 8; i++)
             if (bad[i]) largest = __builtin_nanf("");
         /* Too small to have an inverse: nothing is left of it. NaN and infinity make the scale so, and all results. */
-        float inverse = largest > 1e-30f && largest < 3e38f ? 127.0f / largest : 0.0f;
+        float inverse = largest > 1e-30f && largest < __builtin_inff() ? 127.0f / largest : 0.0f;
         for (int i = 0; i < 4; i++) {
             vf v = load8(x + 8 * i);
             v = inverse > 0.0f ? v * inverse : splat8(0.0f);
@@ -272,7 +272,12 @@ TARGET static void to_bf16(const float *x, int64_t n, uint16_t *out) {
 }
 
 TARGET static void from_bf16(const uint16_t *x, int64_t n, float *out) {
-    for (int64_t i = 0; i < n; i += 8) store8(out + i, widen8(x + i));
+    int64_t i = 0;
+    for (; i + 8 <= n; i += 8) store8(out + i, widen8(x + i));
+    for (; i < n; i++) {
+        const uint32_t bits = (uint32_t)x[i] << 16;
+        memcpy(out + i, &bits, sizeof bits);
+    }
 }
 
 /* products[a][b] += sum over i of left[a][i] * right[i][b .. b + 8), for `count` rows of `left` and `wide` vectors;

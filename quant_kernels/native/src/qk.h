@@ -7,6 +7,9 @@
 
 #include <stdint.h>
 
+/* To be raised when what a field means, or a function takes, is another: Python refuses a library of another version. */
+#define QK_VERSION 2
+
 /* Instruction sets, in the order in which they are preferred. */
 enum { QK_PLAIN = 0, QK_AVX2 = 1, QK_AVX512 = 2, QK_LEVELS = 3 };
 /* Types of activations. */
@@ -94,6 +97,8 @@ static inline int64_t qk_scale_bytes(const qk_weight *w) { return w->scale_kind 
 static inline int64_t qk_zero_bytes(const qk_weight *w) {
     return w->zero_kind == QK_ZERO_CONST ? 0 : w->zero_kind == QK_ZERO_TABLE ? 1 : qk_scale_bytes(w);
 }
+
+static inline int64_t qk_blocks(const qk_weight *w) { return (w->n + QK_COLUMNS - 1) / QK_COLUMNS; }
 
 /* Bytes of one group of one block. */
 static inline int64_t qk_group_bytes(const qk_weight *w) {

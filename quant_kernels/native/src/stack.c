@@ -1,8 +1,12 @@
-/* What Python calls: packing, one linear, and a whole stack of decoder layers for the rows of a step.
+/* What Python calls to compute: one linear, and a whole stack of decoder layers for the rows of a step.
  *
  * A stack's rows go through all layers together, in phases that end at a barrier; within a phase every thread takes pieces
  * of work until none is left. Activations between matmuls are float32, and int8 where they are multiplied. */
 #include <string.h>
+
+#if defined(__x86_64__)
+#include <cpuid.h>
+#endif
 
 #include "qk.h"
 #include "team.h"
@@ -25,11 +29,19 @@ static const qk_kernels *kernels_of(int level) {
     return &qk_plain;
 }
 
+#if defined(__x86_64__)
+/* Compilers learned to ask for F16C by name late; virtual machines may hide it alone. */
+static int has_f16c(void) {
+    unsigned a, b, c, d;
+    return __get_cpuid(1, &a, &b, &c, &d) != 0 && (c & bit_F16C) != 0;
+}
+#endif
+
 /* The best instruction set of this processor and operating system. */
 int32_t qk_best_level(void) {
 #if defined(__x86_64__)
     __builtin_cpu_init();
-    const int avx2 = __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma");
+    const int avx2 = __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && has_f16c();
     if (avx2 && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
         __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512vnni"))
         return QK_AVX512;
@@ -41,60 +53,6 @@ int32_t qk_best_level(void) {
 static int64_t largest(int64_t a, int64_t b) { return a > b ? a : b; }
 
 static int64_t at_least_one(int64_t n) { return largest(n, 1); }
-
-static int64_t blocks_of(const qk_weight *w) { return (w->n + QK_COLUMNS - 1) / QK_COLUMNS; }
-
-/* Packing: from words [k * bits / 32, n] of codes, and tables [k / group, n] in the types that `w` names. */
-
-typedef struct {
-    const qk_weight *weight;
-    uint8_t *out;
-    const uint32_t *words;
-    const uint8_t *scales, *zeros;
-} packing;
-
-static void copy_columns(const uint8_t *row, int64_t item, int64_t first, int64_t count, uint8_t *out) {
-    memcpy(out, row + first * item, (size_t)(count * item));
-    memset(out + count * item, 0, (size_t)((QK_COLUMNS - count) * item));
-}
-
-static void pack_block(const packing *p, int64_t block) {
-    const qk_weight *w = p->weight;
-    const int64_t first = block * QK_COLUMNS, count = w->n - first < QK_COLUMNS ? w->n - first : QK_COLUMNS;
-    const int64_t scale = qk_scale_bytes(w), zero = qk_zero_bytes(w), words = w->group * w->bits / 32;
-    uint8_t *out = p->out + block * (w->k / w->group) * qk_group_bytes(w);
-    for (int64_t g = 0; g < w->k / w->group; g++) {
-        copy_columns(p->scales + g * w->n * scale, scale, first, count, out);
-        out += QK_COLUMNS * scale;
-        if (zero != 0) copy_columns(p->zeros + g * w->n * zero, zero, first, count, out);
-        out += QK_COLUMNS * zero;
-        for (int64_t i = 0; i < words; i++, out += 4 * QK_COLUMNS) {
-            const uint32_t *row = p->words + (g * words + i) * w->n + first;
-            uint32_t unit[QK_COLUMNS] = {0};
-            memcpy(unit, row, sizeof(uint32_t) * (size_t)count);
-            for (int64_t c = 0; c < QK_COLUMNS && w->bits == 4; c++) {
-                uint32_t low = unit[c] & 0xffff, high = unit[c] >> 16;
-                low = (low | low << 8) & 0x00ff00ff, high = (high | high << 8) & 0x00ff00ff;
-                low = (low | low << 4) & 0x0f0f0f0f, high = (high | high << 4) & 0x0f0f0f0f;
-                unit[c] = low | high << 4;
-            }
-            memcpy(out, unit, sizeof unit); /* Bytes as they are on the little-endian machines that this is for. */
-        }
-    }
-}
-
-static void pack_member(qk_team *team, int member, void *argument) {
-    const packing *p = argument;
-    const int64_t blocks = blocks_of(p->weight);
-    (void)member;
-    for (int64_t b; (b = qk_take(team, 1)) < blocks;) pack_block(p, b);
-}
-
-void qk_pack(const qk_weight *weight, uint8_t *out, const uint32_t *words, const uint8_t *scales, const uint8_t *zeros,
-             int32_t threads) {
-    packing p = {weight, out, words, scales, zeros};
-    qk_run(pack_member, &p, threads);
-}
 
 /* One matmul of quantized rows. All members call these with the same arguments; none waits. `room` is k floats. */
 
@@ -139,7 +97,7 @@ static int64_t near_rows(const qk_weight *w) { return largest(NEAR_BYTES / w->k 
 
 static void multiply(qk_team *team, const qk_kernels *kernels, const qk_weight *w, const qk_rows *x, int64_t rows,
                      const target *to, float *room) {
-    const int64_t blocks = blocks_of(w), piece = at_least_one(blocks / (PIECES * team->size));
+    const int64_t blocks = qk_blocks(w), piece = at_least_one(blocks / (PIECES * team->size));
     const int64_t near = near_rows(w);
     for (int64_t begin; (begin = qk_take(team, piece)) < blocks;) {
         const int64_t end = begin + piece < blocks ? begin + piece : blocks;
@@ -569,9 +527,10 @@ void qk_run_stack(const qk_stack *stack, const qk_sequence *sequences, int64_t n
 
 /* Single kernels, for tests and for the check at load. */
 
-/* Sizes of the records that Python fills in. */
+/* Sizes of the records that Python fills in, and the version of what they mean. */
 void qk_sizes(int64_t *out) {
     out[0] = sizeof(qk_weight), out[1] = sizeof(qk_layer), out[2] = sizeof(qk_stack), out[3] = sizeof(qk_sequence);
+    out[4] = QK_VERSION;
 }
 
 void qk_quantize(const float *x, int64_t k, void *q, int32_t is_fine, float *tables, int32_t level) {
