@@ -39,11 +39,15 @@ def checked_library() -> Library | None:
 
 
 def is_right(library: Library) -> bool:
-    """Whether matmuls have the bits of plain C, and are about what records mean.
+    """Whether matmuls have the bits of plain C, are about what records mean, and dense ones what torch gives.
 
     For 4 and 8 bits, coarse and fine rows, every kind of zero point and of scale.
     """
     plain = library.at(Level.PLAIN, max_threads=1)
+    return _linears_are_right(library, plain) and _dense_is_right(library)
+
+
+def _linears_are_right(library: Library, plain: Library) -> bool:
     x = torch.arange(_ROWS * _INPUTS, dtype=torch.float32).view(_ROWS, _INPUTS).mul(0.7).sin()
     for record in _records():
         expected = linear(x, record)
@@ -52,6 +56,12 @@ def is_right(library: Library) -> bool:
             if not torch.equal(first, second) or (first - expected).norm() > _ROUNDING * expected.norm():
                 return False
     return True
+
+
+def _dense_is_right(library: Library) -> bool:
+    weight = torch.arange(_OUTPUTS * _INPUTS).view(_OUTPUTS, _INPUTS).mul(0.3).cos().bfloat16()
+    x = torch.arange(_ROWS * _INPUTS, dtype=torch.float32).view(_ROWS, _INPUTS).mul(0.7).sin()
+    return torch.allclose(library.dense(weight, None, x), x @ weight.float().t(), rtol=1e-5, atol=1e-5)
 
 
 def _records() -> list[PackedWeight]:

@@ -17,7 +17,7 @@ from quant_kernels.linear import cpu_int4, cpu_int8
 from quant_kernels.linear.cpu_check import checked_library
 from quant_kernels.linear.cpu_int4 import CpuInt4Linear
 from quant_kernels.linear.cpu_int8 import CpuInt8Linear
-from quant_kernels.linear.dense import DenseLinear
+from quant_kernels.linear.dense import DenseLinear, torch_has_bfloat16
 from quant_kernels.linear.p16 import layout
 from quant_kernels.native.binding import Library
 from quant_kernels.ops.base import LayerOps
@@ -173,7 +173,7 @@ def prepare(weight: PackedWeight | DenseWeight, target: Target, *, is_sensitive:
         assert module is not None, "choose has looked for triton"
         linear: PreparedLinear = module.P16Linear.of(weight, packed_for(target), target.device, target.selector)
         return linear
-    return DenseLinear(weight, target.dtype, target.device)
+    return DenseLinear(weight, target.dtype, target.device, None if torch_has_bfloat16() else target.native)
 
 
 def _can_run_p16(weight: PackedWeight, target: Target) -> tuple[bool, str]:

@@ -34,6 +34,8 @@ _SIGNATURES: dict[str, tuple[type | None, tuple[type, ...]]] = {
         None,
         (_POINTER, _POINTER, _LONG, _INT, _LONG, _LONG, _POINTER, _LONG, _INT, _POINTER, _INT, _INT),
     ),
+    "qk_dense_room": (_LONG, (_LONG, _INT)),
+    "qk_dense": (None, (*[_POINTER] * 3, _LONG, _LONG, _LONG, _POINTER, _POINTER, _INT, _INT)),
     "qk_stack_room": (_LONG, (_POINTER, _LONG, _INT)),
     "qk_run_stack": (None, (_POINTER, _POINTER, _LONG, _LONG, _POINTER, _POINTER, _POINTER, _INT, _INT)),
     "qk_sizes": (None, (ctypes.POINTER(_LONG),)),
@@ -98,6 +100,34 @@ class Library:
             weight.n,
             _NUMBERS[dtype],
             room,
+            self.level,
+            threads,
+        )
+        return y
+
+    def dense(self, weight: torch.Tensor, bias: torch.Tensor | None, x: torch.Tensor) -> torch.Tensor:
+        """x [M, K] W^T + bias in float32, of a weight bfloat16 [N, K], K a multiple of 8, and a bias float32 [N]."""
+        outputs, inputs = weight.shape
+        if weight.dtype != torch.bfloat16 or not weight.is_contiguous() or inputs % 8:
+            raise ValueError(f"the weight is {weight.dtype} {list(weight.shape)}, expected contiguous bfloat16")
+        if bias is not None and (bias.dtype != torch.float32 or bias.shape != (outputs,) or not bias.is_contiguous()):
+            raise ValueError(f"the bias is {bias.dtype} {list(bias.shape)}, expected float32 [{outputs}]")
+        if x.dim() != 2 or x.shape[1] != inputs or x.device.type != "cpu":
+            raise ValueError(f"x is {list(x.shape)} on {x.device}, expected [rows, {inputs}] on the CPU")
+        x = x.float().contiguous()
+        y = torch.empty(len(x), outputs)
+        if y.numel() == 0:
+            return y
+        threads = self.num_threads
+        self.functions.qk_dense(
+            weight.data_ptr(),
+            None if bias is None else bias.data_ptr(),
+            x.data_ptr(),
+            len(x),
+            inputs,
+            outputs,
+            y.data_ptr(),
+            self.room(self.functions.qk_dense_room(inputs, threads)),
             self.level,
             threads,
         )

@@ -20,11 +20,12 @@ from quant_kernels.footprint import native_group
 from quant_kernels.linear import cpu_check, dispatch
 from quant_kernels.linear.cpu_check import checked_library, is_right
 from quant_kernels.linear.cpu_int8 import CpuInt8Linear, can_run, stored_bytes
+from quant_kernels.linear.dense import DenseLinear
 from quant_kernels.linear.dispatch import Target, choose, prepare
 from quant_kernels.native import binding as native
 from quant_kernels.native.binding import Library, load
 from quant_kernels.native.structures import Level
-from quant_kernels.packed_weight import PackedWeight
+from quant_kernels.packed_weight import DenseWeight, PackedWeight
 from quant_kernels.packing import expand_zeros, unpack_codes
 from quant_kernels.reference import dequantize, group_of_row, linear
 from quant_kernels.sharding import slice_inputs
@@ -376,3 +377,47 @@ def test_the_check_sees_a_single_wrong_bit(monkeypatch: pytest.MonkeyPatch) -> N
 
     monkeypatch.setattr(Library, "linear", wrong)
     assert not is_right(vectors)
+
+
+# What is not quantized
+
+
+@needs_library
+@pytest.mark.parametrize(("inputs", "outputs"), [(8, 1), (64, 4), (96, 19), (576, 200)])
+@pytest.mark.parametrize("has_bias", [True, False])
+def test_dense_weights_are_multiplied_in_float32(library: Library, inputs: int, outputs: int, has_bias: bool) -> None:
+    weight = floats(outputs, inputs, seed=1).bfloat16()
+    bias = floats(outputs, seed=2) if has_bias else None
+    for rows in (1, 2, 3, 4, 7, 120):
+        x = floats(rows, inputs)
+        got = library.dense(weight, bias, x).double()
+        exact = F.linear(x.double(), weight.double(), None if bias is None else bias.double())
+        # inputs / 8 products and sums in each lane, then three sums.
+        slack = (inputs / 8 + 8) * 2**-23 * (x.double().abs() @ weight.double().abs().t() + 1)
+        assert ((got - exact).abs() <= slack).all()
+
+
+@needs_library
+@pytest.mark.usefixtures("threads")
+def test_a_dense_row_does_not_depend_on_others_or_on_threads(library: Library) -> None:
+    prepared = DenseLinear(DenseWeight(floats(70, 2048)), torch.bfloat16, CPU, library)
+    x = floats(50, 2048, seed=1).bfloat16()
+    torch.set_num_threads(1)
+    alone = torch.cat([prepared.in_float32(row) for row in x.split(1)])
+    for count in (1, 3):
+        torch.set_num_threads(count)
+        assert torch.equal(prepared.in_float32(x), alone)
+        assert torch.equal(prepared(x), alone.bfloat16())
+
+
+@needs_library
+def test_dense_weights_that_do_not_fit_the_kernel_are_torchs(library: Library) -> None:
+    odd = DenseLinear(DenseWeight(floats(5, 20)), torch.bfloat16, CPU, library)
+    assert odd(floats(2, 20).bfloat16()).shape == (2, 5)
+    whole = DenseLinear(DenseWeight(floats(5, 24)), torch.float32, CPU, library)
+    assert torch.equal(whole(floats(2, 24)), F.linear(floats(2, 24), floats(5, 24)))
+    weight = floats(5, 24).bfloat16()
+    for wrong in ((weight.t(), None, floats(2, 5)), (weight, floats(4), floats(2, 24)), (weight, None, floats(2, 20))):
+        with pytest.raises(ValueError, match="expected"):
+            library.dense(*wrong)
+    assert library.dense(weight, None, floats(0, 24)).shape == (0, 5)

@@ -399,4 +399,45 @@ TARGET static void attend(const qk_cache *c, const qk_sequence *s, int64_t first
     }
 }
 
-const qk_kernels QK_TABLE = {quantize, tables, tile, rms_norm, silu_mul, attend, to_bf16, from_bf16};
+/* The weights are bfloat16, or float32 where `is_wide`; either way the same numbers in the same order. */
+INLINE void dense_tile(const void *const *w, int64_t k, const float *x, int rows, int is_wide, float *out) {
+    vf acc[QK_DENSE_ROWS][QK_DENSE_OUTPUTS];
+    for (int r = 0; r < rows; r++)
+        for (int o = 0; o < QK_DENSE_OUTPUTS; o++) acc[r][o] = splat8(0.0f);
+    for (int64_t i = 0; i < k; i += 8) {
+        vf of_row[QK_DENSE_ROWS];
+        for (int r = 0; r < rows; r++) of_row[r] = load8(x + r * k + i);
+        for (int o = 0; o < QK_DENSE_OUTPUTS; o++) {
+            const vf weights = is_wide ? load8((const float *)w[o] + i) : widen8((const uint16_t *)w[o] + i);
+            for (int r = 0; r < rows; r++) acc[r][o] = fma8(weights, of_row[r], acc[r][o]);
+        }
+    }
+    for (int r = 0; r < rows; r++)
+        for (int o = 0; o < QK_DENSE_OUTPUTS; o++) out[r * QK_DENSE_OUTPUTS + o] = sum_of(acc[r][o]);
+}
+
+INLINE void dense_rows(const void *const *w, int64_t k, const float *x, int64_t rows, int is_wide, float *out) {
+    switch (rows) {
+        case 1: dense_tile(w, k, x, 1, is_wide, out); return;
+        case 2: dense_tile(w, k, x, 2, is_wide, out); return;
+        default: dense_tile(w, k, x, 3, is_wide, out);
+    }
+}
+
+TARGET static void dense(const uint16_t *const *w, int64_t k, const float *x, int64_t num_rows, float *out, float *room) {
+    const void *weights[QK_DENSE_OUTPUTS];
+    const int is_wide = num_rows > QK_DENSE_ROWS;
+    for (int o = 0; o < QK_DENSE_OUTPUTS; o++) {
+        weights[o] = is_wide ? (const void *)(room + o * k) : (const void *)w[o];
+        for (int64_t i = 0; is_wide && i < k; i += 8) store8(room + o * k + i, widen8(w[o] + i));
+    }
+    for (int64_t row = 0; row < num_rows; row += QK_DENSE_ROWS) {
+        const int64_t rows = num_rows - row < QK_DENSE_ROWS ? num_rows - row : QK_DENSE_ROWS;
+        if (is_wide)
+            dense_rows(weights, k, x + row * k, rows, 1, out + row * QK_DENSE_OUTPUTS);
+        else
+            dense_rows(weights, k, x + row * k, rows, 0, out + row * QK_DENSE_OUTPUTS);
+    }
+}
+
+const qk_kernels QK_TABLE = {quantize, tables, tile, rms_norm, silu_mul, attend, dense, to_bf16, from_bf16};

@@ -23,6 +23,9 @@ enum { QK_ZERO_CONST = 0, QK_ZERO_TABLE = 1, QK_ZERO_MIN = 2 };
 #define QK_CHUNK 32
 #define QK_COLUMNS 16
 #define QK_TILE_ROWS 4
+/* Outputs and rows of a dense weight that are multiplied together. */
+#define QK_DENSE_OUTPUTS 4
+#define QK_DENSE_ROWS 3
 /* Attention: keys of a tile, rows (query tokens times heads) of an item, and the largest head. */
 #define QK_TILE_KEYS 32
 #define QK_ITEM_ROWS 48
@@ -86,9 +89,15 @@ typedef struct {
     /* Attention of query tokens [first, first + count) of a sequence over one KV head, for all its query heads. */
     void (*attend)(const qk_cache *c, const qk_sequence *s, int64_t first, int64_t count, int64_t kv_head,
                    const float *query, int64_t query_stride, float *out, int64_t out_stride, const qk_scratch *room);
+    /* out[r][i] = x[r] w[i] for QK_DENSE_OUTPUTS rows of weights, bfloat16 [k], k a multiple of 8; `room` is as many floats
+     * as they are numbers. */
+    void (*dense)(const uint16_t *const *w, int64_t k, const float *x, int64_t num_rows, float *out, float *room);
     void (*to_bf16)(const float *x, int64_t n, uint16_t *out);
     void (*from_bf16)(const uint16_t *x, int64_t n, float *out);
 } qk_kernels;
+
+/* The kernels of a level that this processor has. */
+const qk_kernels *qk_kernels_of(int level);
 
 extern const qk_kernels qk_plain, qk_avx2, qk_avx512;
 

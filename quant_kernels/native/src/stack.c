@@ -4,51 +4,15 @@
  * of work until none is left. Activations between matmuls are float32, and int8 where they are multiplied. */
 #include <string.h>
 
-#if defined(__x86_64__)
-#include <cpuid.h>
-#endif
-
 #include "qk.h"
 #include "team.h"
 
 /* Rows that go through the layers at once: more are passed in turns, so that the room they need is bounded. */
 #define STEP_ROWS 256
-/* Pieces of work per thread and phase: threads that are slower, or interrupted, take fewer. */
-#define PIECES 6
 /* Bytes of activations that stay in a core's cache while several blocks of a weight pass. */
 #define NEAR_BYTES (128 * 1024)
 /* Columns that are quantized as one piece of work. */
 #define PIECE_COLUMNS 256
-
-static const qk_kernels *kernels_of(int level) {
-#if defined(__x86_64__)
-    if (level == QK_AVX512) return &qk_avx512;
-    if (level == QK_AVX2) return &qk_avx2;
-#endif
-    (void)level;
-    return &qk_plain;
-}
-
-#if defined(__x86_64__)
-/* Compilers learned to ask for F16C by name late; virtual machines may hide it alone. */
-static int has_f16c(void) {
-    unsigned a, b, c, d;
-    return __get_cpuid(1, &a, &b, &c, &d) != 0 && (c & bit_F16C) != 0;
-}
-#endif
-
-/* The best instruction set of this processor and operating system. */
-int32_t qk_best_level(void) {
-#if defined(__x86_64__)
-    __builtin_cpu_init();
-    const int avx2 = __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && has_f16c();
-    if (avx2 && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
-        __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512vnni"))
-        return QK_AVX512;
-    if (avx2) return QK_AVX2;
-#endif
-    return QK_PLAIN;
-}
 
 static int64_t largest(int64_t a, int64_t b) { return a > b ? a : b; }
 
@@ -97,7 +61,7 @@ static int64_t near_rows(const qk_weight *w) { return largest(NEAR_BYTES / w->k 
 
 static void multiply(qk_team *team, const qk_kernels *kernels, const qk_weight *w, const qk_rows *x, int64_t rows,
                      const target *to, float *room) {
-    const int64_t blocks = qk_blocks(w), piece = at_least_one(blocks / (PIECES * team->size));
+    const int64_t blocks = qk_blocks(w), piece = at_least_one(blocks / (QK_PIECES * team->size));
     const int64_t near = near_rows(w);
     for (int64_t begin; (begin = qk_take(team, piece)) < blocks;) {
         const int64_t end = begin + piece < blocks ? begin + piece : blocks;
@@ -187,7 +151,7 @@ void qk_linear(const qk_weight *weight, const void *x, int64_t x_stride, int32_t
                void *y, int64_t y_stride, int32_t y_type, uint8_t *room, int32_t level, int32_t threads) {
     const int64_t widest = inputs > weight->k ? inputs : weight->k;
     linear l = {0};
-    l.kernels = kernels_of(level);
+    l.kernels = qk_kernels_of(level);
     l.weight = weight;
     l.x = x, l.x_stride = x_stride, l.x_type = x_type;
     l.inputs = inputs, l.rows = rows;
@@ -438,7 +402,7 @@ static void make_chunks(const stack_step *t, const qk_layer *layer, int64_t begi
 }
 
 static void multiply_gated(qk_team *team, const stack_step *t, const qk_layer *layer, float *room) {
-    const int64_t chunks = t->stack->intermediate / QK_CHUNK, piece = at_least_one(chunks / (PIECES * team->size));
+    const int64_t chunks = t->stack->intermediate / QK_CHUNK, piece = at_least_one(chunks / (QK_PIECES * team->size));
     const int64_t near = near_rows(&layer->gate_up);
     for (int64_t begin; (begin = qk_take(team, piece)) < chunks;) {
         const int64_t end = begin + piece < chunks ? begin + piece : chunks;
@@ -506,7 +470,7 @@ void qk_run_stack(const qk_stack *stack, const qk_sequence *sequences, int64_t n
     qk_sequence pieces[STEP_ROWS];
     stack_step t = {0};
     const int64_t most = rows < STEP_ROWS ? rows : STEP_ROWS;
-    t.kernels = kernels_of(level);
+    t.kernels = qk_kernels_of(level);
     t.stack = stack;
     t.sequences = pieces;
     t.wide_stride = widest_result(stack);
@@ -535,13 +499,13 @@ void qk_sizes(int64_t *out) {
 
 void qk_quantize(const float *x, int64_t k, void *q, int32_t is_fine, float *tables, int32_t level) {
     const qk_rows to = {q, q, tables, k, is_fine};
-    kernels_of(level)->quantize(x, k, &to, 0, 0);
+    qk_kernels_of(level)->quantize(x, k, &to, 0, 0);
 }
 
 void qk_silu_mul(const float *gate, const float *up, int64_t n, float *out, int32_t level) {
-    kernels_of(level)->silu_mul(gate, up, n, out);
+    qk_kernels_of(level)->silu_mul(gate, up, n, out);
 }
 
 void qk_rms_norm(const float *x, const float *weight, int64_t n, float eps, float *out, int32_t level) {
-    kernels_of(level)->rms_norm(x, weight, n, eps, out);
+    qk_kernels_of(level)->rms_norm(x, weight, n, eps, out);
 }

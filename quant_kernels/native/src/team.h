@@ -19,6 +19,9 @@ typedef void (*qk_work)(qk_team *team, int member, void *argument);
 /* Run `work` on up to `size` threads, of which the caller's is one; `team->size` is how many there are. */
 void qk_run(qk_work work, void *argument, int size);
 
+/* Pieces of work per thread and phase: threads that are slower, or interrupted, take fewer. */
+#define QK_PIECES 6
+
 /* Wait for all members; then all work of the next phase is free to be taken. */
 void qk_wait(qk_team *team);
 
