@@ -218,11 +218,12 @@ INLINE void tile_of(const qk_weight *w, const uint8_t *codes, const float *table
             memcpy(out + r * QK_COLUMNS + (part + p) * TILE_WIDTH, &acc[r][p], sizeof(tf));
 }
 
-/* One row takes all vectors of a block together, to keep the units busy; more rows one after the other, for registers. */
+/* All vectors of a block together, so that each number of a row is loaded once; but one after the other where a vector's
+ * codes alone take the registers. */
 INLINE void tile_rows(const qk_weight *w, const uint8_t *codes, const float *table, const qk_rows *x, int64_t row, int rows,
                       int bits, int is_fine, float *out) {
-    if (rows == 1) {
-        tile_of(w, codes, table, x, row, 1, 0, 16 / TILE_WIDTH, bits, is_fine, out);
+    if (rows == 1 || !is_fine) {
+        tile_of(w, codes, table, x, row, rows, 0, 16 / TILE_WIDTH, bits, is_fine, out);
         return;
     }
     for (int part = 0; part < 16 / TILE_WIDTH; part++)
