@@ -222,7 +222,7 @@ INLINE void tile_of(const qk_weight *w, const uint8_t *codes, const float *table
  * codes alone take the registers. */
 INLINE void tile_rows(const qk_weight *w, const uint8_t *codes, const float *table, const qk_rows *x, int64_t row, int rows,
                       int bits, int is_fine, float *out) {
-    if (rows == 1 || !is_fine) {
+    if (rows == 1 || bits == 8 || !is_fine) {
         tile_of(w, codes, table, x, row, rows, 0, 16 / TILE_WIDTH, bits, is_fine, out);
         return;
     }
