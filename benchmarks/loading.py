@@ -37,7 +37,6 @@ from quant_kernels.linear.dispatch import Target
 DEFAULT_JSON = REPOSITORY / "benchmarks" / "results" / "loading-cpu.json"
 DISK, READER, TWO, LOAD = "disk, end to end", "loader's reader", "two readers at once", "whole load"
 _PART_BYTES = 16 * 2**20
-_TARGET = Target(torch.device("cpu"), torch.bfloat16)
 
 
 @dataclass(frozen=True, slots=True)
@@ -172,7 +171,7 @@ def _timed(work: Callable[[], None]) -> Reading:
 
 def _load(opened: OpenedModel) -> Reading:
     before = _disk_bytes()
-    _, times = load_timed(opened, _TARGET, 2048)
+    _, times = load_timed(opened, Target.of(torch.device("cpu"), torch.bfloat16), 2048)
     after = _disk_bytes()
     share = None if before is None or after is None else after - before
     return Reading(times.seconds, share, times.convert_seconds, times.read_seconds)

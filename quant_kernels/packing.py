@@ -10,6 +10,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import replace
 
+import numpy as np
 import torch
 
 from quant_kernels.packed_weight import CODES_PER_WORD, PADDING, DenseWeight, PackedWeight
@@ -93,7 +94,7 @@ def concat_outputs(parts: Sequence[PackedWeight]) -> PackedWeight:
     integer_zeros = first.mins is None and first.codebook is None
     return PackedWeight(
         bits=first.bits,
-        codes=torch.cat([p.codes for p in parts], dim=1),
+        codes=_codes_side_by_side(parts),
         scales=torch.cat([p.scales for p in parts], dim=1),
         group_size=first.group_size,
         in_features=first.in_features,
@@ -106,6 +107,16 @@ def concat_outputs(parts: Sequence[PackedWeight]) -> PackedWeight:
         bias=concat_biases([p.bias for p in parts], [p.out_features for p in parts]),
         origin=first.origin,
     )
+
+
+def _codes_side_by_side(parts: Sequence[PackedWeight]) -> torch.Tensor:
+    """Into memory that numpy asks huge pages for: faults on small ones take as long as the copy."""
+    codes = [part.codes for part in parts]
+    if any(c.device.type != "cpu" for c in codes):
+        return torch.cat(codes, dim=1)
+    shape = (len(codes[0]), sum(c.shape[1] for c in codes))
+    out = torch.from_numpy(np.empty(shape, np.int32))
+    return torch.cat(codes, dim=1, out=out)
 
 
 def concat_biases(biases: Sequence[torch.Tensor | None], sizes: Sequence[int]) -> torch.Tensor | None:

@@ -8,6 +8,7 @@ others. Invariant: codes, zero points and scales are those of the record, bit fo
 
 from __future__ import annotations
 
+import numpy as np
 import torch
 
 from quant_kernels.footprint import native_bytes, native_group
@@ -60,7 +61,8 @@ class CpuInt8Linear(WholeLinear):
         self.in_features = weight.num_inputs
         self.out_features = weight.out_features
         self._library = library
-        self.data = torch.empty(stored_bytes(weight), dtype=torch.uint8)
+        # numpy asks for huge pages: fewer faults while packing, and fewer misses of addresses in every pass.
+        self.data = torch.from_numpy(np.empty(stored_bytes(weight), np.uint8))
         self.bias = None if weight.bias is None else weight.bias.float().contiguous()
         self.order = None if weight.perm is None else weight.perm.to(torch.int32).contiguous()
         mins = weight.mins is not None
