@@ -1,9 +1,9 @@
-"""4-bit and 8-bit linears on the CPU, on our own kernels: activations in int8, weights as they are in the file.
+"""4-bit and 8-bit linears on the CPU, on our own kernels: activations in integers, weights as they are in the file.
 
-Each row of x is quantized to int8 with a scale per 32 numbers, as llama.cpp does it, or, where that would show most, to
-two such planes; products of codes are added up as
-integers, exactly, and a group's sum is multiplied by both scales in float32. So a row's result does not depend on the
-others. Invariant: codes, zero points and scales are those of the record, bit for bit (float32 scales stay float32).
+Each row of x is quantized with a scale per 32 numbers, coarsely to int8, as llama.cpp does it, or finely to int16 where
+errors show most. Products of codes are added up as integers, exactly, and a group's sum is multiplied by both scales in
+float32. So a row's result does not depend on the others. Invariant: codes, zero points and scales are those of the
+record, bit for bit (float32 scales stay float32).
 """
 
 from __future__ import annotations
@@ -50,7 +50,7 @@ class CpuInt8Linear(WholeLinear):
     """A PackedWeight in the layout of `native/src/qk.h`.
 
     Args:
-        is_fine: multiply by activations of 15 bits, two planes of int8, at twice the cost in computing.
+        is_fine: multiply by activations of 15 bits and a sign, which takes half as long again; always with 8 bits.
     """
 
     kernel = KERNEL
