@@ -17,6 +17,7 @@ import msgspec
 from qengine.config import EngineConfig
 from qengine.request import SamplingParams, TokenLogprobs
 from qengine.runtime.channel import ProtocolError
+from qengine.runtime.loader import LoadTimes
 from qengine.runtime.planner import Card, MemoryPlan
 
 Count = Annotated[int, msgspec.Meta(ge=0, le=2**63 - 1)]
@@ -143,10 +144,12 @@ class Loaded(_Message, frozen=True):
 
     Attributes:
         card: as it was before them; None where all ranks share the computer's memory.
+        times: what reading them took.
     """
 
     card: Card | None
     weight_bytes: Count
+    times: LoadTimes
 
 
 class Done(_Message, frozen=True):

@@ -88,10 +88,10 @@ def _serve(channel: Channel) -> None:
     _send(channel, Joined())
     worker, card = _make_worker(start, opened, device, links)
     with _signs_of_life(channel):
-        worker.load(show_progress=start.show_progress)
+        times = worker.load(show_progress=start.show_progress)
     if start.rank == 0:
         worker.log_kernels()
-    _send(channel, Loaded(card, worker.weight_bytes))
+    _send(channel, Loaded(card, worker.weight_bytes, times))
     reader = StepReader()
     while not isinstance(order := decode_order(channel.receive()), Stop):
         if isinstance(order, Allocate):

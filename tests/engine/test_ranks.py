@@ -114,6 +114,17 @@ def test_an_mlp_that_does_not_divide_gives_the_tokens_of_one_rank(
         assert tokens(run(llm, mixed_prompts(6, seed=5), greedy(max_tokens=16))) == expected
 
 
+def test_ranks_say_what_their_start_took(caplog: pytest.LogCaptureFixture) -> None:
+    caplog.set_level("INFO", "qengine")
+    with LLM(FIXTURE, **OPTIONS, pipeline_parallel_size=2) as llm:
+        seconds = llm.engine.info.start_seconds
+    assert list(seconds) == ["plan", "tokenizer", "ranks", "weights", "warm-up", "read", "convert", "total"]
+    assert min(seconds["read"], seconds["convert"]) > 0
+    [table] = [message for message in caplog.messages if message.startswith("start ")]
+    assert "GB/s" in table
+    assert table.count("(the slowest of 2 ranks)") == 2
+
+
 def test_everything_a_request_can_ask_for_passes_between_processes(llm: LLM) -> None:
     """On two by two ranks what one process answers: sampling, penalties, log-probabilities, choices, stops."""
     asked = [

@@ -15,6 +15,7 @@ from hypothesis import strategies as st
 from qengine.config import EngineConfig
 from qengine.request import SamplingParams, TokenLogprobs
 from qengine.runtime.channel import ProtocolError
+from qengine.runtime.loader import LoadTimes
 from qengine.runtime.messages import (
     Allocate,
     Check,
@@ -61,8 +62,8 @@ LOGPROBS = TokenLogprobs(4, -0.25, 1, ((4, -0.25), (5, -math.inf)))
 REPORTS = [
     Opened(),
     Joined(),
-    Loaded(CARD, 10**12),
-    Loaded(None, 0),
+    Loaded(CARD, 10**12, LoadTimes(10**12, 61.5, 60.0, 59.5)),
+    Loaded(None, 0, LoadTimes(0, 0.5, 0.0, 0.5)),
     Done(),
     Result((4, -1), (LOGPROBS, None), {0: (LOGPROBS,)}, {1: "NaN"}),
     Failed("load", "a file is cut short"),
