@@ -83,7 +83,7 @@ def connect_links(
     and `shares`, which are those of its stage.
 
     Args:
-        rendezvous: path of a file that does not exist yet; no port is opened to meet.
+        rendezvous: path of a file that is empty or does not exist yet; no port is opened to meet.
         limit_s: seconds that the others may take to come, and a call to complete.
         shares: as the plan says; how unlike ranks share every layer of this stage.
         seats: for tensors through host memory, of the stage's ranks and between the stages.
@@ -119,10 +119,7 @@ def _greet(transport: Transport, device: torch.device) -> None:
 
 
 def _greet_neighbours(pipe: Transport, device: torch.device) -> None:
-    """The first number down a pipeline: NCCL connects two ranks when they first send, through the file they met in.
-
-    Ranks meet before the file is removed, and no step comes that early.
-    """
+    """The first number down a pipeline: NCCL connects two ranks when they first send, and no step comes that early."""
     count = torch.zeros(1, device=device)
     if pipe.rank > 0:
         count = pipe.receive(count, pipe.rank - 1)

@@ -46,7 +46,7 @@ class Start(_Message, frozen=True):
         config: what the engine was started with; the model is a path.
         rank: number of this process; stages follow each other, and the ranks of one are neighbours.
         plan: of all cards, as far as headers tell.
-        rendezvous: a file by which the ranks find each other.
+        rendezvous: path of the file that they find each other by, which each has inherited.
         seats: for tensors through host memory, of the stage's ranks and between the stages; none for a single rank.
     """
 

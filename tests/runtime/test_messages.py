@@ -51,7 +51,7 @@ OPTIONS = {
 PARAMS = SamplingParams(temperature=0.5, stop=["a"], logit_bias={7: -1.5}, stop_token_ids=[3], logprobs=2, seed=5)
 ENTRY = Entry(3, True, 16, (5, 6), 1, (9, 10), True, Sampling(PARAMS, 2**63 - 1, (1, 2), (0,)), (8,), 2, (6,))
 ORDERS = [
-    Start(EngineConfig.from_options(OPTIONS), PLAN, 1, "/tmp/x/rendezvous", "info", False, ("{}", None)),
+    Start(EngineConfig.from_options(OPTIONS), PLAN, 1, "/proc/self/fd/9", "info", False, ("{}", None)),
     Allocate(PLAN),
     Step((ENTRY, Entry(0, False, 4, (1,), 2, (), False))),
     Clear((1, 2)),
