@@ -13,7 +13,7 @@ from dataclasses import dataclass, field, replace
 
 from qengine.config import AUTO, EngineConfig, ModelConfig
 from qengine.errors import ConfigError
-from qengine.parallel.seats import shared_bytes
+from qengine.parallel.seats import chain, shared_bytes
 from qengine.parallel.split import RankShape
 from qengine.runtime.model_bytes import (
     BATCHED_TOKENS,
@@ -348,7 +348,8 @@ def seats_bytes(tensor_parallel_size: int, num_stages: int, config: EngineConfig
     """Memory by which the ranks on a CPU reach each other: within every stage, and between the stages at each place."""
     if config.parallel.p2p == "on":
         return 0  # By gloo, through sockets.
-    return num_stages * shared_bytes(tensor_parallel_size) + tensor_parallel_size * shared_bytes(num_stages)
+    pipe = shared_bytes(num_stages, chain(num_stages))
+    return num_stages * shared_bytes(tensor_parallel_size) + tensor_parallel_size * pipe
 
 
 @dataclass(frozen=True, slots=True)

@@ -23,7 +23,7 @@ from qengine import environment
 from qengine.config import EngineConfig, ParallelConfig
 from qengine.errors import ConfigError, EngineDeadError, LoadError, QEngineError
 from qengine.parallel.rendezvous import inherited_path, meeting_file
-from qengine.parallel.seats import Seat, Seats
+from qengine.parallel.seats import Pair, Seat, Seats, chain
 from qengine.parallel.verdicts import Route
 from qengine.parallel.watchdog import DEFAULT_LIMIT_S, Watchdog, nccl_advice
 from qengine.runtime.channel import ChannelClosedError, ProtocolError, frame
@@ -398,11 +398,11 @@ def _take_seats(parallel: ParallelConfig, stack: contextlib.ExitStack) -> list[_
     """By rank: its seat among the ranks of its stage, and its seat between the stages; closed with the stack."""
     tp, pp = parallel.tensor_parallel_size, parallel.pipeline_parallel_size
 
-    def take(size: int) -> list[Seat | None]:
-        return list(stack.enter_context(Seats(size))) if size > 1 else [None]
+    def take(size: int, pairs: Sequence[Pair] = ()) -> list[Seat | None]:
+        return list(stack.enter_context(Seats(size, pairs))) if size > 1 else [None]
 
     stages = [take(tp) for _ in range(pp)]
-    pipes = [take(pp) for _ in range(tp)]
+    pipes = [take(pp, chain(pp)) for _ in range(tp)]
     return [(stages[stage][place], pipes[place][stage]) for stage in range(pp) for place in range(tp)]
 
 

@@ -169,8 +169,8 @@ def test_ranks_on_a_cpu_share_its_memory_and_all_they_hold_is_counted(tp: int, p
     [card] = found.cards
     assert (card.weight_bytes, card.step_buffer_bytes, card.kv_bytes_per_token) == (weights, steps, per_token)
     assert per_token == 2 * 3 * max(2, tp) * 64 * 4  # Four ranks have a copy each of two heads.
-    mailboxes = (pp * (tp + tp**2) * (tp > 1) + tp * (pp + pp**2) * (pp > 1)) * 2 * 2 * 2**20
-    assert card.reserve_bytes == tp * pp * RANK_BYTES + mailboxes
+    in_stages, between_stages = pp * tp * (tp > 1), tp * (pp + pp - 1) * (pp > 1)
+    assert card.reserve_bytes == tp * pp * RANK_BYTES + (in_stages + between_stages) * 4 * 2**20
     assert card.total_bytes == 4 * GIB
     assert card.free_bytes >= 0
 
