@@ -116,9 +116,10 @@ def _expect_start(channel: Channel) -> Start:
 
 def _connect(start: Start, opened: OpenedModel, device: torch.device) -> Links:
     parallel = start.config.parallel
-    shares = start.plan.shares_of(start.rank // parallel.tensor_parallel_size)
+    stage = start.rank // parallel.tensor_parallel_size
+    layers, shares = start.plan.layers_of(stage), start.plan.shares_of(stage)
     limit_s = WARM_UP_SECONDS + parallel.step_timeout
-    return connect_links(parallel, start.rank, opened, device, start.rendezvous, limit_s, shares, start.seats)
+    return connect_links(parallel, start.rank, opened, device, start.rendezvous, limit_s, layers, shares, start.seats)
 
 
 def _make_worker(start: Start, opened: OpenedModel, device: torch.device, links: Links) -> tuple[Worker, Card | None]:

@@ -9,6 +9,7 @@ import signal
 import sys
 import time
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -16,12 +17,13 @@ import pytest
 from safetensors.torch import load_file, save_file
 
 from benchmarks.synthetic import GROUP_SIZE, Sizes, write_checkpoint
-from qengine import LLM, SamplingParams, StructuredOutputs
+from qengine import LLM, SamplingParams, StructuredOutputs, startup
 from qengine.config import EngineConfig
 from qengine.engine import Engine
 from qengine.errors import ConfigError, EngineDeadError, LoadError
 from qengine.runtime import spawn_executor
 from qengine.runtime.messages import Clear
+from qengine.runtime.planner import MemoryPlan
 from qengine.runtime.spawn_executor import SpawnExecutor
 from qengine.startup import start_parts
 from tests.engine.fixtures import path
@@ -112,6 +114,20 @@ def test_an_mlp_that_does_not_divide_gives_the_tokens_of_one_rank(
     assert len({token for one in expected for token in one}) > 16, "a model that says one thing shows nothing"
     with LLM(folder, **OPTIONS, tensor_parallel_size=tp, p2p="on") as llm:
         assert tokens(run(llm, mixed_prompts(6, seed=5), greedy(max_tokens=16))) == expected
+
+
+def test_stages_of_unlike_sizes_give_the_tokens_of_one_rank(
+    alone: list[list[int]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As where cards are unlike: stages have the layers that the plan gives them, where evenly they would be 2 + 1."""
+    real = startup.plan_ranks
+
+    def plan_ranks(*arguments: Any) -> MemoryPlan:
+        return replace(real(*arguments), stage_layers=(1, 2))
+
+    monkeypatch.setattr(startup, "plan_ranks", plan_ranks)
+    with LLM(FIXTURE, **OPTIONS, pipeline_parallel_size=2, max_num_batched_tokens=32) as llm:
+        assert tokens(run(llm, prompts()[:6], params()[:6])) == alone[:6]
 
 
 def test_ranks_say_what_their_start_took(caplog: pytest.LogCaptureFixture) -> None:
