@@ -89,11 +89,11 @@ def test_any_split_gives_the_tokens_of_one_rank(
         assert again.num_cached_tokens > 0
 
 
-@pytest.fixture(scope="module", params=[107, 231], ids=["107 groups", "231 groups"])
+@pytest.fixture(scope="module")
 def odd_groups(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> tuple[str, list[list[int]]]:
     """A model whose MLP has a number of groups that no number of ranks divides, and its tokens in one process."""
     folder = tmp_path_factory.mktemp("odd")
-    write_checkpoint(folder, Sizes(384, request.param * GROUP_SIZE, 6, 3, num_layers=1, vocab_size=2048), "awq")
+    write_checkpoint(folder, Sizes(384, request.param * GROUP_SIZE, 6, 3, num_layers=2, vocab_size=2048), "awq")
     for file in Path(FIXTURE).glob("*token*"):
         shutil.copy(file, folder)
     for shard in folder.glob("*.safetensors"):
@@ -105,14 +105,19 @@ def odd_groups(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPath
         return str(folder), tokens(run(llm, mixed_prompts(6, seed=5), greedy(max_tokens=16)))
 
 
-@pytest.mark.parametrize("tp", [2, 3])
+@pytest.mark.parametrize(
+    ("odd_groups", "tp", "pp"),
+    [(107, 2, 1), (107, 3, 1), (107, 2, 2), (231, 2, 1), (231, 3, 1), (231, 1, 2)],
+    indirect=["odd_groups"],
+    scope="module",
+)
 def test_an_mlp_that_does_not_divide_gives_the_tokens_of_one_rank(
-    tp: int, odd_groups: tuple[str, list[list[int]]]
+    odd_groups: tuple[str, list[list[int]]], tp: int, pp: int
 ) -> None:
-    """By gloo, 54 + 53 and 116 + 115 groups on two ranks, thirds on three."""
+    """By gloo, 54 + 53 and 116 + 115 groups on two ranks, thirds on three; a layer on each stage."""
     folder, expected = odd_groups
     assert len({token for one in expected for token in one}) > 16, "a model that says one thing shows nothing"
-    with LLM(folder, **OPTIONS, tensor_parallel_size=tp, p2p="on") as llm:
+    with LLM(folder, **OPTIONS, tensor_parallel_size=tp, pipeline_parallel_size=pp, p2p="on") as llm:
         assert tokens(run(llm, mixed_prompts(6, seed=5), greedy(max_tokens=16))) == expected
 
 
