@@ -20,15 +20,22 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
-from benchmarks.common import BenchmarkError, InputError, Spread, Workload, check_writable, read_results, write_text
+from benchmarks.command import (
+    add_result_options,
+    add_workload_options,
+    exit_code_of,
+    fill_in,
+    workload_of,
+    write_results,
+)
+from benchmarks.common import BenchmarkError, InputError, Spread, Workload, check_writable, read_results
 from benchmarks.contest import better_of, probe_machine, say
 from benchmarks.dummy_gguf import gguf_bytes, write_gguf
 from benchmarks.engines.base import EngineUnderTest, SpeedReading, Task
 from benchmarks.engines.llama_cpp import LlamaCppEngine
 from benchmarks.engines.own import OwnEngine, describe_model
-from benchmarks.machine import CpuClock, environment_record, publishable, usable_cores
-from benchmarks.offline import INTERRUPTED, batches, positive
-from benchmarks.process import child_environment, signals_raise
+from benchmarks.machine import CpuClock, environment_record, publishable
+from benchmarks.process import child_environment
 from benchmarks.report import aligned
 from benchmarks.synthetic import Sizes
 
@@ -40,6 +47,8 @@ SHAPES: Mapping[str, Sizes] = {
 }
 TITLES = {"1b": "Llama-3.2-1B", "8b": "Llama-3.1-8B"}
 DUMMY: Mapping[str, Any] = {"load_format": "dummy", "quantization": "gptq", "bits": 4, "group_size": 128}
+_FULL: Mapping[str, Any] = {"runs": 5, "prompt_tokens": 256, "decode_tokens": 32, "batch": (1,)}
+_SHORT: Mapping[str, Any] = {"runs": 1, "prompt_tokens": 16, "decode_tokens": 4, "batch": (1,)}
 #: Positions that a model says it was made for: its cache is then no larger than the timed work needs.
 _MAX_POSITION = 2048
 _SPARE_POSITIONS = 128
@@ -85,17 +94,11 @@ def main(argv: Sequence[str] | None = None) -> int:
     """
     arguments = list(sys.argv[1:] if argv is None else argv)
     options = parse_options(arguments)
-    try:
-        with signals_raise():
-            results = read_results(options.show, _check) if options.show is not None else _run(options, arguments)
-        print(report(results), end="")
-    except BenchmarkError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return error.exit_code
-    except KeyboardInterrupt:
-        print("\ninterrupted; nothing was written", file=sys.stderr)
-        return INTERRUPTED
-    return 0
+
+    def run() -> str:
+        return report(read_results(options.show, _check) if options.show is not None else _run(options, arguments))
+
+    return exit_code_of(run)
 
 
 def parse_options(arguments: Sequence[str]) -> argparse.Namespace:
@@ -105,24 +108,13 @@ def parse_options(arguments: Sequence[str]) -> argparse.Namespace:
     add = parser.add_argument
     names = ",".join(SHAPES)
     add("--shapes", type=_shapes, default=tuple(SHAPES), metavar="NAME,NAME", help=f"of {names} (default: all)")
-    add("--batch", type=batches, metavar="N,N", help="numbers of sequences to decode at once (default: 1)")
-    add("--prompt-tokens", type=positive, metavar="N", help="length of the timed prompt (default: 256)")
-    add("--decode-tokens", type=positive, metavar="N", help="timed decode steps (default: 32)")
-    add("--threads", type=positive, metavar="N", help="CPU threads (default: the physical cores this process may use)")
-    add("--runs", type=positive, metavar="N", help="rounds; the median counts (default: 5)")
-    add("--quick", action="store_true", help="one short round, to see that everything works; not for figures")
+    add_workload_options(parser, _FULL)
     add("--llama-cpp", type=Path, metavar="FOLDER", help="folder of llama.cpp's binaries (default: searched)")
     add("--require", action="append", default=[], choices=[LlamaCppEngine.name], help="fail unless it is measured")
     add("--folder", type=Path, metavar="DIR", help="where the files are written and removed (default: the system's)")
-    add("--timeout", type=positive, default=900, metavar="S", help="limit of each process in seconds (default: 900)")
-    add("--json", type=Path, default=DEFAULT_JSON, metavar="PATH", help=f"results file (default: {DEFAULT_JSON})")
-    add("--show", type=Path, metavar="RESULTS", help="print an earlier results file and measure nothing")
+    add_result_options(parser, DEFAULT_JSON)
     options = parser.parse_args(arguments)
-    short = {"runs": 1, "prompt_tokens": 16, "decode_tokens": 4, "batch": (1,)}
-    full = {"runs": 5, "prompt_tokens": 256, "decode_tokens": 32, "batch": (1,)}
-    for name, value in (short if options.quick else full).items():
-        if getattr(options, name) is None:
-            setattr(options, name, value)
+    fill_in(options, full=_FULL, short=_SHORT)
     return options
 
 
@@ -137,13 +129,7 @@ def _shapes(text: str) -> tuple[str, ...]:
 def _run(options: argparse.Namespace, arguments: Sequence[str]) -> dict[str, Any]:
     """Measure, write the JSON, and return its content."""
     check_writable(options.json)
-    workload = Workload(
-        threads=options.threads or usable_cores(),
-        prompt_tokens=options.prompt_tokens,
-        decode_tokens=options.decode_tokens,
-        batches=options.batch,
-        runs=options.runs,
-    )
+    workload = workload_of(options)
     _check_lengths(workload)
     environment = environment_record(shlex.join(["python", "-m", "benchmarks.cpu_shapes", *publishable(arguments)]))
     shapes = [_run_shape(name, workload, options) for name in options.shapes]
@@ -154,8 +140,7 @@ def _run(options: argparse.Namespace, arguments: Sequence[str]) -> dict[str, Any
         "workload": workload.to_json(),
         "shapes": shapes,
     }
-    write_text(options.json, json.dumps(results, indent=2) + "\n")
-    say(f"wrote {options.json}")
+    write_results(options.json, results)
     return results
 
 

@@ -8,23 +8,30 @@ nothing itself: every figure comes from a fresh child process, and no child outl
 from __future__ import annotations
 
 import argparse
-import json
 import shlex
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from benchmarks.common import BenchmarkError, InputError, Workload, check_writable, write_text
+from benchmarks.command import (
+    add_result_options,
+    add_workload_options,
+    exit_code_of,
+    fill_in,
+    workload_of,
+    write_results,
+)
+from benchmarks.common import InputError, Workload, check_writable
 from benchmarks.contest import compete, say
 from benchmarks.engines.base import EngineUnderTest, Task
 from benchmarks.engines.huggingface import HuggingFaceEngine
 from benchmarks.engines.llama_cpp import LlamaCppEngine
 from benchmarks.engines.own import OwnEngine, describe_model
-from benchmarks.machine import environment_record, publishable, usable_cores
-from benchmarks.process import child_environment, signals_raise
+from benchmarks.machine import environment_record, publishable
+from benchmarks.process import child_environment
 from benchmarks.report import (
     BENCHMARK,
     SCHEMA,
@@ -38,7 +45,8 @@ from benchmarks.report import (
 
 DEFAULT_JSON = Path("benchmarks/results/offline-cpu.json")
 PEERS = (LlamaCppEngine.name, HuggingFaceEngine.name)
-INTERRUPTED = 130
+_FULL: Mapping[str, Any] = {"runs": 5, "prompt_tokens": 512, "decode_tokens": 128, "batch": (1, 16)}
+_SHORT: Mapping[str, Any] = {"runs": 1, "prompt_tokens": 64, "decode_tokens": 16, "batch": (1, 4)}
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -49,17 +57,12 @@ def main(argv: Sequence[str] | None = None) -> int:
     """
     arguments = list(sys.argv[1:] if argv is None else argv)
     options = parse_options(arguments)
-    try:
-        with signals_raise():
-            results = load_results(options.show) if options.show is not None else _run(options, arguments)
-        print(markdown_report(results) if options.markdown else terminal_report(results), end="")
-    except BenchmarkError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return error.exit_code
-    except KeyboardInterrupt:
-        print("\ninterrupted; nothing was written", file=sys.stderr)
-        return INTERRUPTED
-    return 0
+
+    def run() -> str:
+        results = load_results(options.show) if options.show is not None else _run(options, arguments)
+        return markdown_report(results) if options.markdown else terminal_report(results)
+
+    return exit_code_of(run)
 
 
 def parse_options(arguments: Sequence[str]) -> argparse.Namespace:
@@ -67,45 +70,18 @@ def parse_options(arguments: Sequence[str]) -> argparse.Namespace:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.offline", description=(__doc__ or "").split("\n\n")[1])
     add = parser.add_argument
     add("--model", help="folder, .gguf file or hub id (default: the bundled model)")
-    add("--batch", type=batches, metavar="N,N", help="numbers of sequences to decode at once (default: 1,16)")
-    add("--prompt-tokens", type=positive, metavar="N", help="length of the timed prompt (default: 512)")
-    add("--decode-tokens", type=positive, metavar="N", help="timed decode steps (default: 128)")
-    add("--threads", type=positive, metavar="N", help="CPU threads (default: the physical cores this process may use)")
-    add("--runs", type=positive, metavar="N", help="rounds; the median counts (default: 5)")
-    add("--quick", action="store_true", help="one short round, to see that everything works; not for figures")
+    add_workload_options(parser, _FULL)
     add("--peers", type=_peers, default=PEERS, metavar="NAME,NAME", help=f"{', '.join(PEERS)}, or none (default: all)")
     add("--require", action="append", default=[], choices=PEERS, help="fail unless this peer is measured; repeatable")
     add("--llama-cpp", type=Path, metavar="FOLDER", help="folder of llama.cpp's binaries (default: searched)")
-    add("--timeout", type=positive, default=900, metavar="S", help="limit of each process in seconds (default: 900)")
-    add("--json", type=Path, default=DEFAULT_JSON, metavar="PATH", help=f"results file (default: {DEFAULT_JSON})")
+    add_result_options(parser, DEFAULT_JSON)
     add("--markdown", action="store_true", help="print the README's table instead of the terminal's")
-    add("--show", type=Path, metavar="RESULTS", help="print an earlier results file and measure nothing")
     options = parser.parse_args(arguments)
-    short = {"runs": 1, "prompt_tokens": 64, "decode_tokens": 16, "batch": (1, 4)}
-    full = {"runs": 5, "prompt_tokens": 512, "decode_tokens": 128, "batch": (1, 16)}
-    for name, value in (short if options.quick else full).items():
-        if getattr(options, name) is None:
-            setattr(options, name, value)
+    fill_in(options, full=_FULL, short=_SHORT)
     unwanted = [name for name in options.require if name not in options.peers]
     if unwanted:
         parser.error(f"--require {unwanted[0]} contradicts --peers {','.join(options.peers) or 'none'}")
     return options
-
-
-def positive(text: str) -> int:
-    """An option's value: a whole number of at least 1."""
-    try:
-        value = int(text)
-    except ValueError:
-        value = 0
-    if value < 1:
-        raise argparse.ArgumentTypeError(f"'{text}' is not a whole number of at least 1")
-    return value
-
-
-def batches(text: str) -> tuple[int, ...]:
-    """An option's value: numbers of sequences, in order."""
-    return tuple(sorted({positive(part) for part in text.split(",")}))
 
 
 def _peers(text: str) -> tuple[str, ...]:
@@ -119,21 +95,14 @@ def _peers(text: str) -> tuple[str, ...]:
 def _run(options: argparse.Namespace, arguments: Sequence[str]) -> dict[str, Any]:
     """Measure, write the JSON, and return its content."""
     check_writable(options.json)
-    threads = options.threads or usable_cores()
-    workload = Workload(
-        threads=threads,
-        prompt_tokens=options.prompt_tokens,
-        decode_tokens=options.decode_tokens,
-        batches=options.batch,
-        runs=options.runs,
-    )
+    workload = workload_of(options)
     environment = environment_record(shlex.join(["python", "-m", "benchmarks.offline", *publishable(arguments)]))
-    variables = child_environment(threads)
+    variables = child_environment(workload.threads)
     with ExitStack() as stack:
         engines = [stack.enter_context(engine) for engine in _engines(options)]
         model = describe_model(options.model, variables, options.timeout)
         _check_lengths(workload, model.max_position)
-        say(f"{model.name} ({model.description}), {threads} thread(s), {options.runs} round(s)")
+        say(f"{model.name} ({model.description}), {workload.threads} thread(s), {options.runs} round(s)")
         measured = compete(engines, Task(model, workload, variables, options.timeout), options.require)
     results = {
         "schema": SCHEMA,
@@ -146,8 +115,7 @@ def _run(options: argparse.Namespace, arguments: Sequence[str]) -> dict[str, Any
     }
     for record in measured_engines(results):
         record["bounds"] = bounds_of(record, results)
-    write_text(options.json, json.dumps(results, indent=2) + "\n")
-    say(f"wrote {options.json}")
+    write_results(options.json, results)
     return results
 
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import logging
 import re
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -38,9 +38,7 @@ _STRAY_MASKS = re.compile(r"(^|\.)(attn|self_attn|attention)\.bias$")
 #: A bias that nothing asks for is read, to see if it is zero, only up to this size.
 _MAX_BIAS_BYTES = 4 * 2**20
 _HEAD = "lm_head"
-#: What each method calls a module's codes.
-_CODES = {"gptq": "qweight", "awq": "qweight", "compressed-tensors": "weight_packed"}
-_HEADERS: Mapping[str, Callable[[QuantizationScheme, Notices], LinearHeaders]] = {
+_HEADERS: Mapping[str, type[GPTQHeaders | AWQHeaders | CompressedTensorsHeaders]] = {
     "gptq": GPTQHeaders,
     "awq": AWQHeaders,
     "compressed-tensors": CompressedTensorsHeaders,
@@ -72,7 +70,7 @@ class SafetensorsHeaders:
         declaration = find_declaration(folder, config)
         checkpoint = open_folder(folder, declaration.weight_file_stem if declaration else None)
         scheme = detect(checkpoint, declaration)
-        codes = None if scheme is None else _CODES[scheme.method]
+        codes = None if scheme is None else _HEADERS[scheme.method].codes
         if scheme is not None and not any(name.endswith(f".{codes}") for name in checkpoint.tensors):
             raise CheckpointError(
                 f"{folder} is declared {scheme.name} but holds no quantized tensor ({codes}); "
@@ -150,7 +148,7 @@ class SafetensorsHeaders:
         """What a module without any weight should have had."""
         if self.scheme is None or self.scheme.for_module(module).skipped:
             return f"{module}.weight"
-        return f"{module}.{_CODES[self.scheme.method]} (or .weight)"
+        return f"{module}.{_HEADERS[self.scheme.method].codes} (or .weight)"
 
     def _may_be_left_over(self, info: TensorInfo, slot_names: set[str]) -> bool:
         name = info.name

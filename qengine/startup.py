@@ -28,7 +28,7 @@ from qengine.runtime.loader import OpenedModel, open_model
 from qengine.runtime.planner import MemoryPlan
 from qengine.runtime.platform import Platform, choose_device, choose_dtype
 from qengine.runtime.rank_planning import plan_ranks, replan_ranks
-from qengine.runtime.start_times import WEIGHTS, StartTimes
+from qengine.runtime.start_times import StartTimes
 from qengine.runtime.worker import Worker
 from qengine.scheduling.block_pool import BlockPool
 from qengine.scheduling.scheduler import Scheduler, SchedulerLimits
@@ -166,7 +166,7 @@ def _start_ranks(
         executor.join()
         watch.lap("ranks")
         loaded = executor.load()
-        watch.lap(WEIGHTS)
+        watch.loaded(*(rank.times for rank in loaded))
         cards = [rank.card for rank in loaded if rank.card is not None]
         if cards:
             plan = replan_ranks(plan, opened, config, machine, cards, [rank.weight_bytes for rank in loaded])

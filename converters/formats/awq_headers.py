@@ -9,9 +9,15 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 from converters.checkpoint import TensorInfo
-from converters.detect import QuantizationScheme
-from converters.formats.base import DTYPE_NAMES, FLOAT_DTYPES, bias_dtype, check_bias, check_tensor
-from converters.report import Notices, Report, shape_text
+from converters.formats.base import (
+    DTYPE_NAMES,
+    FLOAT_DTYPES,
+    QuantizedHeaders,
+    bias_dtype,
+    check_bias,
+    check_tensor,
+)
+from converters.report import Report, shape_text
 from converters.source import LinearSlot
 from quant_kernels.footprint import WeightFacts
 
@@ -33,16 +39,8 @@ class Names:
         return Names(f"{module}.qweight", f"{module}.qzeros", f"{module}.scales")
 
 
-class AWQHeaders:
+class AWQHeaders(QuantizedHeaders):
     """Knows the quantized linears of AWQ checkpoints."""
-
-    def __init__(self, scheme: QuantizationScheme, notices: Notices) -> None:
-        self._scheme = scheme
-        self._notices = notices
-
-    def claims(self, name: str, tensors: Mapping[str, TensorInfo]) -> bool:
-        """Whether the module has packed codes."""
-        return f"{name}.qweight" in tensors
 
     def check(self, slot: LinearSlot, tensors: Mapping[str, TensorInfo], report: Report) -> Sequence[str]:
         """Shapes must be those of the gemm version, with whole groups of any size."""

@@ -6,12 +6,13 @@ Invariant: `check` looks at headers alone and reports every problem; after it, `
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import TYPE_CHECKING, Protocol
+from typing import TYPE_CHECKING, ClassVar, Protocol
 
 from converters.checkpoint import TensorInfo
+from converters.detect import QuantizationScheme
 from converters.errors import CheckpointError
 from converters.files import shown
-from converters.report import Report, shape_text
+from converters.report import Notices, Report, shape_text
 from converters.source import LinearSlot, Weight
 from quant_kernels.footprint import WeightFacts
 
@@ -39,6 +40,24 @@ class LinearHeaders(Protocol):
     def facts(self, slot: LinearSlot, tensors: Mapping[str, TensorInfo]) -> WeightFacts:
         """What a checked slot will be read as, as far as headers tell."""
         ...
+
+
+class QuantizedHeaders:
+    """What those of quantized linears have in common: a scheme that the file declares, and tensors named by the module.
+
+    Attributes:
+        codes: what a module calls its codes.
+    """
+
+    codes: ClassVar[str] = "qweight"
+
+    def __init__(self, scheme: QuantizationScheme, notices: Notices) -> None:
+        self._scheme = scheme
+        self._notices = notices
+
+    def claims(self, name: str, tensors: Mapping[str, TensorInfo]) -> bool:
+        """Whether the module has packed codes."""
+        return f"{name}.{self.codes}" in tensors
 
 
 class LinearFormat(LinearHeaders, Protocol):

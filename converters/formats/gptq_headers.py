@@ -10,9 +10,16 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 from converters.checkpoint import TensorInfo
-from converters.detect import GPTQ_BITS, ModuleScheme, QuantizationScheme
-from converters.formats.base import DTYPE_NAMES, FLOAT_DTYPES, bias_dtype, check_bias, check_tensor
-from converters.report import Notices, Report, shape_text
+from converters.detect import GPTQ_BITS, ModuleScheme
+from converters.formats.base import (
+    DTYPE_NAMES,
+    FLOAT_DTYPES,
+    QuantizedHeaders,
+    bias_dtype,
+    check_bias,
+    check_tensor,
+)
+from converters.report import Report, shape_text
 from converters.source import LinearSlot
 from quant_kernels.footprint import WeightFacts
 
@@ -41,16 +48,8 @@ class Layout:
         return int(2 ** (self.bits - 1))
 
 
-class GPTQHeaders:
+class GPTQHeaders(QuantizedHeaders):
     """Knows the quantized linears of GPTQ checkpoints."""
-
-    def __init__(self, scheme: QuantizationScheme, notices: Notices) -> None:
-        self._scheme = scheme
-        self._notices = notices
-
-    def claims(self, name: str, tensors: Mapping[str, TensorInfo]) -> bool:
-        """Whether the module has packed codes."""
-        return f"{name}.qweight" in tensors
 
     def check(self, slot: LinearSlot, tensors: Mapping[str, TensorInfo], report: Report) -> Sequence[str]:
         """Shapes must agree with the slot for some bits and group size."""

@@ -105,6 +105,18 @@ def _switch(name: str, help: str) -> Flag:
     return Flag(name, help, kind="switch")
 
 
+# What several commands take
+
+_ENFORCE_EAGER = _switch("--enforce-eager", "no CUDA graphs")
+_JSON_INSTEAD = _switch("--json", "one JSON object instead of a table")
+_FIGURES = Flag("--json", "write the figures there", "FILE")
+_SERVER_KEY = Flag(
+    "--api-key", "the key that the server asks for; QENGINE_API_KEY keeps it out of sight", "KEY", any_text
+)
+_INPUT_LEN = Flag("--random-input-len", "tokens of each prompt", "N", count, default="128")
+_OUTPUT_LEN = Flag("--random-output-len", "tokens of each answer", "N", count, default="64")
+
+
 MODEL_FLAGS = Group(
     "Model",
     (
@@ -190,7 +202,7 @@ DEVICE_FLAGS = Group(
             default="60",
         ),
         Flag("--p2p", "whether cards copy to each other: auto (checked once), on or off", "MODE", default="auto"),
-        _switch("--enforce-eager", "no CUDA graphs"),
+        _ENFORCE_EAGER,
     ),
 )
 
@@ -278,19 +290,17 @@ CHAT_FLAGS = Group(
     "Conversation",
     (
         Flag("--url", "talk to a server instead; MODEL is then its name there, or left out", "URL"),
-        Flag("--api-key", "the key that the server asks for; QENGINE_API_KEY keeps it out of sight", "KEY", any_text),
+        _SERVER_KEY,
         Flag("--system", "system message that the conversation starts with", "TEXT"),
         Flag("--max-tokens", "most tokens in one answer", "N", count, default="what the context holds"),
     ),
 )
 
-_INPUT_LEN = Flag("--random-input-len", "tokens of each prompt", "N", count, default="128")
-_OUTPUT_LEN = Flag("--random-output-len", "tokens of each answer", "N", count, default="64")
 LOAD_FLAGS = Group(
     "Load",
     (
         Flag("--url", "load this server; left out, one is started with the flags below", "URL"),
-        Flag("--api-key", "the key that the server asks for; QENGINE_API_KEY keeps it out of sight", "KEY", any_text),
+        _SERVER_KEY,
         Flag(
             "--request-rate",
             "requests per second, at random times; several are measured in turn, inf sends all at once",
@@ -311,7 +321,7 @@ LOAD_FLAGS = Group(
             bound,
             kind="list",
         ),
-        Flag("--json", "write the figures there", "FILE"),
+        _FIGURES,
         Flag("--plot", "draw them there: .png, .svg or .pdf (needs matplotlib)", "FILE"),
     ),
 )
@@ -322,7 +332,7 @@ OFFLINE_FLAGS = Group(
         _INPUT_LEN,
         _OUTPUT_LEN,
         Flag("--runs", "readings of each figure; the median counts", "N", count, default="3"),
-        Flag("--json", "write the figures there", "FILE"),
+        _FIGURES,
     ),
 )
 
@@ -339,7 +349,7 @@ INSPECT_FLAGS = Group(
         Flag("--device", "cpu leaves this machine's GPU aside", "DEVICE", default="auto"),
         Flag("--rows", "sequences in the decode step", "N", count, default="1"),
         Flag("--bandwidth", "of the memory in GB/s, for the bound", "GB/s", number, default="the card's, if known"),
-        _switch("--json", "one JSON object instead of a table"),
+        _JSON_INSTEAD,
     ),
 )
 READ_FLAGS = Group("Model", tuple(flag for flag in MODEL_FLAGS.flags if flag.name in _READ_AS))
@@ -360,9 +370,10 @@ PLAN_FLAGS = Group(
             default="1, or all that are named",
             short="-tp",
         ),
+        Flag("--pipeline-parallel-size", "stages, each with some of the layers", "N", count, default="1", short="-pp"),
         Flag("--device", "cpu plans for this computer's own memory", "DEVICE", default="auto"),
-        _switch("--enforce-eager", "no CUDA graphs"),
-        _switch("--json", "one JSON object instead of a table"),
+        _ENFORCE_EAGER,
+        _JSON_INSTEAD,
     ),
 )
 EVALUATE_FLAGS = Group(
@@ -378,7 +389,7 @@ EVALUATE_FLAGS = Group(
         Flag("--window", "tokens that the model reads together", "N", count, default="2048, or the model's context"),
         Flag("--stride", "tokens from window to window; what overlaps is context", "N", count, default="the window"),
         Flag("--max-tokens", "most tokens of the text, from its start", "N", count, default="all"),
-        _switch("--json", "one JSON object instead of a table"),
+        _JSON_INSTEAD,
     ),
 )
 _RUN_AS = ("--tokenizer", "--quantization", "--dtype", "--skip-check")
@@ -467,14 +478,20 @@ class CommandHelp:
     """What a command takes and says of itself.
 
     Attributes:
+        own_groups: of its flags, before those that every command has.
         words: what stands beside the flags, by option name, with its help; the last ones may be left out only where
             there is one.
     """
 
     summary: str
-    groups: tuple[Group, ...]
+    own_groups: tuple[Group, ...]
     examples: tuple[tuple[str, str], ...]
     words: tuple[tuple[str, str], ...] = (("model", MODEL_HELP),)
+
+    @property
+    def groups(self) -> tuple[Group, ...]:
+        """All of its flags."""
+        return (*self.own_groups, GENERAL_FLAGS)
 
     @property
     def flags(self) -> dict[str, Flag]:
@@ -485,7 +502,7 @@ class CommandHelp:
 COMMANDS: dict[str, CommandHelp] = {
     "serve": CommandHelp(
         "Serve a model over HTTP, with OpenAI's API.",
-        (ADDRESS_FLAGS, SERVER_FLAGS, MONITORING_FLAGS, *ENGINE_GROUPS, GENERAL_FLAGS),
+        (ADDRESS_FLAGS, SERVER_FLAGS, MONITORING_FLAGS, *ENGINE_GROUPS),
         (
             ("qengine serve", "the bundled model, on http://127.0.0.1:8000"),
             ("qengine serve ./Qwen2.5-7B-Instruct-AWQ --max-model-len 16K", "a local 4-bit checkpoint"),
@@ -495,7 +512,7 @@ COMMANDS: dict[str, CommandHelp] = {
     ),
     "generate": CommandHelp(
         "Continue one prompt, as it comes, or several at once.",
-        (PROMPT_FLAGS, SAMPLING_FLAGS, *ENGINE_GROUPS, GENERAL_FLAGS),
+        (PROMPT_FLAGS, SAMPLING_FLAGS, *ENGINE_GROUPS),
         (
             ('qengine generate --prompt "The capital of France is"', "the bundled model"),
             ('qengine generate MODEL --chat --prompt "Why is the sky blue?"', "through the chat template"),
@@ -505,7 +522,7 @@ COMMANDS: dict[str, CommandHelp] = {
     ),
     "chat": CommandHelp(
         "Talk to a model in the terminal. /help lists its commands, Ctrl-C stops an answer, Ctrl-D ends.",
-        (CHAT_FLAGS, SAMPLING_FLAGS, *ENGINE_GROUPS, GENERAL_FLAGS),
+        (CHAT_FLAGS, SAMPLING_FLAGS, *ENGINE_GROUPS),
         (
             ("qengine chat", "the bundled model"),
             ('qengine chat MODEL --system "Answer in one sentence."', "with a system message"),
@@ -514,7 +531,7 @@ COMMANDS: dict[str, CommandHelp] = {
     ),
     "inspect": CommandHelp(
         "Say what would run and what makes it slow, without running the model.",
-        (INSPECT_FLAGS, READ_FLAGS, GENERAL_FLAGS),
+        (INSPECT_FLAGS, READ_FLAGS),
         (
             ("qengine inspect ./Qwen2.5-7B-Instruct-AWQ --gpu 4090", "on a card that need not be there"),
             ("qengine inspect MODEL --gpu h100 --rows 32", "a step of 32 sequences"),
@@ -524,17 +541,18 @@ COMMANDS: dict[str, CommandHelp] = {
     ),
     "plan": CommandHelp(
         "Say where every byte of a card would go and what context fits. Exits with 1 if it does not fit.",
-        (PLAN_FLAGS, READ_FLAGS, PLAN_MEMORY_FLAGS, BATCH_FLAGS, GENERAL_FLAGS),
+        (PLAN_FLAGS, READ_FLAGS, PLAN_MEMORY_FLAGS, BATCH_FLAGS),
         (
             ("qengine plan ./Qwen2.5-14B-Instruct-AWQ --gpu 24GB", "a card that need not be there"),
             ("qengine plan MODEL --gpu 3090,3090 --max-model-len 16K", "two cards, a context that must fit"),
             ("qengine plan MODEL --gpu 24GB,12GB --kv-cache-dtype int8", "cards that are unlike"),
+            ("qengine plan MODEL --gpu 24GB,12GB -pp 2", "the same with some of the layers on each"),
             ("qengine plan DIR --load-format dummy -q awq --gpu 8GB", "from a config.json alone"),
         ),
     ),
     "quantize": CommandHelp(
         "Make a 4-bit checkpoint of a model, one layer in memory at a time; a run that is stopped can go on.",
-        (QUANTIZE_FLAGS, CALIBRATION_FLAGS, RUN_FLAGS, GENERAL_FLAGS),
+        (QUANTIZE_FLAGS, CALIBRATION_FLAGS, RUN_FLAGS),
         (
             ("qengine quantize demo ./smol-awq --method awq --group-size 64", "the bundled model"),
             ("qengine quantize ./Qwen3-8B ./Qwen3-8B-GPTQ --calibration texts.jsonl", "calibrated on one's own texts"),
@@ -545,7 +563,7 @@ COMMANDS: dict[str, CommandHelp] = {
     ),
     "convert": CommandHelp(
         "Write a checkpoint in another format without quantizing it again: every weight stays what it is.",
-        (CONVERT_FLAGS, GENERAL_FLAGS),
+        (CONVERT_FLAGS,),
         (
             ("qengine convert ./model-awq ./model-gptq --format gptq", "from AWQ to GPTQ, bit for bit"),
             ("qengine convert model.gguf ./model --format dense", "a GGUF file as plain safetensors"),
@@ -554,7 +572,7 @@ COMMANDS: dict[str, CommandHelp] = {
     ),
     "evaluate": CommandHelp(
         "Measure a model: perplexity, and its divergence from the original that it was made of.",
-        (EVALUATE_FLAGS, EVALUATE_MODEL_FLAGS, GENERAL_FLAGS),
+        (EVALUATE_FLAGS, EVALUATE_MODEL_FLAGS),
         (
             ("qengine evaluate", "the bundled model on the builtin text"),
             ("qengine evaluate OUT --against MODEL", "a quantized model and what it was made of"),
@@ -564,7 +582,7 @@ COMMANDS: dict[str, CommandHelp] = {
     ),
     "bench serve": CommandHelp(
         "Load a server with requests at random times: latencies, throughput, goodput.",
-        (LOAD_FLAGS, *ENGINE_GROUPS, GENERAL_FLAGS),
+        (LOAD_FLAGS, *ENGINE_GROUPS),
         (
             ("qengine bench serve --num-prompts 20", "the bundled model, all requests at once"),
             ("qengine bench serve --url http://127.0.0.1:8000 --request-rate 1 2 4 8", "a server, at four rates"),
@@ -573,7 +591,7 @@ COMMANDS: dict[str, CommandHelp] = {
     ),
     "bench offline": CommandHelp(
         "Time prompts and decoding without a server.",
-        (OFFLINE_FLAGS, *ENGINE_GROUPS, GENERAL_FLAGS),
+        (OFFLINE_FLAGS, *ENGINE_GROUPS),
         (
             ("qengine bench offline", "the bundled model"),
             ("qengine bench offline MODEL --batch 1 8 32 --random-input-len 1024", "three widths, long prompts"),

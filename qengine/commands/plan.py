@@ -20,6 +20,7 @@ from qengine.runtime.model_bytes import ModelFacts
 from qengine.runtime.opening import open_model_headers
 from qengine.runtime.plan_table import WIDTH, plan_text
 from qengine.runtime.planner import Card, Machine, MemoryPlan, check_gpu, compute_dtype, make_plan
+from qengine.runtime.rank_planning import facts_of_ranks
 from quant_kernels.footprint import Kernels
 from quant_kernels.native import library_file
 
@@ -69,9 +70,9 @@ def plan_model(settings: PlanSettings) -> Planned:
     """
     opened = open_model_headers(settings.engine.load)
     machine = _machine(settings, opened.config.torch_dtype)
-    model = ModelFacts.of(opened)
     if machine.is_gpu:
-        check_gpu(model.config, settings.engine)
+        check_gpu(opened.config, settings.engine)
+    model = facts_of_ranks(opened, settings.engine, machine)
     plan = make_plan(model, settings.engine, machine)
     return Planned(settings, model, machine, plan, advise(model, settings.engine, machine, plan))
 
@@ -116,6 +117,7 @@ def as_json(found: Planned) -> dict[str, Any]:
     """All figures in bytes and tokens; `max_model_len` of a plan that does not fit is the longest that would, or 0."""
     model, machine, plan = found.model, found.machine, found.plan
     cache = found.settings.engine.cache.kv_cache_dtype
+    num_stages = max(1, len(plan.stage_layers))
     return {
         "fits": plan.fits,
         "max_model_len": plan.max_model_len,
@@ -129,7 +131,9 @@ def as_json(found: Planned) -> dict[str, Any]:
         "dtype": machine.dtype,
         "kv_cache_dtype": machine.dtype if cache == AUTO else cache,
         "block_size": plan.block_size,
-        "tensor_parallel_size": len(machine.cards),
+        "tensor_parallel_size": len(machine.cards) // num_stages,
+        "pipeline_parallel_size": num_stages,
+        "stage_layers": list(plan.stage_layers) or [model.config.num_layers],
         "max_num_seqs": plan.max_num_seqs,
         "max_num_batched_tokens": plan.max_num_batched_tokens,
     }

@@ -208,19 +208,29 @@ def plan_settings(given: Invocation) -> PlanSettings:
     """Raises ConfigError."""
     options = dict(given.options)
     # Ranks are planned here and not run, so the engine's own limit is not asked.
-    num_ranks = options.pop("tensor_parallel_size", None)
+    tp = options.pop("tensor_parallel_size", None)
     engine = engine_config(options)
-    if num_ranks is not None and num_ranks < 1:
-        raise ConfigError(f"--tensor-parallel-size is {num_ranks}, expected a whole number of at least 1")
+    if tp is not None and tp < 1:
+        raise ConfigError(f"--tensor-parallel-size is {tp}, expected a whole number of at least 1")
     gpu = options.get("gpu")
     cards = None if gpu is None else _cards(gpu)
     if gpu is not None and engine.load.device == "cpu":
         raise ConfigError("--gpu and --device cpu contradict each other; give one or the other")
-    if isinstance(cards, tuple) and len(cards) > 1 and num_ranks not in (None, len(cards)):
-        raise ConfigError(
-            f"--gpu names {len(cards)} cards and -tp is {num_ranks}; name one card for all ranks, or one for each"
-        )
+    pp = engine.parallel.pipeline_parallel_size
+    num_ranks = None if tp is None and pp == 1 else (tp or 1) * pp
+    if isinstance(cards, tuple) and len(cards) > 1:
+        num_ranks = _ranks_of_cards(len(cards), tp, pp)
     return PlanSettings(engine, cards, num_ranks, bool(options.get("json", False)))
+
+
+def _ranks_of_cards(num_cards: int, tp: int | None, pp: int) -> int:
+    """One for each of several cards that are named, where that agrees with what else is asked."""
+    if num_cards % pp if tp is None else num_cards != tp * pp:
+        asked = [f"{flag} is {size}" for flag, size in (("-tp", tp), ("-pp", pp)) if size not in (None, 1)]
+        raise ConfigError(
+            f"--gpu names {num_cards} cards and {' and '.join(asked)}; name one card for all ranks, or one for each"
+        )
+    return num_cards
 
 
 def evaluate_settings(given: Invocation) -> EvaluateSettings:

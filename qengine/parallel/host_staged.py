@@ -23,7 +23,7 @@ from typing import Any
 import torch
 
 from qengine.errors import TransportError
-from qengine.parallel.seats import NUM_HALVES, Seat
+from qengine.parallel.seats import NUM_HALVES, Pair, Seat
 from qengine.parallel.signals import Call, Message, Signals
 
 logger = logging.getLogger(__name__)
@@ -80,7 +80,7 @@ class HostStagedTransport:
         os.close(seat.memory_fd)
         slots = self._memory.view(NUM_HALVES, -1, seat.slot_bytes)
         self._slots = [list(half[: seat.size]) for half in slots]
-        self._mailboxes = [half[seat.size :].view(seat.size, seat.size, -1) for half in slots]
+        self._mailboxes = [dict(zip(seat.pairs, half[seat.size :], strict=True)) for half in slots]
         self._num_exchanges = 0
         self._num_sent = [0] * seat.size
         self._num_received = [0] * seat.size
@@ -129,6 +129,8 @@ class HostStagedTransport:
     def send(self, x: torch.Tensor, to: int) -> None:
         """Hand x to a rank that receives it; returns when x is copied, which may be before it has arrived.
 
+        Seats must have been made with a mailbox for the two.
+
         Raises:
             TransportError: if the peer is stalled or has ended. The transport is dead then.
         """
@@ -136,7 +138,7 @@ class HostStagedTransport:
             for piece in _pieces(x.contiguous().view(-1), self._slot_bytes):
                 number = self._num_sent[to]
                 self._signals.wait_taken(to, number - NUM_HALVES + 1, self._signals.deadline())
-                self._write(self._mailboxes[number % NUM_HALVES][self._rank, to], piece)
+                self._write(self._mailbox(self._rank, to, number), piece)
                 self._signals.tell(to, self._message(Call.SEND, piece.dtype, number, piece.numel()))
                 self._num_sent[to] += 1
 
@@ -148,7 +150,7 @@ class HostStagedTransport:
                 number = self._num_received[source]
                 expected = self._message(Call.SEND, piece.dtype, number, piece.numel())
                 self._expect(source, expected, self._signals.deadline())
-                self._read(self._mailboxes[number % NUM_HALVES][source, self._rank], piece)
+                self._read(self._mailbox(source, self._rank, number), piece)
                 self._signals.tell_taken(source, self._message(Call.TAKEN, piece.dtype, number, 0))
                 self._num_received[source] += 1
             return x if flat is x else x.copy_(flat)
@@ -163,6 +165,11 @@ class HostStagedTransport:
         self._signals.close()
         self._slots, self._mailboxes = [], []
         self._memory = torch.empty(0, dtype=torch.uint8)
+
+    def _mailbox(self, source: int, to: int, number: int) -> torch.Tensor:
+        mailboxes: dict[Pair, torch.Tensor] = self._mailboxes[number % NUM_HALVES]
+        assert (source, to) in mailboxes, f"seats were made without a mailbox from rank {source} to rank {to}"
+        return mailboxes[source, to]
 
     def _reduce_whole(self, x: torch.Tensor) -> None:
         """Everyone adds up everything: one exchange."""

@@ -28,13 +28,13 @@ import tempfile
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import IO
 
 from qengine import environment
 from qengine.config import P2P_MODES
 from qengine.parallel import children
 from qengine.parallel.peer_probe import DONE, Spec
+from qengine.parallel.rendezvous import inherited_path, meeting_file
 from qengine.parallel.verdicts import Cards, Route, Verdict, VerdictFile
 
 logger = logging.getLogger(__name__)
@@ -76,13 +76,13 @@ class Prober:
 
     def probe(self, devices: Sequence[str], *, copies: bool, variables: Mapping[str, str]) -> Outcome:
         """Check copies, unless told not to, and sums between devices, under some environment variables."""
-        with tempfile.TemporaryDirectory(prefix="qengine-probe-") as folder, contextlib.ExitStack() as stack:
-            meeting = str(Path(folder) / "meeting")
+        with meeting_file() as meeting, contextlib.ExitStack() as stack:
             ranks = []
             try:
                 for rank in range(len(devices)):
-                    spec = Spec(rank, tuple(devices), meeting, copies)
-                    ranks.append(stack.enter_context(_started([*self.command, spec.to_text()], rank, variables)))
+                    spec = Spec(rank, tuple(devices), inherited_path(meeting), copies)
+                    command = [*self.command, spec.to_text()]
+                    ranks.append(stack.enter_context(_started(command, rank, variables, meeting)))
             except OSError as error:
                 return Outcome(f"the check cannot be started: {error.strerror or error}", is_about_cards=False)
             return self._watch(ranks)
@@ -158,7 +158,7 @@ _WHILE: Mapping[str | None, str] = {
 
 
 @contextlib.contextmanager
-def _started(command: Sequence[str], rank: int, variables: Mapping[str, str]) -> Iterator[_Probe]:
+def _started(command: Sequence[str], rank: int, variables: Mapping[str, str], meeting: int) -> Iterator[_Probe]:
     """A probe in a session of its own; it and all it has started are gone when the block is left."""
     with tempfile.TemporaryFile() as errors:
         process = subprocess.Popen(
@@ -166,6 +166,7 @@ def _started(command: Sequence[str], rank: int, variables: Mapping[str, str]) ->
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             stderr=errors,
+            pass_fds=[meeting],
             env={**environment.for_rank(num_threads=1), **variables},
             start_new_session=True,
         )

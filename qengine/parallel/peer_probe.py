@@ -47,7 +47,7 @@ class Spec:
     Attributes:
         rank: of this process.
         devices: of all ranks, as torch names them.
-        meeting_file: a path that nobody has written yet, by which the ranks find each other.
+        meeting_file: path of an empty file, by which the ranks find each other.
         copies: whether copies are checked, or sums alone.
     """
 

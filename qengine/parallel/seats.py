@@ -2,11 +2,11 @@
 
 A seat is the descriptors of one shared memory and of a socket to every other rank. None of them has a name: nothing can
 be left in a file system, whoever is killed, and nobody else can open them. A socket ends when its rank does, so the
-others notice at once.
+others notice at once. Every rank has a slot for its part of a sum; a mailbox is made only for pairs that send.
 
 How to start ranks with them:
 
-    with Seats(size) as seats:
+    with Seats(size) as seats:                      # or Seats(size, chain(size)), where each hands on to the next
         for seat in seats:
             subprocess.Popen([*command, seat.to_text()], pass_fds=seat.fds)
     # Leaving the block closes our copies: only then do ranks notice each other's end.
@@ -22,7 +22,7 @@ import json
 import mmap
 import os
 import socket
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 from qengine.errors import TransportError
@@ -31,6 +31,8 @@ from qengine.errors import TransportError
 DEFAULT_SLOT_BYTES = 2 * 2**20
 #: Every slot exists twice: one is written while the other is read.
 NUM_HALVES = 2
+#: (from, to) of ranks that send and receive.
+Pair = tuple[int, int]
 
 
 @dataclass(frozen=True, slots=True)
@@ -41,6 +43,7 @@ class Seat:
         slot_bytes: of one slot, a multiple of the page size. `HostStagedTransport` says how slots are used.
         memory_fd: the shared memory.
         peer_fds: by rank, a socket to it; -1 for this rank itself.
+        pairs: those that have a mailbox, in the order of their slots, which follow those of the ranks.
     """
 
     rank: int
@@ -48,6 +51,7 @@ class Seat:
     slot_bytes: int
     memory_fd: int
     peer_fds: tuple[int, ...]
+    pairs: tuple[Pair, ...] = ()
 
     @property
     def fds(self) -> tuple[int, ...]:
@@ -56,8 +60,8 @@ class Seat:
 
     @property
     def num_slots(self) -> int:
-        """One for each rank's part of a collective, one for each ordered pair of ranks; all of them twice."""
-        return _num_slots(self.size)
+        """One for each rank's part of a collective, one for each mailbox; all of them twice."""
+        return _num_slots(self.size, self.pairs)
 
     @property
     def memory_bytes(self) -> int:
@@ -72,23 +76,32 @@ class Seat:
     def from_text(text: str) -> Seat:
         """The seat that was written. Its descriptors must have been inherited."""
         record = json.loads(text)
-        return Seat(**{**record, "peer_fds": tuple(record["peer_fds"])})
+        pairs = tuple((source, target) for source, target in record["pairs"])
+        return Seat(**{**record, "peer_fds": tuple(record["peer_fds"]), "pairs": pairs})
 
 
-def shared_bytes(size: int) -> int:
+def chain(size: int) -> tuple[Pair, ...]:
+    """The pairs of a pipeline, in which every rank hands on to the next."""
+    return tuple(itertools.pairwise(range(size)))
+
+
+def shared_bytes(size: int, pairs: Sequence[Pair] = ()) -> int:
     """Memory of `size` ranks that reach each other through it; nothing for one."""
-    return _num_slots(size) * DEFAULT_SLOT_BYTES if size > 1 else 0
+    return _num_slots(size, pairs) * DEFAULT_SLOT_BYTES if size > 1 else 0
 
 
-def _num_slots(size: int) -> int:
-    return NUM_HALVES * (size + size**2)
+def _num_slots(size: int, pairs: Sequence[Pair]) -> int:
+    return NUM_HALVES * (size + len(pairs))
 
 
 class Seats:
     """The seats of all ranks, made in the process that starts them. Leaving the block closes this process's copies."""
 
-    def __init__(self, size: int, slot_bytes: int = DEFAULT_SLOT_BYTES) -> None:
+    def __init__(self, size: int, pairs: Sequence[Pair] = (), slot_bytes: int = DEFAULT_SLOT_BYTES) -> None:
         """Allocate the memory and the sockets.
+
+        Args:
+            pairs: of ranks that send and receive; a rank sends to no other.
 
         Raises:
             TransportError: if the machine has no room for them.
@@ -105,13 +118,15 @@ class Seats:
                 ends = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
                 peers[a][b], peers[b][a] = (end.detach() for end in ends)
                 self._fds += [peers[a][b], peers[b][a]]
-            self._seats = [Seat(rank, size, slot_bytes, memory_fd, tuple(row)) for rank, row in enumerate(peers)]
+            self._seats = [
+                Seat(rank, size, slot_bytes, memory_fd, tuple(row), tuple(pairs)) for rank, row in enumerate(peers)
+            ]
             # Now, not on the first write, which could only be answered with a signal that ends the rank.
             os.posix_fallocate(memory_fd, 0, self._seats[0].memory_bytes)
         except OSError as error:
             self.close()
             raise TransportError(
-                f"{size} ranks need {size * size} descriptors and {_num_slots(size) * slot_bytes >> 20} MiB of "
+                f"{size} ranks need {size * size} descriptors and {_num_slots(size, pairs) * slot_bytes >> 20} MiB of "
                 f"host memory to reach each other, and the system refuses: {error.strerror or error}"
             ) from error
 

@@ -197,10 +197,10 @@ def _more_cards(case: _Case) -> Iterator[_Case]:
     limit = case.config.cache.gpu_memory_limit
     if not case.machine.is_gpu or len(set(cards)) > 1 or isinstance(limit, tuple):
         return
-    ranks = 2 * len(cards)
+    ranks, num_stages = 2 * len(cards), max(1, len(case.model.stages))
     while ranks <= _MOST_RANKS:
         machine = replace(case.machine, cards=cards[:1] * ranks)
-        yield case.then(f"-tp {ranks} (with {ranks} such cards)", machine=machine)
+        yield case.then(f"-tp {ranks // num_stages} (with {ranks} such cards)", machine=machine)
         ranks *= 2
 
 

@@ -76,15 +76,17 @@ def connect_links(
     device: torch.device,
     rendezvous: str,
     limit_s: float,
+    layers: range | None = None,
     shares: Sequence[float] | None = None,
     seats: tuple[str | None, str | None] = (None, None),
 ) -> Links:
     """Meet the other ranks of this machine; every rank calls it with the same arguments but `rank`, `device`, `seats`,
-    and `shares`, which are those of its stage.
+    and `layers` and `shares`, which are those of its stage.
 
     Args:
-        rendezvous: path of a file that does not exist yet; no port is opened to meet.
+        rendezvous: path of a file that is empty or does not exist yet; no port is opened to meet.
         limit_s: seconds that the others may take to come, and a call to complete.
+        layers: of this stage, as the plan says; None for all.
         shares: as the plan says; how unlike ranks share every layer of this stage.
         seats: for tensors through host memory, of the stage's ranks and between the stages.
 
@@ -108,7 +110,7 @@ def connect_links(
     for transport in (group.transport, pipe):
         _greet(transport, device)
     _greet_neighbours(pipe, device)
-    return Links(group, pipe, stage_layers(opened.config.num_layers, pp)[stage])
+    return Links(group, pipe, layers)
 
 
 def _greet(transport: Transport, device: torch.device) -> None:
@@ -119,10 +121,7 @@ def _greet(transport: Transport, device: torch.device) -> None:
 
 
 def _greet_neighbours(pipe: Transport, device: torch.device) -> None:
-    """The first number down a pipeline: NCCL connects two ranks when they first send, through the file they met in.
-
-    Ranks meet before the file is removed, and no step comes that early.
-    """
+    """The first number down a pipeline: NCCL connects two ranks when they first send, and no step comes that early."""
     count = torch.zeros(1, device=device)
     if pipe.rank > 0:
         count = pipe.receive(count, pipe.rank - 1)

@@ -93,7 +93,7 @@ def load_decoder(
 
     Args:
         group: of the ranks that share every layer, with `split_opened`'s split; None for this one alone.
-        layers: of this pipeline stage, as `stage_layers` says; None for all.
+        layers: of this pipeline stage; None for all.
 
     Raises:
         LoadError: if the data itself is bad (scales that are not finite, a file cut short).

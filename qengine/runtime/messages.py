@@ -17,6 +17,7 @@ import msgspec
 from qengine.config import EngineConfig
 from qengine.request import SamplingParams, TokenLogprobs
 from qengine.runtime.channel import ProtocolError
+from qengine.runtime.loader import LoadTimes
 from qengine.runtime.planner import Card, MemoryPlan
 
 Count = Annotated[int, msgspec.Meta(ge=0, le=2**63 - 1)]
@@ -45,7 +46,7 @@ class Start(_Message, frozen=True):
         config: what the engine was started with; the model is a path.
         rank: number of this process; stages follow each other, and the ranks of one are neighbours.
         plan: of all cards, as far as headers tell.
-        rendezvous: a file by which the ranks find each other.
+        rendezvous: path of the file that they find each other by, which each has inherited.
         seats: for tensors through host memory, of the stage's ranks and between the stages; none for a single rank.
     """
 
@@ -143,10 +144,12 @@ class Loaded(_Message, frozen=True):
 
     Attributes:
         card: as it was before them; None where all ranks share the computer's memory.
+        times: what reading them took.
     """
 
     card: Card | None
     weight_bytes: Count
+    times: LoadTimes
 
 
 class Done(_Message, frozen=True):

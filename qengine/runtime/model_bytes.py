@@ -170,6 +170,12 @@ def weight_bytes(model: ModelFacts, rank: RankShape, kernels: Kernels, dtype: st
     return sum(num_bytes * count for num_bytes, count in weight_parts(model, rank, kernels, dtype))
 
 
+def layers_bytes(model: ModelFacts, rank: RankShape, kernels: Kernels, dtype: str) -> int:
+    """The same of its layers alone, without embedding, final norm and head."""
+    linears = tuple(linear for linear in model.linears if linear.role != HEAD)
+    return weight_bytes(replace(model, linears=linears, has_table=False, has_head=False), rank, kernels, dtype)
+
+
 def _parts_on_rank(linear: MergedFacts, rank: RankShape, head_dim: int) -> tuple[WeightFacts, ...]:
     return tuple(_on_rank(linear.role, index, part, rank, head_dim) for index, part in enumerate(linear.parts))
 

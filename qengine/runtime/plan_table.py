@@ -48,7 +48,24 @@ def _header(model: ModelFacts, config: EngineConfig, machine: Machine, plan: Mem
         ("model", f"{model.name} ({model.config.architecture}, {model.description})"),
         ("runs as", f"{machine.dtype} on {cards}; KV cache in {machine.dtype if cache == 'auto' else cache}"),
         ("step", f"{steps}; prompts that are longer are computed in parts"),
+        *((("stages", _stages_text(machine, plan)),) if plan.stage_layers else ()),
     )
+
+
+def _stages_text(machine: Machine, plan: MemoryPlan) -> str:
+    """Which layers are where."""
+    num_stages = len(plan.stage_layers)
+    num_ranks = len(machine.cards) // num_stages
+    what, texts = "card" if machine.is_gpu else "rank", []
+    for stage in range(num_stages):
+        layers, first = plan.layers_of(stage), stage * num_ranks
+        assert layers is not None, "there are stages"
+        texts.append(f"{_numbered('layer', layers)} on {_numbered(what, range(first, first + num_ranks))}")
+    return ", ".join(texts)
+
+
+def _numbered(what: str, numbers: range) -> str:
+    return f"{what} {numbers[0]}" if len(numbers) == 1 else f"{what}s {numbers[0]}-{numbers[-1]}"
 
 
 def _tables(machine: Machine, plan: MemoryPlan, width: int) -> list[list[str]]:
@@ -62,7 +79,7 @@ def _tables(machine: Machine, plan: MemoryPlan, width: int) -> list[list[str]]:
 
 
 def _title(machine: Machine, index: int) -> str:
-    return f"card {machine.first_card + index}" if machine.is_gpu else "memory"
+    return f"card {index}" if machine.is_gpu else "memory"
 
 
 _ROWS = (

@@ -11,9 +11,9 @@ import os
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 
-from qengine.config import AUTO, EngineConfig, ModelConfig
+from qengine.config import AUTO, CacheConfig, EngineConfig, ModelConfig
 from qengine.errors import ConfigError
-from qengine.parallel.seats import shared_bytes
+from qengine.parallel.seats import chain, shared_bytes
 from qengine.parallel.split import RankShape
 from qengine.runtime.model_bytes import (
     BATCHED_TOKENS,
@@ -68,7 +68,6 @@ class Machine:
         kernels: "gpu"; or "cpu" (torch's) and "native" (our own) with the computer's memory as the only card.
         dtype: compute dtype.
         has_graphs: decode steps are recorded, if the model is on one card.
-        first_card: number of the first of `cards` among all of the model's, in whose tables it is called that.
         is_interpreted: a GPU's kernels run in Triton's interpreter, in the computer's memory.
         num_threads: that our own kernels for a CPU may run on, each with room of its own.
     """
@@ -79,7 +78,6 @@ class Machine:
     has_graphs: bool = True
     is_interpreted: bool = False
     num_threads: int = field(default_factory=lambda: os.cpu_count() or 1)
-    first_card: int = 0
 
     @property
     def is_gpu(self) -> bool:
@@ -103,11 +101,15 @@ class Loaded:
 
     Attributes:
         weight_bytes: of each rank, as they were measured.
-        shares: by which the ranks loaded them.
+        shares: by which the ranks of each stage loaded them; none where all are alike.
     """
 
     weight_bytes: tuple[int, ...]
-    shares: Shares = None
+    shares: tuple[Shares, ...] = ()
+
+    def of_stage(self, stage: int, ranks: slice) -> Loaded:
+        """Those of one stage's ranks."""
+        return Loaded(self.weight_bytes[ranks], self.shares[stage : stage + 1])
 
 
 @dataclass(frozen=True, slots=True)
@@ -155,6 +157,7 @@ class MemoryPlan:
         num_blocks: of `block_size` tokens, on every card.
         cards: by rank.
         shares: how the ranks of each stage share its layers where they are unlike; none where all are alike.
+        stage_layers: how many layers each stage of a pipeline has; none where there is one stage.
     """
 
     max_model_len: int
@@ -166,6 +169,14 @@ class MemoryPlan:
     num_blocks: int
     cards: tuple[CardPlan, ...]
     shares: tuple[Shares, ...] = ()
+    stage_layers: tuple[int, ...] = ()
+
+    def layers_of(self, stage: int) -> range | None:
+        """The layers of one stage; None for all."""
+        if not self.stage_layers:
+            return None
+        first = sum(self.stage_layers[:stage])
+        return range(first, first + self.stage_layers[stage])
 
     def shares_of(self, stage: int) -> Shares:
         """How the ranks of one stage share its layers."""
@@ -315,6 +326,7 @@ def make_plan(model: ModelFacts, config: EngineConfig, machine: Machine, *, load
     """Share out the memory of every card. Whether the result `fits` is for the caller to look at.
 
     Args:
+        model: with its stages, if it is a pipeline; the ranks of one are neighbours among the cards.
         loaded: where the weights are in their places already; None takes what headers tell, and the best shares.
 
     Raises:
@@ -322,6 +334,8 @@ def make_plan(model: ModelFacts, config: EngineConfig, machine: Machine, *, load
     """
     if machine.is_gpu:
         config.cache.check_num_limits(len(machine.cards))
+        if model.stages:
+            return _plan_stages(model.stages, config, machine, loaded)
     wanted = wanted_length(model.config, config.scheduler.max_model_len)
     planner = _Planner(model, config, machine, loaded)
     loads = planner.loads()
@@ -331,6 +345,38 @@ def make_plan(model: ModelFacts, config: EngineConfig, machine: Machine, *, load
     is_explicit = isinstance(config.scheduler.max_model_len, int)
     longest = planner.plan(planner.longest(wanted, load), load)
     return replace(longest, wanted_len=wanted, fits=longest.max_model_len > 0 and not is_explicit)
+
+
+def _plan_stages(
+    stages: Sequence[ModelFacts], config: EngineConfig, machine: Machine, loaded: Loaded | None
+) -> MemoryPlan:
+    """Every stage by itself, on its own cards, and what all of them can hold."""
+    num_ranks = len(machine.cards) // len(stages)
+    # What passes through one stage passes through all.
+    limits = replace(config.scheduler, max_num_batched_tokens=batched_tokens(config, machine))
+    plans = []
+    for stage, model in enumerate(stages):
+        ranks = slice(stage * num_ranks, (stage + 1) * num_ranks)
+        own = replace(config, scheduler=limits, cache=_cache_of(config, ranks))
+        cards = replace(machine, cards=machine.cards[ranks], has_graphs=False)
+        in_place = None if loaded is None else loaded.of_stage(stage, ranks)
+        plans.append(make_plan(model, own, cards, loaded=in_place))
+    num_blocks = min(plan.num_blocks for plan in plans)
+    return replace(
+        plans[0],
+        num_blocks=num_blocks,
+        max_model_len=min(plan.max_model_len for plan in plans),
+        fits=all(plan.fits for plan in plans),
+        cards=tuple(replace(card, num_blocks=num_blocks) for plan in plans for card in plan.cards),
+        shares=tuple(plan.shares_of(0) for plan in plans) if any(plan.shares for plan in plans) else (),
+        stage_layers=tuple(model.config.num_layers for model in stages),
+    )
+
+
+def _cache_of(config: EngineConfig, ranks: slice) -> CacheConfig:
+    """Settings of the cache on some of the cards, with the limits of these alone."""
+    limits = config.cache.gpu_memory_limit
+    return replace(config.cache, gpu_memory_limit=limits[ranks]) if isinstance(limits, tuple) else config.cache
 
 
 def _summed(ranks: Sequence[CardPlan], shared_bytes: int) -> CardPlan:
@@ -348,7 +394,8 @@ def seats_bytes(tensor_parallel_size: int, num_stages: int, config: EngineConfig
     """Memory by which the ranks on a CPU reach each other: within every stage, and between the stages at each place."""
     if config.parallel.p2p == "on":
         return 0  # By gloo, through sockets.
-    return num_stages * shared_bytes(tensor_parallel_size) + tensor_parallel_size * shared_bytes(num_stages)
+    pipe = shared_bytes(num_stages, chain(num_stages))
+    return num_stages * shared_bytes(tensor_parallel_size) + tensor_parallel_size * pipe
 
 
 @dataclass(frozen=True, slots=True)
@@ -416,7 +463,7 @@ class _Planner:
     def _shares(self) -> list[Shares]:
         """How the model may be shared out: evenly, or where cards are unlike, more and more by their sizes."""
         if self.loaded is not None:
-            return [self.loaded.shares]
+            return list(self.loaded.shares) or [None]
         if not self.machine.is_gpu or len(self.machine.cards) == 1:
             return [None]
         allowed = [allowed_bytes(card, self.config, rank) for rank, card in enumerate(self.machine.cards)]
@@ -444,6 +491,7 @@ class _Planner:
             num_blocks=num_blocks,
             cards=tuple(replace(card, num_blocks=num_blocks) for card in cards),
             shares=() if load.shares is None else (load.shares,),
+            stage_layers=tuple(stage.config.num_layers for stage in self.model.stages),
         )
 
     def _fixed(self, load: _Load, rank: int, length: int) -> CardPlan:

@@ -71,7 +71,7 @@ def warn_where_less_is_free(config: EngineConfig, machine: Machine) -> None:
         if card.free_bytes is not None and card.free_bytes < wanted:
             logger.warning(
                 "card %d (%s) has %s free, less than the %s that %s allows: using what is free",
-                machine.first_card + rank,
+                rank,
                 card.name,
                 size_text(card.free_bytes),
                 size_text(wanted),

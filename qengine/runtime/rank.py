@@ -88,10 +88,10 @@ def _serve(channel: Channel) -> None:
     _send(channel, Joined())
     worker, card = _make_worker(start, opened, device, links)
     with _signs_of_life(channel):
-        worker.load(show_progress=start.show_progress)
+        times = worker.load(show_progress=start.show_progress)
     if start.rank == 0:
         worker.log_kernels()
-    _send(channel, Loaded(card, worker.weight_bytes))
+    _send(channel, Loaded(card, worker.weight_bytes, times))
     reader = StepReader()
     while not isinstance(order := decode_order(channel.receive()), Stop):
         if isinstance(order, Allocate):
@@ -116,9 +116,10 @@ def _expect_start(channel: Channel) -> Start:
 
 def _connect(start: Start, opened: OpenedModel, device: torch.device) -> Links:
     parallel = start.config.parallel
-    shares = start.plan.shares_of(start.rank // parallel.tensor_parallel_size)
+    stage = start.rank // parallel.tensor_parallel_size
+    layers, shares = start.plan.layers_of(stage), start.plan.shares_of(stage)
     limit_s = WARM_UP_SECONDS + parallel.step_timeout
-    return connect_links(parallel, start.rank, opened, device, start.rendezvous, limit_s, shares, start.seats)
+    return connect_links(parallel, start.rank, opened, device, start.rendezvous, limit_s, layers, shares, start.seats)
 
 
 def _make_worker(start: Start, opened: OpenedModel, device: torch.device, links: Links) -> tuple[Worker, Card | None]:

@@ -12,9 +12,9 @@ from dataclasses import replace
 
 from qengine.config import EngineConfig
 from qengine.parallel.split import stage_layers
-from qengine.runtime.model_bytes import ModelFacts
+from qengine.runtime.model_bytes import ModelFacts, layers_bytes
 from qengine.runtime.opening import OpenedHeaders
-from qengine.runtime.planner import Card, Loaded, Machine, MemoryPlan
+from qengine.runtime.planner import Card, Loaded, Machine, MemoryPlan, make_plan
 from qengine.runtime.planning import fitting_plan, tell, warn_where_less_is_free
 
 
@@ -28,34 +28,51 @@ def plan_ranks(opened: OpenedHeaders, config: EngineConfig, machine: Machine) ->
         ConfigError: if the request contradicts the model or the cards.
         DoesNotFitError: with the table, and with what would help.
     """
-    plan = _plan_stages(opened, config, machine)
+    plan = fitting_plan(facts_of_ranks(opened, config, machine), config, machine)
     tell(plan, config)
     return plan
 
 
-def _plan_stages(
-    opened: OpenedHeaders, config: EngineConfig, machine: Machine, loaded: Sequence[Loaded] | None = None
-) -> MemoryPlan:
-    """Every stage by itself, and what all of them can hold; `loaded` by stage."""
-    if not machine.is_gpu:
-        return fitting_plan(_facts_of_all(opened, config), config, machine)
-    tp, layers = config.parallel.tensor_parallel_size, opened.config.num_layers
-    plans = []
-    for stage, own in enumerate(stage_layers(layers, config.parallel.pipeline_parallel_size)):
-        ranks = slice(stage * tp, (stage + 1) * tp)
-        facts, cards = ModelFacts.of(opened, own), replace(machine, cards=machine.cards[ranks], first_card=stage * tp)
-        in_place = None if loaded is None else loaded[stage]
-        plans.append(fitting_plan(facts, _limited(config, ranks), cards, loaded=in_place))
-    return common_plan(plans)
+def facts_of_ranks(opened: OpenedHeaders, config: EngineConfig, machine: Machine) -> ModelFacts:
+    """The model, and if it is a pipeline its stages, with as many layers each as leave the most tokens.
 
+    The embedding on the first card, head and logits on the last, and cards that are unlike leave stages unlike room.
+    On a CPU all of it is in one memory, and layers are shared out evenly.
 
-def _facts_of_all(opened: OpenedHeaders, config: EngineConfig) -> ModelFacts:
-    """The whole model, and its stages if it is a pipeline."""
-    whole, num_stages = ModelFacts.of(opened), config.parallel.pipeline_parallel_size
+    Raises:
+        ConfigError: if the request contradicts the model or the cards.
+    """
+    num_layers, num_stages = opened.config.num_layers, config.parallel.pipeline_parallel_size
     if num_stages == 1:
-        return whole
-    stages = stage_layers(opened.config.num_layers, num_stages)
-    return replace(whole, stages=tuple(ModelFacts.of(opened, layers) for layers in stages))
+        return ModelFacts.of(opened)
+    even = _in_stages(opened, stage_layers(num_layers, num_stages))
+    if not machine.is_gpu:
+        return even
+    plan = make_plan(even, config, machine)
+    rooms = _rooms(even, plan, machine)
+    if min(rooms) <= 0:
+        return even
+    by_room = _in_stages(opened, stage_layers(num_layers, num_stages, rooms))
+    return by_room if make_plan(by_room, config, machine).num_blocks > plan.num_blocks else even
+
+
+def _in_stages(opened: OpenedHeaders, stages: Sequence[range]) -> ModelFacts:
+    return replace(ModelFacts.of(opened), stages=tuple(ModelFacts.of(opened, layers) for layers in stages))
+
+
+def _rooms(model: ModelFacts, plan: MemoryPlan, machine: Machine) -> list[int]:
+    """Bytes that the cards of each stage have for layers, their weights and their caches.
+
+    Every layer takes as much of each, so that layers in proportion to these leave room for the most tokens.
+    """
+    num_ranks = len(plan.cards) // len(model.stages)
+    rooms = []
+    for stage, facts in enumerate(model.stages):
+        cards = plan.cards[stage * num_ranks : (stage + 1) * num_ranks]
+        ranks = facts.split(num_ranks, plan.shares_of(stage)).ranks
+        layers = sum(layers_bytes(facts, rank, machine.kernels, machine.dtype) for rank in ranks)
+        rooms.append(sum(card.free_bytes + card.kv_bytes for card in cards) + layers)
+    return rooms
 
 
 def replan_ranks(
@@ -67,7 +84,7 @@ def replan_ranks(
     weight_bytes: Sequence[int],
 ) -> MemoryPlan:
     """The plan again, now that every rank has seen its card and has its weights, which stay where they are: the same
-    shares, and never larger than before.
+    layers and shares, and never larger than before.
 
     Args:
         cards: as the ranks found them before they loaded.
@@ -76,12 +93,11 @@ def replan_ranks(
     Raises:
         DoesNotFitError: if too little was free.
     """
-    tp = config.parallel.tensor_parallel_size
-    stages = range(config.parallel.pipeline_parallel_size)
-    loaded = [Loaded(tuple(weight_bytes[stage * tp : (stage + 1) * tp]), plan.shares_of(stage)) for stage in stages]
     seen = replace(machine, cards=tuple(cards))
     warn_where_less_is_free(config, seen)
-    found = _plan_stages(opened, config, seen, loaded)
+    stages = [layers for stage in range(len(plan.stage_layers)) if (layers := plan.layers_of(stage)) is not None]
+    loaded = Loaded(tuple(weight_bytes), plan.shares)
+    found = fitting_plan(_in_stages(opened, stages), config, seen, loaded=loaded)
     num_blocks = min(plan.num_blocks, found.num_blocks)
     smaller = replace(
         found,
@@ -92,25 +108,3 @@ def replan_ranks(
     if smaller.max_model_len < plan.max_model_len:
         tell(smaller, config)
     return smaller
-
-
-def _limited(config: EngineConfig, ranks: slice) -> EngineConfig:
-    """The configuration of some of the ranks, which has the limits of their cards alone."""
-    limits = config.cache.gpu_memory_limit
-    if not isinstance(limits, tuple):
-        return config
-    config.cache.check_num_limits(config.parallel.world_size)
-    return replace(config, cache=replace(config.cache, gpu_memory_limit=limits[ranks]))
-
-
-def common_plan(plans: Sequence[MemoryPlan]) -> MemoryPlan:
-    """What every stage can hold, from what each could; the cards of all."""
-    num_blocks = min(plan.num_blocks for plan in plans)
-    cards = [replace(card, num_blocks=num_blocks) for plan in plans for card in plan.cards]
-    return replace(
-        plans[0],
-        num_blocks=num_blocks,
-        shares=tuple(plan.shares_of(0) for plan in plans) if any(plan.shares for plan in plans) else (),
-        max_model_len=min(plan.max_model_len for plan in plans),
-        cards=tuple(cards),
-    )

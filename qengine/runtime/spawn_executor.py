@@ -11,21 +11,19 @@ from __future__ import annotations
 import contextlib
 import logging
 import select
-import shutil
 import sys
-import tempfile
 import threading
 import time
 from collections import deque
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
-from pathlib import Path
 from typing import TypeVar
 
 from qengine import environment
 from qengine.config import EngineConfig, ParallelConfig
 from qengine.errors import ConfigError, EngineDeadError, LoadError, QEngineError
-from qengine.parallel.seats import Seat, Seats
+from qengine.parallel.rendezvous import inherited_path, meeting_file
+from qengine.parallel.seats import Pair, Seat, Seats, chain
 from qengine.parallel.verdicts import Route
 from qengine.parallel.watchdog import DEFAULT_LIMIT_S, Watchdog, nccl_advice
 from qengine.runtime.channel import ChannelClosedError, ProtocolError, frame
@@ -132,15 +130,15 @@ class SpawnExecutor:
         self._listeners: list[OnFailure] = []
         with contextlib.ExitStack() as seated:
             places = _take_seats(parallel, seated) if route is Route.HOST_STAGED else [_NO_SEATS] * parallel.world_size
-            inherited = [[fd for seat in seats if seat is not None for fd in seat.fds] for seats in places]
+            meeting = seated.enter_context(meeting_file())
+            inherited = [[meeting, *(fd for seat in seats if seat is not None for fd in seat.fds)] for seats in places]
             variables = {**environment.for_rank(num_threads), **route.environment}
-            self._folder = Path(tempfile.mkdtemp(prefix="qengine-"))
             self._processes = RankProcesses(command, parallel.world_size, variables, self._fail, inherited)
             try:
                 self._processes.start()
                 # The ranks have theirs; ours must be closed for them to notice each other's end.
                 seated.close()
-                self._introduce(config, plan, log_level, places, show_progress=show_progress)
+                self._introduce(config, plan, log_level, places, inherited_path(meeting), show_progress=show_progress)
             except BaseException as error:
                 self.shutdown(grace=0.0)
                 if isinstance(error, EngineDeadError):
@@ -153,6 +151,7 @@ class SpawnExecutor:
         plan: MemoryPlan,
         log_level: str,
         places: Sequence[_TwoSeats],
+        rendezvous: str,
         *,
         show_progress: bool,
     ) -> None:
@@ -162,7 +161,7 @@ class SpawnExecutor:
                 config=config,
                 plan=plan,
                 rank=rank.rank,
-                rendezvous=str(self._folder / "rendezvous"),
+                rendezvous=rendezvous,
                 log_level=log_level,
                 show_progress=show_progress and rank.rank == 0,
                 seats=_texts(places[rank.rank]),
@@ -182,7 +181,6 @@ class SpawnExecutor:
         processes = [rank.process for rank in self._processes.ranks]
         with Watchdog("the first sum over all ranks", self._connect_limit_s, processes, nccl_advice):
             self._gather(Joined, timeout=None)
-        shutil.rmtree(self._folder, ignore_errors=True)  # It has served.
 
     def load(self) -> list[Loaded]:
         """Wait until every rank has its weights; by rank.
@@ -258,7 +256,6 @@ class SpawnExecutor:
                 with suppress(ChannelClosedError, TimeoutError):
                     rank.channel.send(encode(Stop()), timeout=0.1)
         self._processes.close(grace)
-        shutil.rmtree(self._folder, ignore_errors=True)
 
     def _fail(self, reason: str) -> None:
         """The end of all ranks, from any thread; the first reason counts."""
@@ -401,11 +398,11 @@ def _take_seats(parallel: ParallelConfig, stack: contextlib.ExitStack) -> list[_
     """By rank: its seat among the ranks of its stage, and its seat between the stages; closed with the stack."""
     tp, pp = parallel.tensor_parallel_size, parallel.pipeline_parallel_size
 
-    def take(size: int) -> list[Seat | None]:
-        return list(stack.enter_context(Seats(size))) if size > 1 else [None]
+    def take(size: int, pairs: Sequence[Pair] = ()) -> list[Seat | None]:
+        return list(stack.enter_context(Seats(size, pairs))) if size > 1 else [None]
 
     stages = [take(tp) for _ in range(pp)]
-    pipes = [take(pp) for _ in range(tp)]
+    pipes = [take(pp, chain(pp)) for _ in range(tp)]
     return [(stages[stage][place], pipes[place][stage]) for stage in range(pp) for place in range(tp)]
 
 

@@ -1,7 +1,8 @@
 """StartTimes: where the seconds of a start go.
 
 Phases follow each other, and their seconds add up to the total. Reading and converting weights overlap within one of
-them, so each has the seconds that it was busy. Invariant: nothing here influences the start.
+them, so each has the seconds that it was busy; of several ranks, which load at the same time, those of the slowest.
+Invariant: nothing here influences the start.
 """
 
 from __future__ import annotations
@@ -38,7 +39,7 @@ class StartTimes:
     def __init__(self, import_seconds: float = 0.0, clock: Callable[[], float] = time.perf_counter) -> None:
         self._clock = clock
         self._phases: dict[str, float] = {IMPORT: import_seconds} if import_seconds else {}
-        self._loading: LoadTimes | None = None
+        self._loading: tuple[LoadTimes, ...] = ()
         self._last = clock()
 
     def lap(self, phase: str) -> None:
@@ -47,8 +48,8 @@ class StartTimes:
         self._phases[phase] = self._phases.get(phase, 0.0) + now - self._last
         self._last = now
 
-    def loaded(self, times: LoadTimes) -> None:
-        """Ends the phase "weights", with what it consisted of."""
+    def loaded(self, *times: LoadTimes) -> None:
+        """Ends the phase "weights", with what it consisted of, on each rank."""
         self._loading = times
         self.lap(WEIGHTS)
 
@@ -56,8 +57,11 @@ class StartTimes:
     def seconds(self) -> Mapping[str, float]:
         """By phase, with "total"; "read" and "convert" are parts of "weights" that overlap."""
         parts = {}
-        if self._loading is not None:
-            parts = {READ: self._loading.read_seconds, CONVERT: self._loading.convert_seconds}
+        if self._loading:
+            parts = {
+                READ: max(times.read_seconds for times in self._loading),
+                CONVERT: max(times.convert_seconds for times in self._loading),
+            }
         return {**self._phases, **parts, TOTAL: sum(self._phases.values())}
 
     def table(self) -> str:
@@ -65,16 +69,20 @@ class StartTimes:
         lines = ["start            s"]
         for phase, seconds in self._phases.items():
             lines.append(f"  {phase:<10}{seconds:8.2f}")
-            if phase == WEIGHTS and self._loading is not None:
-                lines += self._loading_lines(self._loading)
+            if phase == WEIGHTS and self._loading:
+                lines += self._loading_lines()
         return "\n".join([*lines, f"  {TOTAL:<10}{self.seconds[TOTAL]:8.2f}"])
 
-    @staticmethod
-    def _loading_lines(times: LoadTimes) -> list[str]:
+    def _loading_lines(self) -> list[str]:
         """Nothing was read for weights that are made up."""
-        lines = [f"    {CONVERT:<10}{times.convert_seconds:6.2f} busy"]
-        if times.num_bytes:
-            rate = times.num_bytes / max(times.read_seconds, 1e-9) / 1e9
-            amount = f"{times.num_bytes / 1e9:.2f} GB at {rate:.2f} GB/s"
-            lines.insert(0, f"    {READ:<10}{times.read_seconds:6.2f} busy, {amount}, while others are converted")
+        num_ranks = len(self._loading)
+        whose = f" (the slowest of {num_ranks} ranks)" if num_ranks > 1 else ""
+        lines = [f"    {CONVERT:<10}{self.seconds[CONVERT]:6.2f} busy{whose}"]
+        slowest = max(self._loading, key=lambda times: times.read_seconds)
+        if slowest.num_bytes:
+            rate = slowest.num_bytes / max(slowest.read_seconds, 1e-9) / 1e9
+            amount = f"{slowest.num_bytes / 1e9:.2f} GB at {rate:.2f} GB/s"
+            lines.insert(
+                0, f"    {READ:<10}{slowest.read_seconds:6.2f} busy, {amount}, while others are converted{whose}"
+            )
         return lines

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +12,7 @@ import pytest
 from benchmarks import memory_table
 from benchmarks.gpu.models import MODELS
 from benchmarks.memory_table import BEGIN, CACHES, END, LEAN, ROWS, Row, put_into
+from qengine import cli
 
 DOCUMENT = Path(__file__).parents[2] / "docs" / "memory.md"
 GIB = 2**30
@@ -130,3 +132,23 @@ def test_it_prints(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.Monke
     document.write_text(f"before\n{BEGIN}\nold\n{END}\nafter\n")
     assert memory_table.main([str(document)]) == 0
     assert document.read_text() == f"before\n{BEGIN}\n\n{printed}\n{END}\nafter\n"
+
+
+def _examples() -> list[tuple[list[str], list[str]]]:
+    """The document's commands, as words, and what it says that they print."""
+    blocks = re.findall(r"```console\n\$ qengine plan (.+)\n((?:.+\n|\n)+?)```", DOCUMENT.read_text(encoding="utf-8"))
+    assert len(blocks) == 2
+    return [(command.split(), text.splitlines()) for command, text in blocks]
+
+
+def test_the_examples_are_what_the_command_prints(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """But for the model's name: it is planned from its config alone."""
+    monkeypatch.setenv("COLUMNS", "100")
+    for (name, *flags), wanted in _examples():
+        folder = MODELS / name.lower().removesuffix("-awq")
+        assert cli.main(["plan", str(folder), "--load-format", "dummy", "-q", "awq", *flags]) == 0
+        printed = capsys.readouterr().out.splitlines()
+        for line in wanted:
+            assert line in printed or line.startswith("  model") or line == "  ...", line

@@ -46,6 +46,7 @@ def test_every_field(capsys: pytest.CaptureFixture[str]) -> None:
     found = as_json(capsys, *LLAMA_8B, "--group-size", "64", "--gpu", "24GB", "--kv-cache-dtype", "int8")
     assert (found["fits"], found["max_model_len"], found["advice"]) == (True, 8192, [])
     settings = ("quantization", "bits", "group_size", "dtype", "kv_cache_dtype", "block_size", "tensor_parallel_size")
+    assert (found["pipeline_parallel_size"], found["stage_layers"]) == (1, [32])
     assert [found[name] for name in settings] == ["awq", 4, 64, "bfloat16", "int8", 16, 1]
     assert found["model"].endswith("llama-3-8b")
     [card] = found["cards"]
@@ -79,6 +80,25 @@ def test_two_cards_mean_two_ranks(capsys: pytest.CaptureFixture[str]) -> None:
     alone = as_json(capsys, *LLAMA_70B, "--gpu", "24GB")
     assert not alone["fits"]
     assert any(line.startswith("-tp 2 (with 2 such cards)") for line in alone["advice"])
+
+
+def test_stages(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    """Cards that are named are ranks of stages: neighbours share one."""
+    monkeypatch.setenv("COLUMNS", "100")
+    named = as_json(capsys, *LLAMA_70B, "--gpu", "48GB,24GB", "-pp", "2")
+    assert (named["tensor_parallel_size"], named["pipeline_parallel_size"], named["fits"]) == (1, 2, True)
+    assert sum(named["stage_layers"]) == 80
+    assert named["stage_layers"][0] > 1.7 * named["stage_layers"][1]
+    assert named["cards"][0]["weight_bytes"] > 1.7 * named["cards"][1]["weight_bytes"]
+    assert [card["graph_bytes"] for card in named["cards"]] == [0, 0]
+    one = as_json(capsys, *LLAMA_70B, "--gpu", "24GB", "-pp", "2", "-tp", "2")
+    assert (one["tensor_parallel_size"], one["pipeline_parallel_size"], len(one["cards"])) == (2, 2, 4)
+    assert one == as_json(capsys, *LLAMA_70B, "--gpu", "24GB,24GB,24GB,24GB", "-pp", "2")
+    first = one["stage_layers"][0]
+    wanted = f"stages   layers 0-{first - 1} on cards 0-1, layers {first}-79 on cards 2-3"
+    assert wanted in run(capsys, *LLAMA_70B, "--gpu", "24GB", "-pp", "2", "-tp", "2")[1]
+    short = as_json(capsys, *LLAMA_70B, "--gpu", "16GB", "-pp", "2")
+    assert any(line.startswith("-tp 2 (with 4 such cards): fits") for line in short["advice"])
 
 
 def test_every_flag_reaches_the_plan(capsys: pytest.CaptureFixture[str]) -> None:
@@ -173,6 +193,9 @@ def test_ranks_on_a_cpu_are_planned_as_the_engine_does(
         (["--gpu", "24GB,"], "--gpu '' is no size such as 24GB"),
         (["--gpu", "3080000"], "--gpu '3080000' is no size such as 24GB"),
         (["--gpu", "24GB,12GB", "-tp", "3"], "--gpu names 2 cards and -tp is 3"),
+        (["--gpu", "24GB,12GB", "-pp", "3"], "--gpu names 2 cards and -pp is 3"),
+        (["--gpu", "24GB,12GB", "-tp", "2", "-pp", "2"], "--gpu names 2 cards and -tp is 2 and -pp is 2"),
+        (["--gpu", "24GB", "-pp", "33"], "--pipeline-parallel-size is 33, but the model has 32 layers"),
         (["--gpu", "24GB", "--device", "cpu"], "--gpu and --device cpu contradict each other"),
         (["--gpu", "24GB", "-tp", "0"], "--tensor-parallel-size is 0"),
         (["--gpu", "24GB", "-tp", "64"], "--tensor-parallel-size is 64, but the model has 32 query heads"),

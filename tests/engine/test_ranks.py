@@ -9,6 +9,7 @@ import signal
 import sys
 import time
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -16,12 +17,13 @@ import pytest
 from safetensors.torch import load_file, save_file
 
 from benchmarks.synthetic import GROUP_SIZE, Sizes, write_checkpoint
-from qengine import LLM, SamplingParams, StructuredOutputs
+from qengine import LLM, SamplingParams, StructuredOutputs, startup
 from qengine.config import EngineConfig
 from qengine.engine import Engine
 from qengine.errors import ConfigError, EngineDeadError, LoadError
 from qengine.runtime import spawn_executor
 from qengine.runtime.messages import Clear
+from qengine.runtime.planner import MemoryPlan
 from qengine.runtime.spawn_executor import SpawnExecutor
 from qengine.startup import start_parts
 from tests.engine.fixtures import path
@@ -87,11 +89,11 @@ def test_any_split_gives_the_tokens_of_one_rank(
         assert again.num_cached_tokens > 0
 
 
-@pytest.fixture(scope="module", params=[107, 231], ids=["107 groups", "231 groups"])
+@pytest.fixture(scope="module")
 def odd_groups(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> tuple[str, list[list[int]]]:
     """A model whose MLP has a number of groups that no number of ranks divides, and its tokens in one process."""
     folder = tmp_path_factory.mktemp("odd")
-    write_checkpoint(folder, Sizes(384, request.param * GROUP_SIZE, 6, 3, num_layers=1, vocab_size=2048), "awq")
+    write_checkpoint(folder, Sizes(384, request.param * GROUP_SIZE, 6, 3, num_layers=2, vocab_size=2048), "awq")
     for file in Path(FIXTURE).glob("*token*"):
         shutil.copy(file, folder)
     for shard in folder.glob("*.safetensors"):
@@ -103,15 +105,45 @@ def odd_groups(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPath
         return str(folder), tokens(run(llm, mixed_prompts(6, seed=5), greedy(max_tokens=16)))
 
 
-@pytest.mark.parametrize("tp", [2, 3])
+@pytest.mark.parametrize(
+    ("odd_groups", "tp", "pp"),
+    [(107, 2, 1), (107, 3, 1), (107, 2, 2), (231, 2, 1), (231, 3, 1), (231, 1, 2)],
+    indirect=["odd_groups"],
+    scope="module",
+)
 def test_an_mlp_that_does_not_divide_gives_the_tokens_of_one_rank(
-    tp: int, odd_groups: tuple[str, list[list[int]]]
+    odd_groups: tuple[str, list[list[int]]], tp: int, pp: int
 ) -> None:
-    """By gloo, 54 + 53 and 116 + 115 groups on two ranks, thirds on three."""
+    """By gloo, 54 + 53 and 116 + 115 groups on two ranks, thirds on three; a layer on each stage."""
     folder, expected = odd_groups
     assert len({token for one in expected for token in one}) > 16, "a model that says one thing shows nothing"
-    with LLM(folder, **OPTIONS, tensor_parallel_size=tp, p2p="on") as llm:
+    with LLM(folder, **OPTIONS, tensor_parallel_size=tp, pipeline_parallel_size=pp, p2p="on") as llm:
         assert tokens(run(llm, mixed_prompts(6, seed=5), greedy(max_tokens=16))) == expected
+
+
+def test_stages_of_unlike_sizes_give_the_tokens_of_one_rank(
+    alone: list[list[int]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As where cards are unlike: stages have the layers that the plan gives them, where evenly they would be 2 + 1."""
+    real = startup.plan_ranks
+
+    def plan_ranks(*arguments: Any) -> MemoryPlan:
+        return replace(real(*arguments), stage_layers=(1, 2))
+
+    monkeypatch.setattr(startup, "plan_ranks", plan_ranks)
+    with LLM(FIXTURE, **OPTIONS, pipeline_parallel_size=2, max_num_batched_tokens=32) as llm:
+        assert tokens(run(llm, prompts()[:6], params()[:6])) == alone[:6]
+
+
+def test_ranks_say_what_their_start_took(caplog: pytest.LogCaptureFixture) -> None:
+    caplog.set_level("INFO", "qengine")
+    with LLM(FIXTURE, **OPTIONS, pipeline_parallel_size=2) as llm:
+        seconds = llm.engine.info.start_seconds
+    assert list(seconds) == ["plan", "tokenizer", "ranks", "weights", "warm-up", "read", "convert", "total"]
+    assert min(seconds["read"], seconds["convert"]) > 0
+    [table] = [message for message in caplog.messages if message.startswith("start ")]
+    assert "GB/s" in table
+    assert table.count("(the slowest of 2 ranks)") == 2
 
 
 def test_everything_a_request_can_ask_for_passes_between_processes(llm: LLM) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import errno
+import itertools
 import json
 import os
 import random
@@ -22,7 +23,7 @@ import torch
 
 from qengine.errors import TransportError
 from qengine.parallel.host_staged import SLICED_BYTES, HostStagedTransport
-from qengine.parallel.seats import Seat, Seats
+from qengine.parallel.seats import Seat, Seats, chain, shared_bytes
 from tests.parallel.exchanges import DTYPES, check_sum, inputs_of
 
 T = TypeVar("T")
@@ -42,8 +43,8 @@ def own(seat: Seat) -> Seat:
 def ranks(
     size: int, *, slot_bytes: int = SMALL_SLOT, limit_s: float = PATIENCE_S
 ) -> Iterator[list[HostStagedTransport]]:
-    """Transports of all ranks, for threads of this process."""
-    with Seats(size, slot_bytes) as seats:
+    """Transports of all ranks, for threads of this process; any may send to any other."""
+    with Seats(size, list(itertools.permutations(range(size), 2)), slot_bytes) as seats:
         transports = [HostStagedTransport(own(seat), limit_s) for seat in seats]
     try:
         yield transports
@@ -189,6 +190,37 @@ def test_a_random_walk_of_calls_by_ranks_of_unlike_speed(size: int) -> None:
         on_all(transports, work)
 
 
+def test_only_pairs_that_send_have_mailboxes() -> None:
+    """Ranks that share layers have none; those of a pipeline have one for each that hands on to the next."""
+    assert chain(4) == ((0, 1), (1, 2), (2, 3))
+    for size, pairs, num_slots in ((3, (), 6), (3, chain(3), 10), (2, chain(2), 6)):
+        with Seats(size, pairs) as seats:
+            for seat in seats:
+                assert Seat.from_text(seat.to_text()) == seat
+                assert seat.num_slots == num_slots
+                assert os.fstat(seat.memory_fd).st_size == seat.memory_bytes == shared_bytes(size, pairs)
+
+
+def test_stages_hand_on_in_a_chain_and_nowhere_else() -> None:
+    def work(transport: HostStagedTransport) -> float:
+        x = torch.zeros(SMALL_SLOT)
+        if transport.rank > 0:
+            transport.receive(x, transport.rank - 1)
+        if transport.rank < 2:
+            transport.send(x + 1, transport.rank + 1)
+        return float(x.sum()) / SMALL_SLOT
+
+    with Seats(3, chain(3), SMALL_SLOT) as seats:
+        transports = [HostStagedTransport(own(seat), PATIENCE_S) for seat in seats]
+    try:
+        assert on_all(transports, work) == [0.0, 1.0, 2.0]
+        with pytest.raises(AssertionError, match="without a mailbox from rank 2 to rank 0"):
+            transports[2].send(torch.zeros(1), to=0)
+    finally:
+        for transport in transports:
+            transport.close()
+
+
 # What goes wrong
 
 
@@ -267,8 +299,8 @@ def test_seats_that_do_not_fit_are_refused_with_their_size(monkeypatch: pytest.M
     # A real refusal would first fill the machine's memory.
     monkeypatch.setattr(os, "posix_fallocate", refuse)
     fds = open_descriptors()
-    with pytest.raises(TransportError, match=r"12 MiB of host memory .* No space left"):
-        Seats(2, 2**20)
+    with pytest.raises(TransportError, match=r"6 MiB of host memory .* No space left"):
+        Seats(2, chain(2), 2**20)
     assert open_descriptors() == fds
 
 

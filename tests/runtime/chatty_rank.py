@@ -9,6 +9,7 @@ import socket
 import sys
 
 from qengine.runtime.channel import Channel, ChannelClosedError
+from qengine.runtime.loader import LoadTimes
 from qengine.runtime.messages import Joined, Loaded, Opened, Report, Result, Step, Stop, decode_order, encode
 
 ANSWER_BYTES = 2**21
@@ -18,7 +19,7 @@ def serve(channel: Channel) -> None:
     def say(report: Report) -> None:
         channel.send(encode(report))
 
-    for report in (Opened(), Joined(), Loaded(None, 0)):
+    for report in (Opened(), Joined(), Loaded(None, 0, LoadTimes(0, 0.0, 0.0, 0.0))):
         say(report)
     while not isinstance(order := decode_order(channel.receive()), Stop):
         if isinstance(order, Step):

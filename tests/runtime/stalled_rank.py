@@ -15,6 +15,7 @@ def main(bad_rank: int, rest: list[str]) -> int:
 
     def connect(start: Start, *arguments: Any) -> Any:
         if start.rank == bad_rank:
+            print("stalled", flush=True)
             # As in a library that hangs: nothing can interrupt it.
             while True:
                 time.sleep(600)

@@ -17,7 +17,7 @@ from tests.engine.fixtures import path
 
 
 def test_all_that_will_ever_send_have_sent_when_links_are_made(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """NCCL connects a pair of ranks at its first send, through a file that is removed once ranks have met."""
+    """NCCL connects a pair of ranks at its first send, and no step should wait for that."""
     real, lock, pairs = DistTransport.send, threading.Lock(), set[tuple[int, int]]()
 
     def send(self: DistTransport, x: torch.Tensor, to: int) -> None:

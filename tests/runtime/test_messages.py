@@ -15,6 +15,7 @@ from hypothesis import strategies as st
 from qengine.config import EngineConfig
 from qengine.request import SamplingParams, TokenLogprobs
 from qengine.runtime.channel import ProtocolError
+from qengine.runtime.loader import LoadTimes
 from qengine.runtime.messages import (
     Allocate,
     Check,
@@ -50,7 +51,7 @@ OPTIONS = {
 PARAMS = SamplingParams(temperature=0.5, stop=["a"], logit_bias={7: -1.5}, stop_token_ids=[3], logprobs=2, seed=5)
 ENTRY = Entry(3, True, 16, (5, 6), 1, (9, 10), True, Sampling(PARAMS, 2**63 - 1, (1, 2), (0,)), (8,), 2, (6,))
 ORDERS = [
-    Start(EngineConfig.from_options(OPTIONS), PLAN, 1, "/tmp/x/rendezvous", "info", False, ("{}", None)),
+    Start(EngineConfig.from_options(OPTIONS), PLAN, 1, "/proc/self/fd/9", "info", False, ("{}", None)),
     Allocate(PLAN),
     Step((ENTRY, Entry(0, False, 4, (1,), 2, (), False))),
     Clear((1, 2)),
@@ -61,8 +62,8 @@ LOGPROBS = TokenLogprobs(4, -0.25, 1, ((4, -0.25), (5, -math.inf)))
 REPORTS = [
     Opened(),
     Joined(),
-    Loaded(CARD, 10**12),
-    Loaded(None, 0),
+    Loaded(CARD, 10**12, LoadTimes(10**12, 61.5, 60.0, 59.5)),
+    Loaded(None, 0, LoadTimes(0, 0.5, 0.0, 0.5)),
     Done(),
     Result((4, -1), (LOGPROBS, None), {0: (LOGPROBS,)}, {1: "NaN"}),
     Failed("load", "a file is cut short"),

@@ -17,7 +17,7 @@ from qengine.runtime import rank as rank_module
 from qengine.runtime.messages import Start
 from qengine.runtime.model_bytes import ModelFacts, step_bytes, weight_bytes
 from qengine.runtime.opening import open_model_headers, split_opened
-from qengine.runtime.planner import RANK_BYTES, Card, Machine, MemoryPlan
+from qengine.runtime.planner import RANK_BYTES, Card, Machine, MemoryPlan, make_plan
 from qengine.runtime.planning import plan_to_start
 from qengine.runtime.rank_planning import plan_ranks, replan_ranks
 from tests.engine.fixtures import path
@@ -67,14 +67,14 @@ def test_unlike_cards_of_each_stage_share_its_own_layers(monkeypatch: pytest.Mon
     config = config_of(**LLAMA_70B, tensor_parallel_size=2, pipeline_parallel_size=2, gpu_memory_limit="24,12,12,24")
     opened = open_model_headers(config.load)
     used: list[Any] = []
-    monkeypatch.setattr(rank_module, "connect_links", lambda *args: used.append(args[6]))
+    monkeypatch.setattr(rank_module, "connect_links", lambda *args: used.append(args[6:8]))
     for rank in range(4):
         start = Start(config, found, rank, "/nowhere", "info", False)
         rank_module._connect(start, opened, torch.device("cpu"))  # type: ignore[arg-type]
     for place, card in enumerate(found.cards):
-        stage, own = place // 2, stage_layers(80, 2)[place // 2]
-        shape = split_opened(opened, 2, used[place]).ranks[place % 2]
-        assert used[place] == found.shares_of(stage)
+        stage, (own, shares) = place // 2, used[place]
+        shape = split_opened(opened, 2, shares).ranks[place % 2]
+        assert (own, shares) == (found.layers_of(stage), found.shares_of(stage))
         assert weight_bytes(ModelFacts.of(opened, own), shape, "gpu", "float16") == card.weight_bytes
 
 
@@ -108,8 +108,63 @@ def test_limits_go_to_the_cards_of_their_ranks() -> None:
 def test_a_stage_that_does_not_fit_is_refused() -> None:
     with pytest.raises(DoesNotFitError) as refused:
         plan((1, 0.5), pipeline_parallel_size=2)
-    assert "card 1" in str(refused.value)
-    assert "card 0" not in str(refused.value)
+    free = next(line.split() for line in str(refused.value).splitlines() if line.startswith("free"))
+    assert float(free[1]) > 0 > float(free[3])
+
+
+QWEN_32B = {"model": str(MODELS / "qwen2.5-32b"), "load_format": "dummy", "quantization": "awq"}
+
+
+@pytest.mark.parametrize(
+    ("sizes", "options"),
+    [
+        ((24, 24), {}),
+        ((24, 24), {"gpu_memory_limit": "22,10"}),
+        ((12, 24), {"kv_cache_dtype": "int8"}),
+        ((24, 24, 12, 12), {"tensor_parallel_size": 2}),
+    ],
+)
+def test_stages_have_the_layers_that_leave_the_most_tokens(sizes: tuple[float, ...], options: dict[str, Any]) -> None:
+    """Of all that there are. Embedding, head and logits are in the way on the first card and the last."""
+    config = config_of(**QWEN_32B, **options, pipeline_parallel_size=2)
+    opened = open_model_headers(config.load)
+    found = plan_ranks(opened, config, machine(*sizes))
+    whole = ModelFacts.of(opened)
+    most = 0
+    for first in range(1, 64):
+        stages = ModelFacts.of(opened, range(first)), ModelFacts.of(opened, range(first, 64))
+        most = max(most, make_plan(replace(whole, stages=stages), config, machine(*sizes)).num_blocks)
+    assert found.num_blocks == most
+    first, second = found.stage_layers
+    assert first + second == 64
+    assert (found.layers_of(0), found.layers_of(1)) == (range(first), range(first, 64))
+
+
+def test_layers_follow_the_memory_of_each_card() -> None:
+    """Without the ends of the model: 22 and 10 GiB leave 20.1 and 8.3 GiB for 64 layers."""
+    found = plan((24, 24), **QWEN_32B, pipeline_parallel_size=2, gpu_memory_limit="22,10")
+    assert found.stage_layers == (48, 16)
+    alike = plan((24, 24), **QWEN_32B, pipeline_parallel_size=2)
+    assert alike.stage_layers[0] >= alike.stage_layers[1], "logits are on the last card alone"
+    assert plan((24, 24, 24), **QWEN_32B, pipeline_parallel_size=3).stage_layers[1] >= 22, "the ends weigh more"
+
+
+def test_all_stages_take_the_steps_that_the_smallest_card_takes() -> None:
+    found = plan((80, 24), **QWEN_32B, pipeline_parallel_size=2)
+    assert found.max_num_batched_tokens == 2048
+
+
+def test_layers_stay_where_they_are_when_it_is_planned_again() -> None:
+    config = config_of(**QWEN_32B, pipeline_parallel_size=2)
+    opened = open_model_headers(config.load)
+    before = plan_ranks(opened, config, machine(24, 12))
+    weights = [card.weight_bytes for card in before.cards]
+    free = [replace(card, free_bytes=size * GIB) for card, size in zip(machine(24, 12).cards, (20, 12), strict=True)]
+    found = replan_ranks(before, opened, config, machine(24, 12), free, weights)
+    assert plan_ranks(opened, config, replace(machine(24, 12), cards=tuple(free))).stage_layers < before.stage_layers
+    assert found.stage_layers == before.stage_layers
+    assert [card.weight_bytes for card in found.cards] == weights
+    assert found.num_blocks < before.num_blocks
 
 
 def test_what_ranks_have_seen_makes_the_plan_smaller_and_never_larger() -> None:
@@ -169,8 +224,8 @@ def test_ranks_on_a_cpu_share_its_memory_and_all_they_hold_is_counted(tp: int, p
     [card] = found.cards
     assert (card.weight_bytes, card.step_buffer_bytes, card.kv_bytes_per_token) == (weights, steps, per_token)
     assert per_token == 2 * 3 * max(2, tp) * 64 * 4  # Four ranks have a copy each of two heads.
-    mailboxes = (pp * (tp + tp**2) * (tp > 1) + tp * (pp + pp**2) * (pp > 1)) * 2 * 2 * 2**20
-    assert card.reserve_bytes == tp * pp * RANK_BYTES + mailboxes
+    in_stages, between_stages = pp * tp * (tp > 1), tp * (pp + pp - 1) * (pp > 1)
+    assert card.reserve_bytes == tp * pp * RANK_BYTES + (in_stages + between_stages) * 4 * 2**20
     assert card.total_bytes == 4 * GIB
     assert card.free_bytes >= 0
 

@@ -46,6 +46,18 @@ def test_phases_add_up_and_what_overlaps_does_not() -> None:
     assert "6.00 GB at 2.00 GB/s" in lines[4]
 
 
+def test_of_several_ranks_the_slowest_counts() -> None:
+    """One reads longest, another converts longest; they overlap, so that nothing is added up."""
+    watch = ticking(0.0, 4.0)
+    watch.loaded(LoadTimes(8_000_000_000, 4.0, 4.0, 1.0), LoadTimes(2_000_000_000, 3.0, 0.5, 2.5))
+    assert watch.seconds == {"import": 1.5, "weights": 4.0, "read": 4.0, "convert": 2.5, "total": 5.5}
+    lines = watch.table().splitlines()
+    assert lines[3].split()[:2] == ["read", "4.00"]
+    assert "8.00 GB at 2.00 GB/s" in lines[3]
+    assert lines[4].split()[:2] == ["convert", "2.50"]
+    assert all(line.endswith("(the slowest of 2 ranks)") for line in lines[3:5])
+
+
 def test_nothing_is_read_for_dummy_weights() -> None:
     watch = ticking(0.0, 1.0)
     watch.loaded(LoadTimes(num_bytes=0, seconds=1.0, read_seconds=0.0, convert_seconds=1.0))

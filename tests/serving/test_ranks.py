@@ -31,6 +31,7 @@ from tests.serving.rank_server import (
     LOOPBACK,
     ROOT,
     RankServer,
+    children,
     is_alive,
     listening_addresses,
     own_ranks,
@@ -126,6 +127,38 @@ def test_ranks_do_not_outlive_the_server_not_even_a_stopped_one() -> None:
         with pytest.raises(httpx.HTTPError):
             with_streams(server, orphan)
         wait_until(lambda: not any(is_alive(pid) for pid in server.ranks), 10.0)
+
+
+_START = """
+import sys
+from qengine.config import EngineConfig
+from qengine.startup import start_parts
+options = {"model": sys.argv[1], "device": "cpu", "tensor_parallel_size": 2, "max_model_len": 64, "p2p": "on"}
+start_parts(EngineConfig.from_options(options), rank_command=(sys.executable, *sys.argv[2:]))
+"""
+
+
+@pytest.mark.parametrize(
+    ("command", "until"),
+    [(("-m", "qengine.runtime.rank"), "started"), (("-m", "tests.runtime.stalled_rank", "1"), "stalled")],
+)
+def test_an_engine_that_is_killed_before_its_ranks_have_met_leaves_nothing(
+    command: tuple[str, ...], until: str, tmp_path: Path
+) -> None:
+    """As soon as they exist, or while one waits for the other."""
+    words = [sys.executable, "-c", _START, FIXTURE, *command]
+    variables = {**os.environ, "TMPDIR": str(tmp_path)}
+    with subprocess.Popen(words, cwd=ROOT, env=variables, stderr=subprocess.PIPE, text=True) as process:
+        assert process.stderr is not None
+        try:
+            wait_until(lambda: len(children(process.pid)) == 2, 60.0)
+            ranks = children(process.pid)
+            if until == "stalled":
+                assert any("rank 1: stalled" in line for line in process.stderr)
+        finally:
+            process.kill()
+    wait_until(lambda: not any(is_alive(pid) for pid in ranks), 10.0)
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_ctrl_c_in_a_terminal_lets_answers_finish_and_leaves_nobody() -> None:
