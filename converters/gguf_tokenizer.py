@@ -24,6 +24,15 @@ from converters.files import shown
 
 _PREFIX = "tokenizer.ggml."
 _SPACE = "\N{LOWER ONE EIGHTH BLOCK}"
+#: The longest tokens that are published are runs of some hundred spaces.
+MAX_TOKEN_CHARS = 1024
+#: Of all tokens together; vocabularies of 260,000 have some 2 million. It bounds what finding their merges takes.
+MAX_VOCABULARY_CHARS = 2**22
+#: Merges, and the characters of their results, which the library copies; the same vocabularies have 500,000, of 8 each.
+MAX_MERGES = 2**20
+MAX_MERGED_CHARS = 2**24
+#: Control tokens and user-defined ones, each of which is looked for in every text; published models have some 7,000.
+MAX_WHOLE_TOKENS = 2**16
 
 
 class TokenType(IntEnum):
@@ -249,6 +258,11 @@ def _vocabulary(metadata: Mapping[str, Any]) -> _Vocabulary:
     tokens: list[str] = _list(metadata, "tokens", {str})
     if not tokens:
         raise _bad("tokens", tokens, "at least one token")
+    longest = max(map(len, tokens))
+    if longest > MAX_TOKEN_CHARS:
+        raise _bad("tokens", f"a list with a token of {longest} characters", f"at most {MAX_TOKEN_CHARS}")
+    if sum(map(len, tokens)) > MAX_VOCABULARY_CHARS:
+        raise _bad("tokens", f"{sum(map(len, tokens))} characters in all", f"at most {MAX_VOCABULARY_CHARS}")
     types = [TokenType.NORMAL.value] * len(tokens)
     if _PREFIX + "token_type" in metadata:
         types = _list(metadata, "token_type", {int}, len(tokens))
@@ -350,11 +364,17 @@ def _merges_of_scores(vocabulary: _Vocabulary, scores: list[float]) -> list[tupl
     """
     ids = {text: i for text, i in vocabulary.ids.items() if vocabulary.types[i] not in _NEVER_MERGED}
     ranked = []
+    merged_chars = 0
     for text, token_id in ids.items():
         for cut in range(1, len(text)):
-            left, right = ids.get(text[:cut]), ids.get(text[cut:])
-            if left is not None and right is not None:
+            left = ids.get(text[:cut])
+            right = ids.get(text[cut:]) if left is not None else None
+            if right is not None:
                 ranked.append((-scores[token_id], -cut, cut - len(text), token_id, left, right))
+                merged_chars += len(text)
+        if len(ranked) > MAX_MERGES or merged_chars > MAX_MERGED_CHARS:
+            found = f"a list with {len(ranked)} merges or more, of {merged_chars} characters"
+            raise _bad("tokens", found, f"at most {MAX_MERGES}, of {MAX_MERGED_CHARS}")
     ranked.sort()
     tokens = vocabulary.tokens
     return [(tokens[left], tokens[right]) for *_, left, right in ranked]
@@ -364,6 +384,8 @@ def _add_whole_tokens(backend: tokenizers.Tokenizer, vocabulary: _Vocabulary, en
     """Control tokens become special ones, user-defined tokens plain ones that are matched whole."""
     special = {*vocabulary.ids_of(TokenType.CONTROL, TokenType.UNKNOWN), *(i for i in ends.values() if i is not None)}
     plain = set(vocabulary.ids_of(TokenType.USER_DEFINED)) - special
+    if len(special) + len(plain) > MAX_WHOLE_TOKENS:
+        raise _bad("token_type", f"a list with {len(special) + len(plain)} whole tokens", f"at most {MAX_WHOLE_TOKENS}")
     added = [
         AddedToken(vocabulary.tokens[token_id], special=token_id in special, normalized=False)
         for token_id in sorted(special | plain)
