@@ -34,6 +34,7 @@ FLOORS: tuple[tuple[str, ...], ...] = (
 SCHEDULING_BASE = ("block_pool", "batch")
 CONVERTER_USERS = (
     "qengine.runtime.loader",
+    "qengine.runtime.locate",
     "qengine.runtime.opening",
     "qengine.tokenizer.gguf",
     "qengine.evaluation.texts",
