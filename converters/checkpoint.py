@@ -22,7 +22,7 @@ from converters.errors import CheckpointError
 from converters.files import DataFile, list_folder, parse_json_object, read_json_object, shown
 from converters.report import shape_text
 
-#: A header of 50,000 tensors, or an index of 100,000; the format itself allows 100 MB.
+#: A header of 30,000 tensors, or an index of 100,000; the format itself allows 100 MB.
 MAX_HEADER_BYTES = 8 * 2**20
 #: Of all files together. Unquantized models have some 1,200 at the most, quantized ones four times as many.
 MAX_TENSORS = 2**17

@@ -23,8 +23,8 @@ from converters.errors import CheckpointError
 
 #: config.json and its companions are a few KB.
 MAX_JSON_BYTES = 4 * 2**20
-#: Brackets and commas. Each value of a JSON text has one, and may take 200 bytes of memory for 3 bytes of text.
-MAX_JSON_MARKS = 400_000
+#: Brackets and commas. Each value of a JSON text has one, and may take 300 bytes of memory for 10 bytes of text.
+MAX_JSON_MARKS = 2**18
 #: Bytes of one read: enough for a disk's full speed, and short enough to be stopped in between.
 _PART_BYTES = 16 * 2**20
 _MAX_SHOWN_CHARS = 120
