@@ -22,7 +22,12 @@ from converters.errors import CheckpointError
 from converters.files import DataFile, list_folder, parse_json_object, read_json_object, shown
 from converters.report import shape_text
 
-MAX_HEADER_BYTES = 100_000_000
+#: A header of 30,000 tensors, or an index of 100,000; the format itself allows 100 MB.
+MAX_HEADER_BYTES = 8 * 2**20
+#: Of all files together. Unquantized models have some 1,200 at the most, quantized ones four times as many.
+MAX_TENSORS = 2**17
+#: Of the string metadata of all files together; they say a few words about the quantization.
+MAX_METADATA_CHARS = 2**20
 SUFFIX = ".safetensors"
 _INDEX_SUFFIX = SUFFIX + ".index.json"
 _PICKLES = (".bin", ".pt", ".pth", ".ckpt", ".pkl")
@@ -141,6 +146,10 @@ def _open_files(folder: Path, names: list[str], named_by: str | None = None) -> 
             _check_inside(folder, name, named_by)
         infos, strings = read_header(DataFile.at(folder / name))
         metadata.update(strings)
+        if sum(len(key) + len(value) for key, value in metadata.items()) > MAX_METADATA_CHARS:
+            raise CheckpointError(f"{folder}: __metadata__ up to {name} has more than {MAX_METADATA_CHARS} characters")
+        if len(tensors) + len(infos) > MAX_TENSORS:
+            raise CheckpointError(f"{folder}: the files up to {name} hold more than {MAX_TENSORS} tensors")
         for info in infos:
             if info.name in tensors:
                 first = tensors[info.name].file.path.name

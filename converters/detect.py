@@ -10,13 +10,14 @@ from __future__ import annotations
 import logging
 import re
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal
 
 from converters.checkpoint import Checkpoint
 from converters.errors import CheckpointError
 from converters.files import list_folder, read_json_object, shown
+from converters.module_rules import MAX_RULES, DynamicRule, ModuleRules, Part, Pattern, require_short
 
 logger = logging.getLogger(__name__)
 
@@ -34,9 +35,6 @@ _SYNONYMS = {
     "format": "checkpoint_format",
     "method": "quant_method",
 }
-_MAX_RULES = 4096
-_MAX_PATTERN_CHARS = 256
-_MAX_WILDCARDS = 6
 #: What compressed-tensors calls its codes. Other programs use the name for other layouts, so a config must say it.
 _PACKED = re.compile(r"\.weight_packed$")
 #: Tensor names that betray a layout nobody here can read, whatever the config says.
@@ -51,15 +49,8 @@ _FOREIGN_LAYOUTS = (
 )
 
 
-@dataclass(frozen=True, slots=True)
-class DynamicRule:
-    """Overrides for the modules whose full name `pattern` matches from the start; None leaves a value as it is."""
-
-    pattern: re.Pattern[str]
-    skip: bool = False
-    bits: int | None = None
-    group_size: int | None = None
-    symmetric: bool | None = None
+#: Of a module that no rule is about.
+_NO_RULE = DynamicRule("")
 
 
 @dataclass(frozen=True, slots=True)
@@ -86,8 +77,7 @@ class QuantizationScheme:
         desc_act: declared activation order; the tensors decide.
         zero_point: AWQ's word for "not symmetric"; None if not said.
         quantizer: the program that wrote the file, e.g. "gptqmodel:7.7.0", or "".
-        dynamic: overrides by module name, first match wins.
-        modules_to_not_convert: parts of names of modules that stay dense.
+        rules: overrides by module name, and which modules stay dense.
     """
 
     method: Literal["gptq", "awq", "compressed-tensors"]
@@ -98,8 +88,7 @@ class QuantizationScheme:
     desc_act: bool = False
     zero_point: bool | None = None
     quantizer: str = ""
-    dynamic: tuple[DynamicRule, ...] = ()
-    modules_to_not_convert: tuple[str, ...] = ()
+    rules: ModuleRules = field(default_factory=ModuleRules)
 
     @property
     def name(self) -> str:
@@ -117,17 +106,17 @@ class QuantizationScheme:
         return ", ".join(parts + ["act-order"] * self.desc_act)
 
     def for_module(self, name: str) -> ModuleScheme:
-        """The declaration with the overrides for the (unfused) module `name` applied."""
-        skipped = any(part in name for part in self.modules_to_not_convert)
-        plain = ModuleScheme(self.bits, self.group_size, self.symmetric, skipped)
-        rule = next((rule for rule in self.dynamic if rule.pattern.match(name)), None)
-        if rule is None:
-            return plain
+        """The declaration with the overrides for the (unfused) module `name` applied.
+
+        Raises:
+            CheckpointError: if the rules have taken too long for so many modules.
+        """
+        rule = self.rules.first(name) or _NO_RULE
         return ModuleScheme(
-            bits=plain.bits if rule.bits is None else rule.bits,
-            group_size=plain.group_size if rule.group_size is None else rule.group_size,
-            symmetric=plain.symmetric if rule.symmetric is None else rule.symmetric,
-            skipped=skipped or rule.skip,
+            bits=self.bits if rule.bits is None else rule.bits,
+            group_size=self.group_size if rule.group_size is None else rule.group_size,
+            symmetric=self.symmetric if rule.symmetric is None else rule.symmetric,
+            skipped=rule.skip,
         )
 
 
@@ -260,8 +249,8 @@ class _Reader:
         value = self.values.get(key)
         if value is None:
             return ()
-        if not isinstance(value, list) or len(value) > _MAX_RULES or not all(isinstance(v, str) and v for v in value):
-            raise self.fail(key, "a list of names")
+        if not isinstance(value, list) or len(value) > MAX_RULES or not all(isinstance(v, str) and v for v in value):
+            raise self.fail(key, f"a list of names, at most {MAX_RULES}")
         return tuple(value)
 
 
@@ -292,7 +281,7 @@ def _gptq(reader: _Reader) -> QuantizationScheme:
         symmetric=_or(reader.flag("sym"), True),
         desc_act=bool(reader.flag("desc_act")),
         quantizer=_quantizer(reader.values),
-        dynamic=_dynamic(reader),
+        rules=ModuleRules(_dynamic(reader), f"{reader.where}: dynamic"),
     )
 
 
@@ -308,12 +297,13 @@ def _dynamic(reader: _Reader) -> tuple[DynamicRule, ...]:
     raw = reader.values.get("dynamic")
     if raw is None:
         return ()
-    if not isinstance(raw, dict) or len(raw) > _MAX_RULES:
-        raise reader.fail("dynamic", "an object of patterns and overrides")
+    if not isinstance(raw, dict) or len(raw) > MAX_RULES:
+        raise reader.fail("dynamic", f"an object of patterns and overrides, at most {MAX_RULES}")
+    require_short(raw, f"{reader.where}: dynamic")
     rules = []
     for key, overrides in raw.items():
         text = key[2:] if key.startswith(("+:", "-:")) else key
-        pattern = _compile(text, f"{reader.where}: dynamic")
+        pattern = Pattern.compile(text, f"{reader.where}: dynamic")
         if key.startswith("-:"):
             rules.append(DynamicRule(pattern, skip=True))
             continue
@@ -323,24 +313,9 @@ def _dynamic(reader: _Reader) -> tuple[DynamicRule, ...]:
     return tuple(rules)
 
 
-def _override(pattern: re.Pattern[str], overrides: Mapping[str, Any], where: str) -> DynamicRule:
+def _override(module: str | Pattern, overrides: Mapping[str, Any], where: str) -> DynamicRule:
     part = _Reader(_normalize(overrides), where)
-    return DynamicRule(pattern, False, part.bits(GPTQ_BITS), part.group_size(), part.flag("sym"))
-
-
-def _compile(text: str, where: str) -> re.Pattern[str]:
-    """A pattern of the file, refused if matching it could take for ever."""
-    # "?" counts too, but not where it makes a repetition lazy or opens a group.
-    wildcards = len(re.findall(r"[*+{]|(?<![(*+}])\?", text))
-    if len(text) > _MAX_PATTERN_CHARS or wildcards > _MAX_WILDCARDS or re.search(r"\)[*+{]", text):
-        raise CheckpointError(
-            f"{where}: the pattern '{shown(text)}' is too costly to match; use at most {_MAX_WILDCARDS} repetitions, "
-            "and none of a group"
-        )
-    try:
-        return re.compile(text)
-    except (re.error, RecursionError, OverflowError) as error:
-        raise CheckpointError(f"{where}: '{shown(text)}' is no regular expression: {shown(error)}") from error
+    return DynamicRule(module, False, part.bits(GPTQ_BITS), part.group_size(), part.flag("sym"))
 
 
 # AWQ and auto-round
@@ -365,8 +340,13 @@ def _awq(reader: _Reader) -> QuantizationScheme:
         symmetric=zero_point is False,
         zero_point=zero_point,
         quantizer=_quantizer(reader.values),
-        modules_to_not_convert=reader.names("modules_to_not_convert"),
+        rules=_parts_to_skip(reader),
     )
+
+
+def _parts_to_skip(reader: _Reader) -> ModuleRules:
+    key = "modules_to_not_convert"
+    return ModuleRules([DynamicRule(Part(text), skip=True) for text in reader.names(key)], f"{reader.where}: {key}")
 
 
 def _auto_round(reader: _Reader) -> QuantizationScheme:
@@ -378,7 +358,8 @@ def _auto_round(reader: _Reader) -> QuantizationScheme:
         scheme = _gptq(_Reader({**reader.values, "checkpoint_format": "gptq"}, reader.where))
         if not scheme.symmetric and packing != "auto_round:auto_gptq":
             raise CheckpointError(_unsupported(reader.where, f"'auto-round' packed as '{shown(packing)}', asymmetric"))
-    return replace(scheme, dynamic=(*scheme.dynamic, *_extra_config(reader)))
+    rules = (*scheme.rules.rules, *_extra_config(reader))
+    return replace(scheme, rules=ModuleRules(rules, reader.where))
 
 
 def _extra_config(reader: _Reader) -> tuple[DynamicRule, ...]:
@@ -386,14 +367,13 @@ def _extra_config(reader: _Reader) -> tuple[DynamicRule, ...]:
     raw = reader.values.get("extra_config")
     if raw is None:
         return ()
-    if not isinstance(raw, dict) or len(raw) > _MAX_RULES or not all(isinstance(v, dict) for v in raw.values()):
+    if not isinstance(raw, dict) or len(raw) > MAX_RULES or not all(isinstance(v, dict) for v in raw.values()):
         raise reader.fail("extra_config", "an object of module names and overrides")
     rules = []
     for name, overrides in raw.items():
-        pattern = re.compile(re.escape(name) + r"\Z")
         where = f"{reader.where}: extra_config['{shown(name)}']"
         dense = _Reader(_normalize(overrides), where).whole("bits") in (16, 32)
-        rules.append(DynamicRule(pattern, skip=True) if dense else _override(pattern, overrides, where))
+        rules.append(DynamicRule(name, skip=True) if dense else _override(name, overrides, where))
     return tuple(rules)
 
 
@@ -410,17 +390,19 @@ def _compressed_tensors(reader: _Reader) -> QuantizationScheme:
         if isinstance(value, Mapping) and value and value.get("format") != "dense":
             raise CheckpointError(_unsupported(reader.where, f"compressed-tensors with a {key}"))
     groups = reader.values.get("config_groups")
-    if not isinstance(groups, dict) or len(groups) > _MAX_RULES:
+    if not isinstance(groups, dict) or len(groups) > MAX_RULES:
         raise reader.fail("config_groups", "an object of groups")
     where = f"{reader.where}: config_groups"
     schemes = [_compressed_group(group, f"{where}['{shown(name)}']", layout) for name, group in groups.items()]
     targets = [(target, scheme) for names, scheme in schemes for target in names]
     exact = [(t, s) for t, s in targets if "." in t and not t.startswith("re:")]
     patterns = [(t, s) for t, s in targets if t.startswith("re:")]
+    ignored_names = reader.names("ignore")
+    require_short((name for name in (*ignored_names, *(t for t, _ in patterns)) if name.startswith("re:")), where)
     base = next((s for t, s in targets if "." not in t and not t.startswith("re:")), None)
-    ignored = [DynamicRule(_target(name, reader.where), skip=True) for name in reader.names("ignore")]
-    found = [replace(scheme, pattern=_target(target, where)) for target, scheme in (*exact, *patterns)]
-    usual = base or (schemes[0][1] if schemes else DynamicRule(_EVERYTHING))
+    ignored = [DynamicRule(_target(name, reader.where), skip=True) for name in ignored_names]
+    found = [replace(scheme, module=_target(target, where)) for target, scheme in (*exact, *patterns)]
+    usual = base or (schemes[0][1] if schemes else _NO_RULE)
     return QuantizationScheme(
         method="compressed-tensors",
         checkpoint_format="pack-quantized",
@@ -429,12 +411,12 @@ def _compressed_tensors(reader: _Reader) -> QuantizationScheme:
         symmetric=_or(usual.symmetric, True),
         desc_act=any(_has_order(group) for group in groups.values()),
         quantizer=_quantizer(reader.values),
-        dynamic=(*ignored, *found),
+        rules=ModuleRules((*ignored, *found), reader.where),
     )
 
 
 def _compressed_group(group: Any, where: str, layout: str) -> tuple[tuple[str, ...], DynamicRule]:
-    """What a group targets, and a rule (whose pattern is not set yet) of what it says."""
+    """What a group targets, and a rule (whose module is not set yet) of what it says."""
     preset = isinstance(group, list)
     if not isinstance(group, dict):
         hint = "; presets by name are not read" if preset else ""
@@ -456,14 +438,11 @@ def _compressed_group(group: Any, where: str, layout: str) -> tuple[tuple[str, .
     if strategy not in ("group", "channel"):
         raise CheckpointError(_unsupported(where, f"compressed-tensors with the strategy '{shown(strategy)}'"))
     return part.names("targets"), DynamicRule(
-        _EVERYTHING,
+        "",
         bits=numbers.bits(COMPRESSED_BITS),
         group_size=size if strategy == "group" else -1,
         symmetric=_or(numbers.flag("symmetric"), True),
     )
-
-
-_EVERYTHING = re.compile("")
 
 
 def _has_order(group: Any) -> bool:
@@ -471,9 +450,9 @@ def _has_order(group: Any) -> bool:
     return isinstance(weights, dict) and weights.get("actorder") in ("group", "dynamic", True)
 
 
-def _target(name: str, where: str) -> re.Pattern[str]:
+def _target(name: str, where: str) -> str | Pattern:
     """ "re:" begins a pattern that matches from the start; anything else is a module's whole name."""
-    return _compile(name[3:], where) if name.startswith("re:") else re.compile(re.escape(name) + r"\Z")
+    return Pattern.compile(name[3:], where) if name.startswith("re:") else name
 
 
 _METHODS: Mapping[str, Callable[[_Reader], QuantizationScheme]] = {

@@ -21,8 +21,10 @@ import numpy.typing as npt
 
 from converters.errors import CheckpointError
 
-#: config.json and its companions are a few KB; an index of 100,000 tensors is about 10 MB.
-MAX_JSON_BYTES = 16 * 2**20
+#: config.json and its companions are a few KB.
+MAX_JSON_BYTES = 4 * 2**20
+#: Brackets and commas. Each value of a JSON text has one, and may take 300 bytes of memory for 10 bytes of text.
+MAX_JSON_MARKS = 2**18
 #: Bytes of one read: enough for a disk's full speed, and short enough to be stopped in between.
 _PART_BYTES = 16 * 2**20
 _MAX_SHOWN_CHARS = 120
@@ -151,8 +153,12 @@ def parse_json_object(data: bytes, what: str, *, unique_keys: bool = False) -> d
     """UTF-8 JSON text that must be an object.
 
     Raises:
-        CheckpointError: naming `what`, if it is not, is nested too deeply, or (on demand) has a key twice.
+        CheckpointError: naming `what`, if it is not, is nested too deeply, has too many values, or (on demand) has a
+            key twice.
     """
+    marks = sum(map(data.count, (b"{", b"[", b",")))
+    if marks > MAX_JSON_MARKS:
+        raise CheckpointError(f"{what} has {marks} brackets and commas, at most {MAX_JSON_MARKS} are read")
     hook = _refuse_repeated_keys if unique_keys else None
     try:
         value = json.loads(data.decode("utf-8"), object_pairs_hook=hook)

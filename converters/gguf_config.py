@@ -22,6 +22,8 @@ from converters.gguf_file import GGUFTensor
 ROPE_FACTORS = "rope_freqs.weight"
 EMBEDDING = "token_embd.weight"
 HEAD = "output.weight"
+#: Published models have heads of 64 to 256.
+MAX_HEAD_DIM = 2**14
 #: GGUF's architecture to transformers' class. Files of Mistral models mostly say llama.
 _CLASSES = {
     "llama": "LlamaForCausalLM",
@@ -117,6 +119,8 @@ def _heads(values: _Metadata) -> dict[str, int]:
     if num_heads < 1:
         raise values.fail("attention.head_count", num_heads, "at least 1")
     head_dim = values.whole("attention.key_length") or values.required("embedding_length") // num_heads
+    if not 1 <= head_dim <= MAX_HEAD_DIM:
+        raise values.fail("attention.key_length", head_dim, f"a head size of 1 to {MAX_HEAD_DIM}")
     for key in ("attention.value_length", "rope.dimension_count"):
         if values.whole(key, head_dim) != head_dim:
             raise values.fail(key, values.whole(key), f"the head size {head_dim}; other sizes are not supported")

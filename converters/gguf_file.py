@@ -5,8 +5,9 @@
     tensor info = string name, u32 n_dims, u64 dims (fastest first), u32 type, u64 offset from the data's start
 
 Invariant: no declared length or count is followed before it was checked against the bytes that are left, and what is
-kept in memory is bounded by the file's own size and by caps on the head and on array items. Arrays of arrays, which no
-model file has, are refused. It knows how many bytes a block type takes, not what they mean: see `formats.gguf`.
+kept in memory is bounded by the file's own size and by caps on the head, on its values and on its tensors, of all parts
+together. Arrays of arrays, which no model file has, are refused. It knows how many bytes a block type takes, not what
+they mean: see `formats.gguf`.
 """
 
 from __future__ import annotations
@@ -28,12 +29,20 @@ from converters.report import shape_text
 MAGIC = b"GGUF"
 VERSIONS = (2, 3)
 MAX_PAIRS = 2**16
-#: Items of all arrays together; the largest vocabularies have some 300,000 tokens with two numbers each, and 500,000
-#: merges.
-MAX_ARRAY_ITEMS = 2**21
+#: A model of 126 layers has some 1,200.
+MAX_TENSORS = 2**16
 MAX_NAME_BYTES = 2**16
-#: Metadata and tensor table; a vocabulary of 260,000 with merges takes about 15 MB.
-MAX_HEAD_BYTES = 2**26
+#: A single string; the longest are chat templates, of some 20 KB.
+MAX_STRING_BYTES = 2**20
+#: Metadata and tensor table; a vocabulary of 260,000 with merges takes about 16 MB.
+MAX_HEAD_BYTES = 2**25
+#: What all values may take in memory, by the two costs below. The largest vocabularies have some 260,000 tokens with two
+#: numbers each, and 500,000 merges; they count as 120 MB.
+MAX_VALUE_BYTES = 2**27
+#: Bytes of a str in a list, beside four (the widest character of Python's) for each byte of it and of its length.
+_STRING_BYTES = 56
+#: Bytes of an int or float in a list.
+_NUMBER_BYTES = 40
 _MAX_DIMS = 4
 _READ_BYTES = 2**20
 _STRING, _ARRAY = 8, 9
@@ -121,11 +130,12 @@ class GGUFTensor:
 
 @dataclass(frozen=True, slots=True)
 class GGUFFile:
-    """A parsed file, or all files of a split model as one."""
+    """A parsed file, or all files of a split model as one. `head_bytes`: what lies before the tensors' data."""
 
     path: Path
     metadata: Mapping[str, Any]
     tensors: Mapping[str, GGUFTensor]
+    head_bytes: int
 
 
 def open_gguf(path: Path) -> GGUFFile:
@@ -150,6 +160,7 @@ def _join_parts(opened: GGUFFile, count: int) -> GGUFFile:
         )
     tensors: dict[str, GGUFTensor] = {}
     metadata: Mapping[str, Any] = {}
+    head_bytes = 0
     for number in range(1, count + 1):
         path = opened.path.with_name(f"{match[1]}-{number:05d}-of-{count:05d}.gguf")
         if not path.is_file():
@@ -161,11 +172,17 @@ def _join_parts(opened: GGUFFile, count: int) -> GGUFFile:
         if twice:
             raise CheckpointError(f"{path}: tensor '{shown(min(twice))}' is in an earlier part too")
         tensors.update(part.tensors)
+        head_bytes += part.head_bytes
+        if len(tensors) > MAX_TENSORS or head_bytes > MAX_HEAD_BYTES:
+            raise CheckpointError(
+                f"{path}: the parts up to this one hold {len(tensors)} tensors and {head_bytes} bytes of metadata, at "
+                f"most {MAX_TENSORS} and {MAX_HEAD_BYTES} are read"
+            )
         metadata = metadata or part.metadata
     total = metadata.get("split.tensors.count")
     if isinstance(total, int) and total != len(tensors):
         raise CheckpointError(f"{opened.path}: the parts hold {len(tensors)} tensors, expected {total}")
-    return GGUFFile(opened.path, metadata, tensors)
+    return GGUFFile(opened.path, metadata, tensors, head_bytes)
 
 
 def _parse(path: Path) -> GGUFFile:
@@ -178,9 +195,11 @@ class _Parser:
     def __init__(self, file: DataFile) -> None:
         self.file = file
         self.size = file.num_bytes
+        # The bytes of the file from `start` on that have been read and not been parsed yet.
         self.buffer = bytearray()
+        self.start = 0
         self.position = 0
-        self.num_items = 0
+        self.value_bytes = 0
 
     def parse(self) -> GGUFFile:
         num_tensors, num_pairs = self._head()
@@ -189,13 +208,13 @@ class _Parser:
             key = self._string("a metadata key", MAX_NAME_BYTES)
             if key in metadata:
                 raise self._refuse(f"metadata key '{shown(key)}' appears twice")
-            metadata[key] = self._value(self._scalar(4), key)
+            metadata[key] = self._value(self._scalar(4), f"metadata '{shown(key)}'")
         alignment = metadata.get("general.alignment", 32)
         if not isinstance(alignment, int) or not 1 <= alignment <= 2**20 or alignment & (alignment - 1):
             raise self._refuse(f"general.alignment is {alignment!r}, expected a power of two")
         infos = [self._tensor_info() for _ in range(num_tensors)]
         data_start = -(-self.position // alignment) * alignment
-        return GGUFFile(self.file.path, metadata, self._place(infos, data_start, alignment))
+        return GGUFFile(self.file.path, metadata, self._place(infos, data_start, alignment), self.position)
 
     def _head(self) -> tuple[int, int]:
         magic = self._take(4, "the magic bytes")
@@ -211,8 +230,9 @@ class _Parser:
         for name, count, least in (("tensors", num_tensors, 28), ("metadata pairs", num_pairs, 13)):
             if count * least > self.size:
                 raise self._refuse(f"declares {count} {name}, more than its {self.size} bytes can hold")
-        if num_pairs > MAX_PAIRS:
-            raise self._refuse(f"declares {num_pairs} metadata pairs, at most {MAX_PAIRS} are read")
+        for name, count, most in (("tensors", num_tensors, MAX_TENSORS), ("metadata pairs", num_pairs, MAX_PAIRS)):
+            if count > most:
+                raise self._refuse(f"declares {count} {name}, at most {most} are read")
         return num_tensors, num_pairs
 
     def _refuse(self, reason: str) -> CheckpointError:
@@ -220,50 +240,52 @@ class _Parser:
 
     # Bytes
 
-    def _need(self, count: int, what: str) -> None:
-        """Have `count` bytes from the cursor on in the buffer."""
+    def _need(self, count: int, what: str) -> int:
+        """Have `count` bytes from the cursor on in the buffer: the place there of the first."""
         end = self.position + count
         if end > self.size:
             raise self._refuse(f"{what} needs {count} bytes at {self.position}, but the file ends at {self.size}")
         if end > MAX_HEAD_BYTES:
             raise self._refuse(f"{what} ends at byte {end}; at most {MAX_HEAD_BYTES} bytes of metadata are read")
-        have = len(self.buffer)
+        have = self.start + len(self.buffer)
         if have < end:
-            # Doubling keeps the number of reads small however long the head is.
-            wanted = min(max(_READ_BYTES, have, end - have), self.size - have)
-            self.buffer += self.file.read_bytes(have, wanted)
+            del self.buffer[: self.position - self.start]
+            self.start = self.position
+            self.buffer += self.file.read(have, min(max(_READ_BYTES, end - have), self.size - have)).data
+        return self.position - self.start
 
     def _take(self, count: int, what: str) -> bytes:
-        self._need(count, what)
-        start = self.position
+        begin = self._need(count, what)
         self.position += count
-        return bytes(self.buffer[start : self.position])
+        return bytes(self.buffer[begin : begin + count])
 
     def _scalar(self, kind: int) -> Any:
         layout, size = _SCALARS[kind]
-        self._need(size, "a number")
-        (value,) = struct.unpack_from(layout, self.buffer, self.position)
+        (value,) = struct.unpack_from(layout, self.buffer, self._need(size, "a number"))
         self.position += size
         return value
 
-    def _string(self, what: str, max_bytes: int | None = None) -> str:
+    def _string(self, what: str, max_bytes: int) -> str:
         length = self._scalar(10)
-        if max_bytes is not None and length > max_bytes:
+        if length > max_bytes:
             raise self._refuse(f"{what} declares {length} bytes, at most {max_bytes} are read")
-        return self._decode(self._take(length, what), what)
-
-    def _decode(self, data: bytes, what: str) -> str:
+        self._charge(_STRING_BYTES + 4 * (8 + length), what)
         try:
-            return data.decode("utf-8")
+            return self._take(length, what).decode()
         except UnicodeDecodeError as error:
             raise self._refuse(f"{what} is not UTF-8: {error.reason}") from error
 
     # Values
 
-    def _value(self, kind: int, key: str) -> Any:
-        what = f"metadata '{shown(key)}'"
+    def _charge(self, num_bytes: int, what: str) -> None:
+        """Count what a value takes in memory, before it takes it."""
+        self.value_bytes += num_bytes
+        if self.value_bytes > MAX_VALUE_BYTES:
+            raise self._refuse(f"{what} is too much: the values up to it take more than {MAX_VALUE_BYTES} bytes")
+
+    def _value(self, kind: int, what: str) -> Any:
         if kind == _STRING:
-            return self._string(what)
+            return self._string(what, MAX_STRING_BYTES)
         if kind == _ARRAY:
             return self._array(what)
         if kind not in _SCALARS:
@@ -272,17 +294,15 @@ class _Parser:
 
     def _array(self, what: str) -> list[Any]:
         kind, count = self._scalar(4), self._scalar(10)
-        self.num_items += count
-        if self.num_items > MAX_ARRAY_ITEMS:
-            raise self._refuse(f"{what} declares {count} items, at most {MAX_ARRAY_ITEMS} are read from a file")
         if kind == _STRING:
             return self._string_array(count, what)
         if kind not in _SCALARS:
             raise self._refuse(f"{what} is an array of type {kind}, expected numbers, booleans or strings")
+        self._charge(_NUMBER_BYTES * count, f"{what}, of {count} items,")
         layout, size = _SCALARS[kind]
-        self._need(count * size, what)
+        begin = self._need(count * size, what)
         dtype = np.dtype(np.bool_ if layout == "<?" else layout)
-        values: list[Any] = np.frombuffer(self.buffer, dtype, count, self.position).tolist()
+        values: list[Any] = np.frombuffer(self.buffer, dtype, count, begin).tolist()
         self.position += count * size
         return values
 
@@ -290,22 +310,37 @@ class _Parser:
         """Strings one after the other. A vocabulary has some 100,000, so this loop is written for speed."""
         if count * 8 > self.size - self.position:
             raise self._refuse(f"{what} declares {count} strings, more than the file can hold")
+        self._charge(_STRING_BYTES * count, f"{what}, of {count} strings,")
         length_at = struct.Struct("<Q").unpack_from
         strings: list[str] = []
         append: Callable[[str], None] = strings.append
-        position, buffer = self.position, self.buffer
-        for _ in range(count):
-            if position + 8 > len(buffer):
-                self.position = position
-                self._need(8, what)
-            end = position + 8 + length_at(buffer, position)[0]
-            if end > len(buffer):
-                self.position = position + 8
-                self._need(end - self.position, what)
-            append(self._decode(bytes(buffer[position + 8 : end]), what))
-            position = end
-        self.position = position
+        buffer, at, have = self.buffer, self.position - self.start, len(self.buffer)
+        try:
+            for _ in range(count):
+                begin = at + 8
+                end = begin + length_at(buffer, at)[0] if begin <= have else have + 1
+                if end > have:
+                    self._move_to(at, what)
+                    begin, end = self._next_string(what)
+                    have = len(buffer)
+                append(buffer[begin:end].decode())
+                at = end
+        except UnicodeDecodeError as error:
+            raise self._refuse(f"{what} is not UTF-8: {error.reason}") from error
+        self._move_to(at, what)
         return strings
+
+    def _move_to(self, at: int, what: str) -> None:
+        """Put the cursor at this place in the buffer, behind strings that have not been charged yet."""
+        position = self.start + at
+        self._charge(4 * (position - self.position), what)
+        self.position = position
+
+    def _next_string(self, what: str) -> tuple[int, int]:
+        """Have the string at the cursor in the buffer: where it begins and ends there."""
+        (length,) = struct.unpack_from("<Q", self.buffer, self._need(8, what))
+        begin = self._need(8 + length, what) + 8
+        return begin, begin + length
 
     # Tensors
 
@@ -314,17 +349,21 @@ class _Parser:
         num_dims = self._scalar(4)
         if not 1 <= num_dims <= _MAX_DIMS:
             raise self._refuse(f"tensor '{shown(name)}' has {num_dims} dimensions, expected 1 to {_MAX_DIMS}")
-        dims = tuple(self._scalar(10) for _ in range(num_dims))
-        kind, offset = self._scalar(4), self._scalar(10)
+        layout = struct.Struct(f"<{num_dims}QIQ")
+        *dims, kind, offset = layout.unpack(self._take(layout.size, f"tensor '{shown(name)}'"))
         block = BLOCK_TYPES.get(kind)
         if block is None:
             raise self._refuse(f"tensor '{shown(name)}' has ggml type {kind}, which is not known")
         if not all(dims) or dims[0] % block.block_len:
             raise self._refuse(
-                f"tensor '{shown(name)}' has dimensions {dims}, expected rows of whole {block.name} blocks "
+                f"tensor '{shown(name)}' has dimensions {tuple(dims)}, expected rows of whole {block.name} blocks "
                 f"({block.block_len} values)"
             )
-        return name, block, dims[::-1], offset
+        # Where the data begin is not known yet, but some things are too large wherever it is.
+        end = self.position + offset + prod(dims) // block.block_len * block.block_bytes
+        if end > self.size:
+            raise self._refuse_end(name, end)
+        return name, block, tuple(reversed(dims)), offset
 
     def _place(
         self, infos: list[tuple[str, BlockType, tuple[int, ...], int]], data_start: int, alignment: int
@@ -341,10 +380,12 @@ class _Parser:
             if offset < position:
                 raise self._refuse(f"tensor '{shown(name)}' at {offset} overlaps the one before it")
             if data_start + offset + num_bytes > self.size:
-                raise self._refuse(
-                    f"tensor '{shown(name)}' ends at byte {data_start + offset + num_bytes}, but the file has "
-                    f"{self.size}; download it again"
-                )
+                raise self._refuse_end(name, data_start + offset + num_bytes)
             tensors[name] = GGUFTensor(name, block, shape, self.file, data_start + offset, num_bytes)
             position = offset + num_bytes
         return tensors
+
+    def _refuse_end(self, name: str, end: int) -> CheckpointError:
+        return self._refuse(
+            f"tensor '{shown(name)}' ends at byte {end} or later, but the file has {self.size}; download it again"
+        )

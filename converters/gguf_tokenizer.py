@@ -10,12 +10,14 @@ whoever runs the tokenizer, or writes it to a folder.
 from __future__ import annotations
 
 import math
+from array import array
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from enum import IntEnum
 from typing import Any
 
+import numpy as np
 import tokenizers
 from tokenizers import AddedToken, Regex, decoders, models, normalizers, pre_tokenizers, processors
 
@@ -24,6 +26,15 @@ from converters.files import shown
 
 _PREFIX = "tokenizer.ggml."
 _SPACE = "\N{LOWER ONE EIGHTH BLOCK}"
+#: The longest tokens that are published are runs of some hundred spaces.
+MAX_TOKEN_CHARS = 1024
+#: Of all tokens together; vocabularies of 260,000 have some 2 million. It bounds what finding their merges takes.
+MAX_VOCABULARY_CHARS = 2**22
+#: Merges, and the characters of their results, which the library copies; the same vocabularies have 500,000, of 8 each.
+MAX_MERGES = 3 * 2**18
+MAX_MERGED_CHARS = 2**24
+#: Control tokens and user-defined ones, each of which is looked for in every text; published models have some 7,000.
+MAX_WHOLE_TOKENS = 2**16
 
 
 class TokenType(IntEnum):
@@ -249,6 +260,11 @@ def _vocabulary(metadata: Mapping[str, Any]) -> _Vocabulary:
     tokens: list[str] = _list(metadata, "tokens", {str})
     if not tokens:
         raise _bad("tokens", tokens, "at least one token")
+    longest = max(map(len, tokens))
+    if longest > MAX_TOKEN_CHARS:
+        raise _bad("tokens", f"a list with a token of {longest} characters", f"at most {MAX_TOKEN_CHARS}")
+    if sum(map(len, tokens)) > MAX_VOCABULARY_CHARS:
+        raise _bad("tokens", f"{sum(map(len, tokens))} characters in all", f"at most {MAX_VOCABULARY_CHARS}")
     types = [TokenType.NORMAL.value] * len(tokens)
     if _PREFIX + "token_type" in metadata:
         types = _list(metadata, "token_type", {int}, len(tokens))
@@ -305,7 +321,10 @@ def _byte_level_backend(
         raise _bad("pre", name, "one of " + ", ".join(sorted(PRE_TOKENIZERS)))
     pre_tokenizer = PRE_TOKENIZERS[name]
     merges = []
-    for merge in _list(metadata, "merges", {str}):
+    listed = _list(metadata, "merges", {str})
+    if len(listed) > MAX_MERGES:
+        raise _bad("merges", f"a list of {len(listed)}", f"at most {MAX_MERGES}")
+    for merge in listed:
         left, space, right = merge.partition(" ")
         if not (left and space and right) or left + right not in vocabulary.ids:
             raise _bad("merges", merge, "two tokens with a space between, whose joint text is a token")
@@ -349,21 +368,36 @@ def _merges_of_scores(vocabulary: _Vocabulary, scores: list[float]) -> list[tupl
     conversion orders them (longer left part, then longer right part, then ids).
     """
     ids = {text: i for text, i in vocabulary.ids.items() if vocabulary.types[i] not in _NEVER_MERGED}
-    ranked = []
+    # Of each merge the result, the length of its left part, and both parts. Half a million tuples would take 100 MB.
+    results, cuts, lefts, rights = array("i"), array("i"), array("i"), array("i")
+    merged_chars = 0
     for text, token_id in ids.items():
         for cut in range(1, len(text)):
-            left, right = ids.get(text[:cut]), ids.get(text[cut:])
-            if left is not None and right is not None:
-                ranked.append((-scores[token_id], -cut, cut - len(text), token_id, left, right))
-    ranked.sort()
+            left = ids.get(text[:cut])
+            right = ids.get(text[cut:]) if left is not None else None
+            if right is not None:
+                results.append(token_id)
+                cuts.append(cut)
+                lefts.append(left)
+                rights.append(right)
+                merged_chars += len(text)
+        if len(results) > MAX_MERGES or merged_chars > MAX_MERGED_CHARS:
+            found = f"a list with {len(results)} merges or more, of {merged_chars} characters"
+            raise _bad("tokens", found, f"at most {MAX_MERGES}, of {MAX_MERGED_CHARS}")
+    result, cut = np.asarray(results), np.asarray(cuts)
+    score = np.asarray(scores, dtype=np.float64)[result]
+    rest = np.asarray([*map(len, vocabulary.tokens)])[result] - cut
+    order = np.lexsort((result, -rest, -cut, -score)).tolist()
     tokens = vocabulary.tokens
-    return [(tokens[left], tokens[right]) for *_, left, right in ranked]
+    return [(tokens[lefts[place]], tokens[rights[place]]) for place in order]
 
 
 def _add_whole_tokens(backend: tokenizers.Tokenizer, vocabulary: _Vocabulary, ends: Mapping[str, int | None]) -> None:
     """Control tokens become special ones, user-defined tokens plain ones that are matched whole."""
     special = {*vocabulary.ids_of(TokenType.CONTROL, TokenType.UNKNOWN), *(i for i in ends.values() if i is not None)}
     plain = set(vocabulary.ids_of(TokenType.USER_DEFINED)) - special
+    if len(special) + len(plain) > MAX_WHOLE_TOKENS:
+        raise _bad("token_type", f"a list with {len(special) + len(plain)} whole tokens", f"at most {MAX_WHOLE_TOKENS}")
     added = [
         AddedToken(vocabulary.tokens[token_id], special=token_id in special, normalized=False)
         for token_id in sorted(special | plain)

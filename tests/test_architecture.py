@@ -34,6 +34,7 @@ FLOORS: tuple[tuple[str, ...], ...] = (
 SCHEDULING_BASE = ("block_pool", "batch")
 CONVERTER_USERS = (
     "qengine.runtime.loader",
+    "qengine.runtime.locate",
     "qengine.runtime.opening",
     "qengine.tokenizer.gguf",
     "qengine.evaluation.texts",
@@ -78,7 +79,23 @@ KERNEL_FLOORS: tuple[tuple[str, ...], ...] = (
 )
 KERNEL_IMPORTS = {"quant_kernels", "torch", "triton", "numpy"}
 UNSAFE_MODULES = {"pickle", "cPickle", "pickletools", "_pickle", "cloudpickle", "dill", "marshal", "shelve", "joblib"}
-UNSAFE_MODULES |= {"jsonpickle", "runpy", "code", "codeop"}
+UNSAFE_MODULES |= {"jsonpickle", "runpy", "code", "codeop", "multiprocess", "multiprocessing"}
+#: Parts of allowed modules that pickle what they pass on, or compile what they are given.
+UNSAFE_PARTS = (
+    "concurrent.futures.ProcessPoolExecutor",
+    "concurrent.futures.process",
+    "logging.handlers.DatagramHandler",
+    "logging.handlers.SocketHandler",
+    "numpy.core.multiarray",
+    "numpy._core.multiarray",
+    "torch.distributed.rpc",
+    "torch.hub",
+    "torch.multiprocessing",
+    "torch.package",
+    "torch.serialization",
+    "torch.utils.cpp_extension",
+    "torch.utils.model_zoo",
+)
 UNSAFE_CALLS = {
     "eval",
     "exec",
@@ -87,9 +104,25 @@ UNSAFE_CALLS = {
     "torch.hub.load",
     "torch.jit.load",
     "torch.package.PackageImporter",
+    "torch.export.load",
+    "torch.save",
 }
 UNSAFE_CALLS |= {"yaml.load", "yaml.load_all", "yaml.unsafe_load", "yaml.unsafe_load_all", "yaml.full_load"}
-UNSAFE_CALLS |= {"np.load", "numpy.load", "np.fromregex", "numpy.fromregex", "broadcast_object_list"}
+UNSAFE_CALLS |= {"np.load", "numpy.load", "np.fromregex", "numpy.fromregex"}
+#: The same whatever they are called on: torch's collectives of objects, sockets and streams of pickles, sandboxes' holes.
+UNSAFE_METHODS = {
+    *("broadcast_object_list", "all_gather_object", "gather_object", "scatter_object_list"),
+    *("send_object_list", "recv_object_list", "recv_pyobj", "send_pyobj"),
+    *("Unpickler", "load_module", "exec_module", "load_source", "load_state_dict_from_url"),
+    *("ProcessPoolExecutor", "FileSystemBytecodeCache", "MemcachedBytecodeCache", "load_bytecode"),
+    *("read_pickle", "from_pickle", "unsafe_load", "unsafe_load_all", "full_load", "full_load_all"),
+}
+#: Compiles kernels in processes of its own, on a developer's order, and opens no file of others.
+POOL_USERS = ("quant_kernels.resources",)
+#: What they import late is in a table of their own.
+TABLE_IMPORTERS = ("qengine", "qengine.cli", "qengine.serving.tracing", "quant_kernels.linear.dispatch")
+#: Whether a dependency runs a checkpoint's code is not left to its default.
+NEEDED_ARGUMENTS = {"from_pretrained": ("trust_remote_code", "False")}
 UNSAFE_ARGUMENTS = {
     ("allow_pickle", "True"),
     ("trust_remote_code", "True"),
@@ -361,6 +394,17 @@ def one_module_imports_by_name(modules: Sequence[Module]) -> Iterator[str]:
                 yield module.violation(node, f"calls {name}; use qengine.imports.import_late")
 
 
+def late_imports_are_spelled_out(modules: Sequence[Module]) -> Iterator[str]:
+    """A name that is made of something else could be made of a checkpoint's."""
+    for module in modules:
+        if module.name in TABLE_IMPORTERS:
+            continue
+        for node, name in calls(module):
+            is_late = name.rpartition(".")[2] in ("import_late", "try_import")
+            if is_late and not (node.args and isinstance(node.args[0], ast.Constant)):
+                yield module.violation(node, f"calls {name} with a name that is not spelled out")
+
+
 def one_module_reads_the_environment(modules: Sequence[Module]) -> Iterator[str]:
     for module in modules:
         if module.name == "qengine.environment":
@@ -395,12 +439,22 @@ def modules_open_with_a_docstring(modules: Sequence[Module]) -> Iterator[str]:
 
 def nothing_runs_foreign_code(modules: Sequence[Module]) -> Iterator[str]:
     for module in modules:
+        if module.name in POOL_USERS:
+            module = Module(module.name, module.text.replace("ProcessPoolExecutor", "a_pool"))
         for node, target in imports(module):
-            if target.partition(".")[0] in UNSAFE_MODULES or target in UNSAFE_CALLS:
+            is_unsafe = target.partition(".")[0] in UNSAFE_MODULES or within(target, *UNSAFE_PARTS)
+            if is_unsafe or target in UNSAFE_CALLS or target.rpartition(".")[2] in UNSAFE_METHODS:
                 yield module.violation(node, f"imports {target}")
+        for node in ast.walk(module.tree):
+            if isinstance(node, ast.Attribute) and within(ast.unparse(node), *UNSAFE_PARTS):
+                yield module.violation(node, f"uses {ast.unparse(node)}")
         for node, name in calls(module):
-            if name in UNSAFE_CALLS or name.endswith((".Unpickler", ".recv_pyobj", ".broadcast_object_list")):
+            method = name.rpartition(".")[2]
+            if name in UNSAFE_CALLS or method in UNSAFE_METHODS:
                 yield module.violation(node, f"calls {name}")
+            needed = NEEDED_ARGUMENTS.get(method)
+            if needed and needed not in [(given.arg, ast.unparse(given.value)) for given in node.keywords]:
+                yield module.violation(node, f"calls {name} without {needed[0]}={needed[1]}")
             for given in node.keywords:
                 if (given.arg, ast.unparse(given.value)) in UNSAFE_ARGUMENTS:
                     yield module.violation(node, f"calls {name} with {given.arg}={ast.unparse(given.value)}")
@@ -505,6 +559,38 @@ RULES: dict[Rule, tuple[tuple[str, str], ...]] = {
         ("qengine.parallel.group", "import torch\ntorch.distributed.broadcast_object_list([])"),
         ("qengine.engine", "import subprocess\nsubprocess.run('ls', shell=True)"),
         ("qengine.commands.parsing", "import yaml\nyaml.load('x')"),
+        ("qengine.runtime.rank", "import multiprocessing"),
+        ("qengine.runtime.rank", "from multiprocessing.connection import Client"),
+        ("qengine.runtime.rank", "from torch import multiprocessing"),
+        ("qengine.runtime.rank", "import torch\ntorch.multiprocessing.spawn(f)"),
+        ("qengine.runtime.rank", "import concurrent.futures\nconcurrent.futures.ProcessPoolExecutor()"),
+        ("qengine.runtime.rank", "from concurrent.futures import ProcessPoolExecutor"),
+        ("qengine.runtime.rank", "from concurrent.futures.process import ProcessPoolExecutor as Pool"),
+        *(
+            ("qengine.parallel.group", f"import torch.distributed as dist\ndist.{name}([])")
+            for name in ("all_gather_object", "gather_object", "scatter_object_list")
+        ),
+        *(
+            ("qengine.parallel.group", f"from torch.distributed import {name} as passed")
+            for name in ("send_object_list", "recv_object_list", "broadcast_object_list")
+        ),
+        ("qengine.parallel.group", "import torch.distributed.rpc"),
+        ("converters.open", "from numpy.core import multiarray"),
+        ("converters.open", "import numpy as np\nimport numpy.core.multiarray"),
+        ("converters.open", "from torch.serialization import load as read"),
+        ("converters.open", "import torch\ntorch.serialization.load('x')"),
+        ("converters.open", "import torch\ntorch.export.load('x')"),
+        ("converters.open", "import pandas\npandas.read_pickle('x')"),
+        ("converters.open", "from importlib.machinery import SourceFileLoader\nSourceFileLoader('a', 'b').load_module()"),
+        ("converters.encoder", "AutoTokenizer.from_pretrained('x')"),
+        ("converters.encoder", "AutoTokenizer.from_pretrained('x', trust_remote_code=flag)"),
+        ("qengine.tokenizer.chat_template", "from jinja2 import FileSystemBytecodeCache"),
+        ("qengine.logs", "import logging.handlers\nlogging.handlers.SocketHandler('h', 1)"),
+    ),
+    late_imports_are_spelled_out: (
+        ("qengine.runtime.loader", "from qengine.imports import import_late\nimport_late(config['auto_map'])"),
+        ("qengine.runtime.loader", "from qengine import imports\nimports.import_late(f'models.{name}')"),
+        ("quant_kernels.linear.choice", "try_import(name)"),
     ),
     only_commands_print: (("qengine.engine", "print('x')"), ("converters.open", "print('x')")),
     files_are_short: (("qengine.engine", "x = 1\n" * (MAX_LINES + 1)),),

@@ -8,13 +8,14 @@ architecture is known to be supported.
 from __future__ import annotations
 
 import importlib.util
-import json
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from converters.errors import CheckpointError
+from converters.files import read_json_object
 from qengine import environment
 from qengine.config import LoadConfig
 from qengine.errors import LoadError
@@ -100,7 +101,6 @@ def _read_config(folder: Path, model: str) -> dict[str, Any]:
     if not config.is_file():
         raise LoadError(f"'{model}' has no config.json; name a repository of safetensors weights or a local .gguf file")
     try:
-        raw = json.loads(config.read_text(encoding="utf-8"))
-    except (OSError, ValueError, RecursionError) as error:
-        raise LoadError(f"'{model}': config.json is not readable as JSON: {error}") from error
-    return raw if isinstance(raw, dict) else {}
+        return read_json_object(config)
+    except CheckpointError as error:
+        raise LoadError(f"'{model}': {error}") from error
