@@ -76,7 +76,7 @@ class GuardedProtocol(H11Protocol):
             transport.abort()
             return
         transport.set_write_buffer_limits(high=0)
-        _bound_buffers_and_silence(transport)
+        _set_up_socket(transport)
         self._watch_request()
 
     def data_received(self, data: bytes) -> None:
@@ -140,11 +140,16 @@ class GuardedProtocol(H11Protocol):
         self.transport.abort()
 
 
-def _bound_buffers_and_silence(transport: asyncio.Transport) -> None:
-    """Have the kernel keep little for a client that does not read, and notice a peer that vanished without a word."""
+def _set_up_socket(transport: asyncio.Transport) -> None:
+    """Have the kernel send at once, keep little for a client that does not read, and notice a peer that vanished.
+
+    asyncio sends at once only where a socket names its protocol, which those made by `socket.create_server` do not:
+    without it each answer's body, and each token of a stream, would wait for the client to acknowledge what came before.
+    """
     connection = transport.get_extra_info("socket")
     seconds = LIMITS.dead_peer_seconds
     settings = [
+        (socket.IPPROTO_TCP, "TCP_NODELAY", 1),
         (socket.SOL_SOCKET, "SO_SNDBUF", LIMITS.send_buffer_bytes),
         (socket.SOL_SOCKET, "SO_KEEPALIVE", 1),
         (socket.IPPROTO_TCP, "TCP_KEEPIDLE", seconds),

@@ -196,7 +196,7 @@ def test_a_client_that_is_stopped_is_dropped(monkeypatch: pytest.MonkeyPatch) ->
 
 
 @pytest.mark.skipif(not hasattr(socket, "TCP_USER_TIMEOUT"), reason="not Linux")
-def test_a_peer_that_vanishes_is_noticed_by_the_system() -> None:
+def test_the_system_sends_at_once_and_notices_a_peer_that_vanishes() -> None:
     """That the kernel then does so is its own affair: the options are set on every connection."""
     left, right = socket.socketpair()
     with left, right, socket.create_server(("127.0.0.1", 0)) as listener:
@@ -208,8 +208,9 @@ def test_a_peer_that_vanishes_is_noticed_by_the_system() -> None:
                 return accepted
 
         with client, accepted:
-            http_server._bound_buffers_and_silence(Transport())  # type: ignore[arg-type]
+            http_server._set_up_socket(Transport())  # type: ignore[arg-type]
             assert accepted.getsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE)
+            assert accepted.getsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY)
             assert accepted.getsockopt(socket.IPPROTO_TCP, socket.TCP_USER_TIMEOUT) == 30_000
             assert accepted.getsockopt(socket.IPPROTO_TCP, socket.TCP_KEEPIDLE) == 30
 
