@@ -10,6 +10,7 @@ from typing import Any
 
 from starlette.requests import Request
 
+from qengine.request import RequestOutput
 from qengine.serving.chat_form import ChatForm, template_message
 from qengine.serving.generation import (
     Delta,
@@ -72,6 +73,7 @@ class ChatCall:
             traceparent=trace_parent(http),
             id=id,
             form=lambda prompts: self.form.at(prompts[0]),
+            logprobs_param="top_logprobs",
         )
 
     def _render(self) -> list[Prompt]:
@@ -102,6 +104,12 @@ class ChatCall:
             for text in self.job.prompts()
             if isinstance(text, str)
         )
+
+    def num_logprobs(self, output: RequestOutput) -> int:
+        """How many log-probabilities an answer tells."""
+        if not self.request.logprobs:
+            return 0
+        return sum(len(choice.token_ids) for choice in output.outputs) * (self.num_top + 1)
 
     def logprobs(self, delta: Delta) -> dict[str, Any] | None:
         """Log-probabilities of the new tokens in chat's shape, if they were asked for."""

@@ -6,22 +6,23 @@ answer without streaming.
 
 from __future__ import annotations
 
-from collections.abc import AsyncGenerator
+import asyncio
+from collections.abc import AsyncGenerator, Sequence
 from contextlib import aclosing
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import Any
 
 from fastapi import APIRouter, Request
 from starlette.responses import Response
 
-from qengine.request import CompletionOutput, PositionLogprobs, RequestOutput, RequestProgress
+from qengine.request import CompletionOutput, RequestOutput, RequestProgress
 from qengine.serving.api_answers import Completion
 from qengine.serving.api_schema import described
 from qengine.serving.async_engine import AsyncEngine
 from qengine.serving.body import read_json
-from qengine.serving.errors import json_response
 from qengine.serving.generation import (
+    Delta,
     Job,
     Progress,
     cache_salt,
@@ -29,12 +30,14 @@ from qengine.serving.generation import (
     check_prompt_chars,
     final_outputs,
     follow,
+    in_turns,
     new_id,
     progress_body,
     sampling_params,
     trace_parent,
     usage,
 )
+from qengine.serving.large_json import answer_with_logprobs
 from qengine.serving.logprobs import LegacyLogprobs
 from qengine.serving.protocol import CompletionRequest, parse_request
 from qengine.serving.service import Service, service_of
@@ -61,7 +64,7 @@ async def create_completion(http: Request) -> Response:
     )
     if request.stream:
         return await event_stream(http, call.chunks())
-    return json_response(await while_connected(http, call.whole()))
+    return await while_connected(http, call.whole())
 
 
 @dataclass(frozen=True, slots=True)
@@ -85,6 +88,11 @@ class _ChoiceState:
     legacy: LegacyLogprobs | None
     progress: Progress = field(default_factory=Progress)
     is_begun: bool = False
+
+
+def _piece(state: _ChoiceState, gain: Delta) -> _Piece:
+    logprobs = None if state.legacy is None else state.legacy.take(gain.token_ids, gain.logprobs or ())
+    return _Piece(gain.text, logprobs, gain.finish_reason, gain.stop_reason)
 
 
 class _CompletionCall:
@@ -120,14 +128,27 @@ class _CompletionCall:
             form=lambda prompts: form,
         )
 
-    async def whole(self) -> dict[str, Any]:
+    async def whole(self) -> Response:
         """The answer in one piece."""
         outputs = await final_outputs(self._engine, self._job)
-        choices = [
-            self._choice(prompt_index, choice.index, self._take(self._new_state(output), output, choice))
-            for prompt_index, output in enumerate(outputs)
-            for choice in output.outputs
-        ]
+        return await answer_with_logprobs(self._engine, lambda: self._whole(outputs), self._num_logprobs(outputs))
+
+    def _num_logprobs(self, outputs: Sequence[RequestOutput]) -> int:
+        if self._request.logprobs is None:
+            return 0
+        num_positions = 0
+        for output in outputs:
+            num_echoed = len(output.prompt_token_ids) * len(output.outputs) if self._request.echo else 0
+            num_positions += num_echoed + sum(len(choice.token_ids) for choice in output.outputs)
+        return num_positions * (self._request.logprobs + 1)
+
+    def _whole(self, outputs: Sequence[RequestOutput]) -> dict[str, Any]:
+        choices = []
+        for prompt_index, output in enumerate(outputs):
+            for choice in output.outputs:
+                state = self._new_state(output)
+                piece = _piece(state, self._gain(state, output, choice))
+                choices.append(self._choice(prompt_index, choice.index, piece))
         return {**self._head(), "choices": choices, "usage": usage(outputs)}
 
     async def chunks(self) -> AsyncGenerator[Chunks, None]:
@@ -143,12 +164,18 @@ class _CompletionCall:
                 if prompt_index not in states:
                     states[prompt_index] = [self._new_state(output) for _ in output.outputs]
                 latest[prompt_index] = output
-                chunks: list[dict[str, Any]] = []
-                for choice in output.outputs:
-                    piece = self._take(states[prompt_index][choice.index], output, choice)
-                    chunks += self._piece_chunks(prompt_index, choice.index, piece)
-                if chunks:
-                    yield chunks
+                of_prompt = states[prompt_index]
+                gains = [
+                    (choice.index, self._gain(of_prompt[choice.index], output, choice)) for choice in output.outputs
+                ]
+                for number, turn in enumerate(in_turns(gains)):
+                    if number:
+                        await asyncio.sleep(0)
+                    chunks: list[dict[str, Any]] = []
+                    for index, gain in turn:
+                        chunks += self._piece_chunks(prompt_index, index, _piece(of_prompt[index], gain))
+                    if chunks:
+                        yield chunks
         if self._request.include_usage:
             yield [{**self._head(), "choices": [], "usage": usage(list(latest.values()))}]
 
@@ -159,19 +186,18 @@ class _CompletionCall:
         skips = self._job.params.skip_special_tokens
         return _ChoiceState(LegacyLogprobs(self._engine.tokenizer, continued, skip_special_tokens=skips))
 
-    def _take(self, state: _ChoiceState, output: RequestOutput, choice: CompletionOutput) -> _Piece:
+    def _gain(self, state: _ChoiceState, output: RequestOutput, choice: CompletionOutput) -> Delta:
         """What is new in `choice`, with the prompt before it the first time if it is echoed."""
         delta = state.progress.advance(choice)
-        text, token_ids = delta.text, delta.token_ids
-        positions: list[PositionLogprobs | None] = list(delta.logprobs or ())
-        if self._request.echo and not state.is_begun:
-            text = self._prompt_text(output) + text
-            if state.legacy is not None:
-                token_ids = [*output.prompt_token_ids, *token_ids]
-                positions = [*(output.prompt_logprobs or ()), *positions]
-        state.is_begun = True
-        logprobs = None if state.legacy is None else state.legacy.take(token_ids, positions)
-        return _Piece(text, logprobs, delta.finish_reason, delta.stop_reason)
+        is_first, state.is_begun = not state.is_begun, True
+        if not (self._request.echo and is_first):
+            return delta
+        text = self._prompt_text(output) + delta.text
+        if state.legacy is None:
+            return replace(delta, text=text)
+        token_ids = [*output.prompt_token_ids, *delta.token_ids]
+        positions = [*(output.prompt_logprobs or ()), *(delta.logprobs or ())]
+        return replace(delta, text=text, token_ids=token_ids, logprobs=positions)
 
     def _prompt_text(self, output: RequestOutput) -> str:
         if output.prompt is not None:

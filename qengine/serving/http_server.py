@@ -144,7 +144,7 @@ def _set_up_socket(transport: asyncio.Transport) -> None:
     """Have the kernel send at once, keep little for a client that does not read, and notice a peer that vanished.
 
     asyncio sends at once only where a socket names its protocol, which those made by `socket.create_server` do not:
-    without it each answer's body, and each token of a stream, would wait for the client to acknowledge what came before.
+    each answer's body, and each token of a stream, would wait for the client to acknowledge what came before.
     """
     connection = transport.get_extra_info("socket")
     seconds = LIMITS.dead_peer_seconds

@@ -45,6 +45,8 @@ class Limits:
     num_token_ids: int = 1024
     num_logit_bias: int = 1024
     logit_bias_magnitude: float = 100.0
+    #: In one answer: positions times the tokens that are told of each.
+    num_logprobs: int = 2**20
     max_tokens: int = 2**31 - 1
     token_id: int = 2**31 - 1
     top_k: int = 1_000_000

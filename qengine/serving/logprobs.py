@@ -13,14 +13,17 @@ from qengine.request import PositionLogprobs
 from qengine.tokenizer import IncrementalDetokenizer, Tokenizer
 
 MIN_LOGPROB = -9999.0
+#: Positions whose shape is made in one go in the event loop: some milliseconds, with twenty tokens at each.
+SLICE_POSITIONS = 128
 
 
 def chat_logprobs(
-    tokenizer: Tokenizer, token_ids: Sequence[int], positions: Sequence[PositionLogprobs], num_top: int
+    tokenizer: Tokenizer, token_ids: Sequence[int], positions: Sequence[PositionLogprobs | None], num_top: int
 ) -> dict[str, Any]:
     """The "logprobs" of a chat choice: each token with its bytes, and the `num_top` likeliest at its place."""
     content = []
     for token_id, position in zip(token_ids, positions, strict=True):
+        assert position is not None, "chat tells of the answer's tokens only"
         top = [(rank, other) for other in position if (rank := position[other].rank) is not None and rank <= num_top]
         chosen = _chat_entry(tokenizer, token_id, position)
         content.append({**chosen, "top_logprobs": [_chat_entry(tokenizer, t, position) for _, t in sorted(top)]})

@@ -6,7 +6,6 @@ that lets other threads run, and its answer is written piece by piece for the sa
 
 from __future__ import annotations
 
-import json
 from collections.abc import Sequence
 from functools import partial
 from typing import Annotated, Any
@@ -22,6 +21,7 @@ from qengine.serving.body import read_json
 from qengine.serving.chat_call import ChatCall
 from qengine.serving.errors import invalid, json_response
 from qengine.serving.generation import new_id
+from qengine.serving.large_json import large_json, large_response
 from qengine.serving.limits import LIMITS
 from qengine.serving.protocol import ChatCompletionRequest, ChatMessage, CheckedRequest, ListOf, Tool, parse_request
 from qengine.serving.service import Service, service_of
@@ -30,8 +30,6 @@ from qengine.tokenizer import Tokenizer
 
 router = APIRouter()
 _ModelName = Annotated[str, Field(min_length=1, max_length=LIMITS.model_name_chars)]
-#: Tokens that are written at once.
-_SLICE = 8192
 
 
 class TokenizeRequest(CheckedRequest):
@@ -84,13 +82,12 @@ async def tokenize(http: Request) -> Response:
         (text,) = await while_connected(http, engine.offload(lambda: [str(prompt) for prompt in call.job.prompts()]))
         adds_special = bool(request.add_special_tokens)
 
-    def work() -> bytes:
+    def work() -> list[bytes]:
         ids = engine.tokenizer.encode(text, add_special_tokens=adds_special)
-        return _body(engine.tokenizer, ids, engine.info.max_model_len, bool(request.return_token_strs))
+        return _answer(engine.tokenizer, ids, engine.info.max_model_len, bool(request.return_token_strs))
 
     is_long = len(text) > LIMITS.long_text_chars
-    body = await while_connected(http, engine.offload(work, is_long=is_long))
-    return Response(body, media_type="application/json")
+    return large_response(await while_connected(http, engine.offload(work, is_long=is_long)))
 
 
 @router.post("/detokenize", **described(tag="Text", body=DetokenizeRequest, answer=Detokenized))
@@ -135,13 +132,6 @@ def _check_ids(tokens: Sequence[int], vocab_size: int) -> None:
             raise invalid(f"{where} is {token_id}, expected token ids from 0 to {vocab_size - 1}", param=where)
 
 
-def _body(tokenizer: Tokenizer, ids: list[int], max_model_len: int, wants_strings: bool) -> bytes:
-    """The answer, a slice of the ids at a time: a single call for all would hold every other thread up."""
-    slices = [ids[start : start + _SLICE] for start in range(0, len(ids), _SLICE)]
-    tokens = ",".join(json.dumps(part)[1:-1] for part in slices)
-    strings = "null"
-    if wants_strings:
-        spelled = (json.dumps([tokenizer.token_spelling(i) for i in part])[1:-1] for part in slices)
-        strings = f"[{','.join(spelled)}]"
-    head = f'"count":{len(ids)},"max_model_len":{max_model_len}'
-    return f'{{{head},"tokens":[{tokens}],"token_strs":{strings}}}'.encode()
+def _answer(tokenizer: Tokenizer, ids: list[int], max_model_len: int, wants_strings: bool) -> list[bytes]:
+    spelled = [tokenizer.token_spelling(token_id) for token_id in ids] if wants_strings else None
+    return large_json({"count": len(ids), "max_model_len": max_model_len, "tokens": ids, "token_strs": spelled})
