@@ -92,7 +92,7 @@ class ChatCall:
             continue_final_message=continues,
             tools=self.form.template_tools,
             max_chars=self.engine.info.max_model_len * LIMITS.prompt_chars_per_token,
-            template_options=self.request.chat_template_kwargs,
+            template_options=self.form.template_options,
         )
         return [text]
 

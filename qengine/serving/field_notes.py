@@ -85,6 +85,7 @@ FIELD_NOTES: Mapping[str, str] = MappingProxyType(
         "budget_tokens": "thoughts are ended when they have that many tokens",
         "display": "omitted leaves thoughts out",
         "signature": "is not looked at",
+        "reasoning_effort": "passed on to a chat template that knows one; none ends thinking where the template can",
         "effort": "passed on to a chat template that knows one; none ends thinking where the template can",
         "summary": "thoughts come as they are: only auto is taken",
         "generate_summary": "the older name of summary",

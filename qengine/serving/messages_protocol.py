@@ -26,6 +26,7 @@ _REFUSED: Mapping[str, tuple[str, tuple[object, ...]]] = {
     "response_format": ("it is called output_config.format here", ()),
     "max_completion_tokens": ("it is called max_tokens here", ()),
     "parallel_tool_calls": ("it is called tool_choice.disable_parallel_tool_use here", ()),
+    "reasoning_effort": ("it is called output_config.effort here", ()),
     "n": ("a message is one answer; send several requests", (1,)),
     "logprobs": ("messages have no log-probabilities; ask /v1/chat/completions", (False,)),
     "top_logprobs": ("messages have no log-probabilities; ask /v1/chat/completions", (0,)),

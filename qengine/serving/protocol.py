@@ -19,6 +19,7 @@ from qengine.serving.errors import ApiError, invalid, shorten
 from qengine.serving.limits import LIMITS
 from qengine.serving.unsupported import refuse_in_chat, refuse_in_completions, refuse_unsupported
 
+Effort = Literal["none", "minimal", "low", "medium", "high", "xhigh", "max"]
 Role = Literal["system", "developer", "user", "assistant", "tool"]
 _Item = TypeVar("_Item")
 #: A list of which the first wrong item is told. All of them would take seconds to collect, in which nothing else runs.
@@ -246,6 +247,7 @@ class ChatCompletionRequest(GenerationRequest):
     tool_choice: Literal["none", "auto", "required"] | NamedToolChoice | None = None
     parallel_tool_calls: bool | None = None
     include_reasoning: bool | None = None
+    reasoning_effort: Effort | None = None
 
     @property
     def token_limit(self) -> int | None:

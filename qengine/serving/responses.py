@@ -47,10 +47,10 @@ async def create_response(http: Request) -> Response:
 
     Nothing is kept: what came before is sent as input each time.
     """
-    engine = service_of(http).ready_engine()
+    service_of(http).ready_engine()
     request = await read_json(http, partial(parse_request, ResponsesRequest))
     with in_own_words():
-        call = ChatCall(http, chat_request(request, engine.tokenizer), id=new_id("resp", "_"))
+        call = ChatCall(http, chat_request(request), id=new_id("resp", "_"))
         answers = _ResponseAnswer(call, request)
         if request.stream:
             return await named_event_stream(http, answers.events())

@@ -13,7 +13,15 @@ from pydantic import BeforeValidator, ConfigDict, Discriminator, Field, Tag
 
 from qengine.serving.errors import invalid, shorten
 from qengine.serving.limits import LIMITS
-from qengine.serving.protocol import FunctionDefinition, FunctionName, GenerationRequest, ListOf, StreamOptions, Strict
+from qengine.serving.protocol import (
+    Effort,
+    FunctionDefinition,
+    FunctionName,
+    GenerationRequest,
+    ListOf,
+    StreamOptions,
+    Strict,
+)
 
 
 class _Refused:
@@ -40,6 +48,7 @@ _REFUSED = {
     "max_completion_tokens": _Refused("it is called max_output_tokens here"),
     "logprobs": _Refused("ask for them with top_logprobs, or with include", False),
     "thinking": _Refused("it is called reasoning here"),
+    "reasoning_effort": _Refused("it is called reasoning.effort here"),
     "response_format": _Refused("it is called text.format here"),
     "n": _Refused("a response is one answer; send several requests", 1),
 }
@@ -233,7 +242,7 @@ class TextConfig(Strict):
 class ReasoningConfig(Strict):
     """How to think before the answer. An effort is passed on to the chat template if that knows one."""
 
-    effort: Literal["none", "minimal", "low", "medium", "high", "xhigh", "max"] | None = None
+    effort: Effort | None = None
     summary: Literal["auto", "concise", "detailed"] | None = None
     generate_summary: Literal["auto", "concise", "detailed"] | None = None
     context: Literal["auto", "current_turn", "all_turns"] | None = None

@@ -23,7 +23,15 @@ from qengine.serving.errors import invalid, json_response
 from qengine.serving.generation import new_id
 from qengine.serving.large_json import large_json, large_response
 from qengine.serving.limits import LIMITS
-from qengine.serving.protocol import ChatCompletionRequest, ChatMessage, CheckedRequest, ListOf, Tool, parse_request
+from qengine.serving.protocol import (
+    ChatCompletionRequest,
+    ChatMessage,
+    CheckedRequest,
+    Effort,
+    ListOf,
+    Tool,
+    parse_request,
+)
 from qengine.serving.service import Service, service_of
 from qengine.serving.streaming import while_connected
 from qengine.tokenizer import Tokenizer
@@ -43,6 +51,7 @@ class TokenizeRequest(CheckedRequest):
     add_generation_prompt: bool | None = None
     continue_final_message: bool | None = None
     chat_template_kwargs: dict[str, Any] | None = None
+    reasoning_effort: Effort | None = None
     tools: Annotated[ListOf[Tool], Field(max_length=LIMITS.num_tools)] | None = None
 
     def check_together(self) -> None:
@@ -52,7 +61,8 @@ class TokenizeRequest(CheckedRequest):
             raise invalid(f"prompt and messages are {found}, expected one of them", param="prompt")
         if self.prompt is None:
             return
-        for name in ("add_generation_prompt", "continue_final_message", "chat_template_kwargs", "tools"):
+        of_messages = ("add_generation_prompt", "continue_final_message", "chat_template_kwargs", "reasoning_effort")
+        for name in (*of_messages, "tools"):
             if getattr(self, name):
                 raise invalid(f"{name} is given, but it belongs to messages and not to a prompt", param=name)
 
@@ -119,6 +129,7 @@ def _chat_request(request: TokenizeRequest, service: Service) -> ChatCompletionR
         add_generation_prompt=request.add_generation_prompt,
         continue_final_message=request.continue_final_message,
         chat_template_kwargs=request.chat_template_kwargs,
+        reasoning_effort=request.reasoning_effort,
         tools=request.tools,
     )
     chat.check_together()

@@ -38,7 +38,6 @@ _FIELDS: dict[str, _Harmless] = {
     "modalities": _one_of(["text"]),
     "audio": _is_null,
     "web_search_options": _is_null,
-    "reasoning_effort": _is_null,
     "verbosity": _is_null,
     "suffix": _one_of(""),
     # vLLM
@@ -83,6 +82,7 @@ _NOT_IN_CHAT: dict[str, tuple[_Harmless, str]] = {
 _NOT_IN_COMPLETIONS: dict[str, tuple[_Harmless, str]] = {
     "max_completion_tokens": (_is_null, "it is called max_tokens here"),
     "top_logprobs": (_one_of(0), "logprobs says how many here"),
+    "reasoning_effort": (_is_null, "it belongs to /v1/chat/completions; leave it out"),
     "thinking": (_is_empty, "it belongs to /v1/messages; leave it out"),
 }
 #: vLLM's older names for structured output; which library does the work is no client's business, so it is ignored.

@@ -278,7 +278,8 @@ def _chat_fields() -> Iterator[Fields]:
     call = {"role": "assistant", "content": "a", "function_call": {"name": "f", "arguments": "{}"}}
     yield Fields("an older call", 400, {"messages": [USER, call, USER]}, "messages[1].function_call")
     yield Fields("no older call", 200, {"messages": [USER, {**call, "function_call": None}, USER]})
-    yield from each("effort", "reasoning_effort", 400, ["high", 5])
+    yield from each("effort", "reasoning_effort", 400, ["high", "loud", "", 5])
+    yield from each("effort", "reasoning_effort", 200, ["none", "medium", None])
     yield Fields("a long message", 400, {"messages": [{"role": "user", "content": "x" * (16 * MAX_MODEL_LEN + 1)}]})
 
 
@@ -302,6 +303,7 @@ def _prompts() -> Iterator[Fields]:
     yield from each("echo", "echo", 400, ["yes", 1])
     yield from each("max_completion_tokens", "max_completion_tokens", 400, [5])
     yield from each("top_logprobs", "top_logprobs", 400, [5])
+    yield from each("effort", "reasoning_effort", 400, ["none", "high"])
     yield from each("suffix", "suffix", 400, ["x", 5])
     yield from each("best_of", "best_of", 400, [2, 0, "x", 2**63], param=None)
     yield Fields("tools", 400, {"tools": [_tool()]}, "tools")

@@ -30,6 +30,7 @@ def responses() -> Iterator[Fields]:
     yield from each("background", "background", 400, [True, "yes"])
     for name, value in (("max_completion_tokens", 2), ("n", 2), ("response_format", {})):
         yield from each(f"{name} of chat", name, 400, [value])
+    yield from each("effort of chat", "reasoning_effort", 400, ["high"])
     yield from each("include", "include", 400, ["x", ["x"]], param=None)
     yield from each("truncation", "truncation", 400, ["middle", 5])
     yield from each("top_logprobs", "top_logprobs", 400, [-1, 21, 1.5, "2", 2**63])
@@ -93,7 +94,7 @@ def messages() -> Iterator[Fields]:
     yield from each("system", "system", 400, [5, {}, [5], [{"type": "image"}]], param=None)
     for name in ("container", "mcp_servers", "context_management"):
         yield from each(name, name, 400, ["x", [{"url": _ADDRESS}]])
-    for name, value in (("n", 2), ("response_format", {}), ("logprobs", True), ("top_logprobs", 2)):
+    for name, value in (("n", 2), ("response_format", {}), ("logprobs", True), ("reasoning_effort", "high")):
         yield from each(f"{name} of chat", name, 400, [value])
     yield from each("stop_sequences", "stop_sequences", 400, [[""], ["x"] * 9, 5, [None]], param=None)
     yield from each("metadata", "metadata", 400, [5, {"user_id": 5}], param=None)
