@@ -88,8 +88,9 @@ async def _embed(engine: AsyncEngine, request: EmbeddingRequest, salt: str) -> l
     call_id, arrival_time = new_id("embd"), time.monotonic()
     found: dict[str, RequestOutput] = {}
     with engine.admission.reserve(len(request.prompts)):
-        pending = await engine.offload(lambda: _prepare(engine, request, call_id, arrival_time, salt))
-        async with aclosing(engine.run(pending)) as outputs:
+        preparing = engine.offload(lambda: _prepare(engine, request, call_id, arrival_time, salt))
+        pending = await engine.in_time(preparing, arrival_time)
+        async with aclosing(engine.run(pending, arrival_time=arrival_time)) as outputs:
             async for output in outputs:
                 if output.error is not None:
                     raise ApiError(500, f"the request failed: {output.error}", code="generation_failed")

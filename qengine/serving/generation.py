@@ -77,6 +77,8 @@ class Job:
         prompt_param: the field that holds the prompts, for errors.
         form: from the finished prompts to the form that answers must have; None for free text.
         logprobs_param: the field that says how many log-probabilities are told of each position, for errors.
+        is_continued: this goes on with an answer that was begun, so that it is not timed out in the queue.
+        arrival_time: by the monotonic clock; --request-timeout counts from here, whatever was waited for.
         token_limit: tokens that the client asked for explicitly; more than the context holds is an error.
         traceparent: the caller's trace, if it sent one.
     """
@@ -92,6 +94,7 @@ class Job:
     traceparent: str | None = None
     form: Callable[[Sequence[Prompt]], Form | None] | None = None
     logprobs_param: str = "logprobs"
+    is_continued: bool = False
     created: int = field(default_factory=lambda: int(time.time()))
     arrival_time: float = field(default_factory=time.monotonic)
 
@@ -199,13 +202,14 @@ async def follow(
     `is_admitted`: the caller holds the place in the queue.
     """
     with nullcontext() if is_admitted else engine.admission.reserve(job.num_prompts * job.params.n):
-        prompts = await engine.offload(job.prompts)
-        grammar = await _compile(engine, job, prompts)
-        pending = await engine.offload(lambda: _prepare(engine, job, prompts, grammar))
+        pending = await engine.in_time(_pending(engine, job), job.arrival_time)
         indices = {request.request_id: index for index, request in enumerate(pending)}
         latest: dict[str, RequestOutput] = {}
         try:
-            async with aclosing(engine.watch(pending, wants_progress=wants_progress)) as reports:
+            watching = engine.watch(
+                pending, wants_progress=wants_progress, arrival_time=job.arrival_time, is_continued=job.is_continued
+            )
+            async with aclosing(watching) as reports:
                 async for report in reports:
                     if isinstance(report, RequestOutput):
                         latest[report.request_id] = report
@@ -216,6 +220,13 @@ async def follow(
             raise _named(error, job) from error
         finally:
             _trace(engine, job, list(latest.values()))
+
+
+async def _pending(engine: AsyncEngine, job: Job) -> list[PendingRequest]:
+    """The requests of a call, ready for the engine."""
+    prompts = await engine.offload(job.prompts)
+    grammar = await _compile(engine, job, prompts)
+    return await engine.offload(lambda: _prepare(engine, job, prompts, grammar))
 
 
 def _named(error: RequestError, job: Job) -> RequestError:

@@ -39,6 +39,8 @@ class Limits:
     grammar_bytes: int = MAX_GRAMMAR_BYTES
     grammar_choices: int = MAX_CHOICES
     grammar_seconds: float = COMPILE_SECONDS
+    #: Also for those who wait for other grammars.
+    grammar_wait_seconds: float = 30.0
     num_choices: int = 8
     num_stop_strings: int = 8
     stop_chars: int = 256

@@ -202,9 +202,9 @@ class _MessageAnswer:
         job, thoughts = self._call.job, output.outputs[0].text.rstrip()
         prompt = f"{output.prompt}{thoughts}\n{self._call.form.thoughts_end}\n\n"
         left = max(1, self._request.max_tokens - self._num_thinking)
-        return replace(
-            job, prompts=lambda: [prompt], params=replace(job.params, max_tokens=left), id=f"{job.id}-answer"
-        )
+        params = replace(job.params, max_tokens=left)
+        # It came when the first one did: one --request-timeout is for both.
+        return replace(job, prompts=lambda: [prompt], params=params, id=f"{job.id}-answer", is_continued=True)
 
     # The message
 
