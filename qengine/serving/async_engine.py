@@ -28,7 +28,7 @@ from qengine.grammars.compiler import CompiledGrammar
 from qengine.grammars.sources import GrammarSource
 from qengine.grammars.trial import NUM_PROCESSES
 from qengine.request import Pooling, RequestOutput, RequestProgress, SamplingParams
-from qengine.serving.admission import Admission, QueueTimeoutError, RequestTimeoutError, ShutDownError
+from qengine.serving.admission import Admission, Allowance, QueueTimeoutError, RequestTimeoutError, ShutDownError
 from qengine.serving.limits import LIMITS
 from qengine.serving.mailbox import Mailbox, Report
 from qengine.serving.metrics.recorder import Recorder
@@ -85,6 +85,7 @@ class AsyncEngine:
 
     Attributes:
         admission: counts what is in flight; whoever calls `run` holds a reservation.
+        text_calls: counts calls that have text turned into tokens and nothing more.
     """
 
     def __init__(
@@ -108,6 +109,7 @@ class AsyncEngine:
         self._timeouts = timeouts
         self._step_began: float | None = None
         self.admission = Admission(engine.info.max_num_seqs + max_queue)
+        self.text_calls = Allowance(LIMITS.num_text_calls, "calls that count tokens")
         self._pool = ThreadPoolExecutor(NUM_TOKENIZER_THREADS, thread_name_prefix="qengine-tokenizer")
         # What takes long because its client wants much; it holds up its own kind alone.
         self._long_pool = ThreadPoolExecutor(1, thread_name_prefix="qengine-long")
@@ -156,6 +158,12 @@ class AsyncEngine:
         `is_long` is for what may take seconds: then it waits for others of its kind, and nobody else for it.
         """
         return await self._in_thread(self._long_pool if is_long else self._pool, work)
+
+    async def offload_text(self, work: Callable[[], _T], *, is_long: bool = False) -> _T:
+        """The same for calls that want nothing more than that. Raises QueueFullError if there are too many of them."""
+        with self.text_calls.reserve() as share:
+            share.grow(1)
+            return await self.offload(work, is_long=is_long)
 
     def make_embedding_request(
         self,

@@ -21,6 +21,12 @@ class Limits:
     head_seconds: float = 10.0
     body_bytes: int = 8 * 1024 * 1024
     body_seconds: float = 30.0
+    #: Of all bodies that are being read.
+    bodies_bytes: int = 256 * 1024 * 1024
+    #: Bodies up to this are read even then.
+    small_body_bytes: int = 64 * 1024
+    #: Calls that turn text into tokens, or back, and wait for their turn or have it.
+    num_text_calls: int = 128
     json_depth: int = 64
     json_keys: int = 10_000
     json_items: int = 500_000

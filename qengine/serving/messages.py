@@ -65,7 +65,9 @@ async def count_tokens(http: Request) -> Response:
     request = await read_json(http, partial(parse_request, CountTokensRequest))
     with in_own_words():
         call = ChatCall(http, chat_request(request, engine.tokenizer), id=new_id("count", "_"))
-        return json_response({"input_tokens": await while_connected(http, engine.offload(call.count_prompt_tokens))})
+        return json_response(
+            {"input_tokens": await while_connected(http, engine.offload_text(call.count_prompt_tokens))}
+        )
 
 
 @dataclass(frozen=True, slots=True)

@@ -89,7 +89,9 @@ async def tokenize(http: Request) -> Response:
         adds_special = request.add_special_tokens is not False
     else:
         call = ChatCall(http, _chat_request(request, service), id=new_id("tokenize"))
-        (text,) = await while_connected(http, engine.offload(lambda: [str(prompt) for prompt in call.job.prompts()]))
+        (text,) = await while_connected(
+            http, engine.offload_text(lambda: [str(prompt) for prompt in call.job.prompts()])
+        )
         adds_special = bool(request.add_special_tokens)
 
     def work() -> list[bytes]:
@@ -97,7 +99,7 @@ async def tokenize(http: Request) -> Response:
         return _answer(engine.tokenizer, ids, engine.info.max_model_len, bool(request.return_token_strs))
 
     is_long = len(text) > LIMITS.long_text_chars
-    return large_response(await while_connected(http, engine.offload(work, is_long=is_long)))
+    return large_response(await while_connected(http, engine.offload_text(work, is_long=is_long)))
 
 
 @router.post("/detokenize", **described(tag="Text", body=DetokenizeRequest, answer=Detokenized))
@@ -113,7 +115,7 @@ async def detokenize(http: Request) -> Response:
         _check_ids(request.tokens, engine.info.vocab_size)
         return engine.tokenizer.decode(request.tokens, skip_special_tokens=False)
 
-    return json_response({"prompt": await while_connected(http, engine.offload(work, is_long=is_long))})
+    return json_response({"prompt": await while_connected(http, engine.offload_text(work, is_long=is_long))})
 
 
 def _engine(service: Service, model: str | None) -> AsyncEngine:

@@ -263,6 +263,34 @@ def test_a_late_body_is_told_so(monkeypatch: pytest.MonkeyPatch) -> None:
         assert json.loads(answer.partition(b"\r\n\r\n")[2])["error"]["type"] == "timeout_error"
 
 
+def test_bodies_under_way_are_bounded_together(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Those that came first go on, small ones too; what is too much is told so, and the bytes of who left are free."""
+    small, large = ({"model": "scripted", "prompt": "x" * size, "max_tokens": 1} for size in (10, 100_000))
+    with serving(ScriptedEngine()) as server, assert_quiet(server):
+        bodies = server.service.bodies
+        monkeypatch.setattr(bodies, "capacity", 190_000)
+        halves = [(request_bytes("/tokenize", large), connect(server)) for _ in range(2)]
+        for content, connection in halves:
+            connection.sendall(content[:90_000])
+        wait_until(lambda: bodies.num_in_flight > 170_000)
+        with open_request(server, large, "/tokenize") as refused:
+            answer = read_all(refused)
+        assert answer.startswith(b"HTTP/1.1 429")
+        assert b"retry-after: 1" in answer.lower()
+        assert json.loads(answer.partition(b"\r\n\r\n")[2])["error"]["code"] == "bodies_full"
+        assert server.post(TEXT, small).status_code == 200
+        assert scrape(server)['qengine:rejections_total{reason="bodies_full"}'] == 1
+        (content, first), (_, second) = halves
+        second.close()
+        wait_until(lambda: bodies.num_in_flight < 100_000)
+        first.sendall(content[90_000:])
+        response = http.client.HTTPResponse(first)
+        response.begin()
+        assert (response.status, len(response.read()) > 0) == (200, True)
+        wait_until(lambda: bodies.num_in_flight == 0)
+        first.close()
+
+
 def test_a_connection_in_use_is_not_cut(monkeypatch: pytest.MonkeyPatch) -> None:
     """The deadlines are for what is being sent: neither for an answer that takes long, nor for the pause after it."""
     set_limits(monkeypatch, head_seconds=0.2, body_seconds=0.2)
