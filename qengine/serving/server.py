@@ -25,7 +25,9 @@ from qengine.serving.app import make_app
 from qengine.serving.async_engine import AsyncEngine, Timeouts
 from qengine.serving.banner import Takes, ready_banner
 from qengine.serving.http_server import HttpServer
+from qengine.serving.limits import LIMITS
 from qengine.serving.metrics.recorder import Recorder
+from qengine.serving.open_files import make_room
 from qengine.serving.options import ServerOptions
 from qengine.serving.service import Phase, Service
 from qengine.serving.signals import InterruptedLoadError, StopSignals
@@ -66,7 +68,8 @@ def run_server(config: EngineConfig, options: ServerOptions, *, start_engine: St
     listener = open_listener(options)
     try:
         service = Service(max_logprobs=options.max_logprobs, metrics_prefix=options.metrics_prefix)
-        http = HttpServer(make_app(service, options), listener, options, service.monitoring)
+        room = make_room(LIMITS.num_connections)
+        http = HttpServer(make_app(service, options), listener, options, service.monitoring, num_connections=room)
         with StopSignals() as signals:
             try:
                 http.start()

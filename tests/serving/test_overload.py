@@ -223,14 +223,14 @@ def test_every_route_there_is_wants_a_key() -> None:
 # Other sites
 
 
-def preflight(server: Running, origin: str) -> httpx.Response:
+def preflight(server: Running, origin: str, path: str = TEXT) -> httpx.Response:
     with server.client() as client:
         headers = {
             "origin": origin,
             "access-control-request-method": "POST",
             "access-control-request-headers": "authorization,content-type",
         }
-        return client.options(TEXT, headers=headers)
+        return client.options(server.url + path, headers=headers)
 
 
 @pytest.mark.parametrize("keys", [(), ("some-key",)])
@@ -250,6 +250,27 @@ def test_pages_of_other_sites_are_let_in_only_if_named(keys: tuple[str, ...]) ->
         assert refused.status_code == (200 if keys else 403)
         rebound = server.post(TEXT, HI, headers={"host": "app.example", **headers})
         assert rebound.status_code == (200 if keys else 403)
+
+
+def test_a_preflight_needs_no_key_and_tells_nothing() -> None:
+    """Browsers send it without one. Its answer is the same for whatever is there, and for what is not."""
+    with serving(ScriptedEngine(), api_keys=("some-key",), allowed_origins=("https://app.example",)) as server:
+        for origin, status in (("https://app.example", 200), ("https://evil.example", 400), ("null", 400)):
+            answers = {
+                (answer.status_code, answer.content, tuple(h for h in answer.headers.items() if h[0] != "date"))
+                for answer in (preflight(server, origin, path) for path in (TEXT, "/metrics", "/nothing", "//x"))
+            }
+            ((found, _, headers),) = answers
+            assert found == status
+            assert ("access-control-allow-origin" in dict(headers)) == (status == 200)
+            assert "access-control-allow-credentials" not in dict(headers)
+        with server.client() as client:
+            # No preflight: browsers say which method they mean to use.
+            for headers in ({}, {"origin": "https://app.example"}):
+                assert client.options(TEXT, headers=headers).status_code == 401
+            refused = client.get("/v1/models", headers={"origin": "https://app.example"})
+            assert refused.status_code == 401
+            assert refused.headers["access-control-allow-origin"] == "https://app.example"
 
 
 def test_without_being_asked_nobody_is_let_in() -> None:
