@@ -9,7 +9,6 @@ from __future__ import annotations
 import asyncio
 from collections.abc import AsyncGenerator
 from contextlib import aclosing
-from functools import partial
 from typing import Any
 
 from fastapi import APIRouter, Request
@@ -18,12 +17,13 @@ from starlette.responses import Response
 from qengine.request import RequestOutput, RequestProgress
 from qengine.serving.api_answers import ChatCompletion, ChatCompletionChunk
 from qengine.serving.api_schema import described
-from qengine.serving.body import read_json
 from qengine.serving.chat_call import ChatCall
 from qengine.serving.chat_form import ChatChoice
 from qengine.serving.generation import Delta, Progress, final_outputs, follow, in_turns, new_id, progress_body, usage
 from qengine.serving.large_json import answer_with_logprobs
-from qengine.serving.protocol import ChatCompletionRequest, parse_request
+from qengine.serving.logprobs import prompt_logprobs
+from qengine.serving.protocol import ChatCompletionRequest
+from qengine.serving.reading import read_request
 from qengine.serving.service import service_of
 from qengine.serving.streaming import Chunks, event_stream, while_connected
 
@@ -38,7 +38,7 @@ async def create_chat_completion(http: Request) -> Response:
     """Answer a conversation."""
     service = service_of(http)
     service.ready_engine()
-    request = await read_json(http, partial(parse_request, ChatCompletionRequest))
+    request = await read_request(http, ChatCompletionRequest)
     # The state is looked at again: reading the body may have taken long enough for it to change.
     answers = _ChatAnswers(ChatCall(http, request, id=new_id("chatcmpl")))
     if request.stream:
@@ -62,7 +62,10 @@ class _ChatAnswers:
 
     def _whole(self, output: RequestOutput) -> dict[str, Any]:
         choices = [self._whole_choice(choice.index, Progress().advance(choice)) for choice in output.outputs]
-        return {**self._head("chat.completion"), "choices": choices, "usage": usage([output])}
+        answer = {**self._head("chat.completion"), "choices": choices, "usage": usage([output])}
+        if output.prompt_logprobs is not None:
+            answer["prompt_logprobs"] = prompt_logprobs(self._call.engine.tokenizer, output.prompt_logprobs)
+        return answer
 
     def _whole_choice(self, index: int, delta: Delta) -> dict[str, Any]:
         choice = self._call.form.new_choice()

@@ -10,7 +10,6 @@ import asyncio
 from collections.abc import AsyncGenerator, Sequence
 from contextlib import aclosing
 from dataclasses import dataclass, field, replace
-from functools import partial
 from typing import Any
 
 from fastapi import APIRouter, Request
@@ -20,7 +19,7 @@ from qengine.request import CompletionOutput, RequestOutput, RequestProgress
 from qengine.serving.api_answers import Completion
 from qengine.serving.api_schema import described
 from qengine.serving.async_engine import AsyncEngine
-from qengine.serving.body import read_json
+from qengine.serving.errors import invalid
 from qengine.serving.generation import (
     Delta,
     Job,
@@ -38,8 +37,9 @@ from qengine.serving.generation import (
     usage,
 )
 from qengine.serving.large_json import answer_with_logprobs
-from qengine.serving.logprobs import LegacyLogprobs
-from qengine.serving.protocol import CompletionRequest, parse_request
+from qengine.serving.logprobs import LegacyLogprobs, prompt_logprobs
+from qengine.serving.protocol import CompletionRequest
+from qengine.serving.reading import read_request
 from qengine.serving.service import Service, service_of
 from qengine.serving.streaming import Chunks, event_stream, while_connected
 from qengine.serving.structured import form_of
@@ -56,7 +56,7 @@ async def create_completion(http: Request) -> Response:
     """Continue prompts."""
     service = service_of(http)
     service.ready_engine()
-    request = await read_json(http, partial(parse_request, CompletionRequest))
+    request = await read_request(http, CompletionRequest)
     service.check_model(request.model)
     # Again: reading the body may have taken long enough for the server's state to change.
     call = _CompletionCall(
@@ -102,6 +102,14 @@ class _CompletionCall:
         self, service: Service, engine: AsyncEngine, request: CompletionRequest, salt: str, traceparent: str | None
     ) -> None:
         check_num_logprobs(request.logprobs, "logprobs", service.max_logprobs)
+        check_num_logprobs(request.prompt_logprobs, "prompt_logprobs", service.max_logprobs)
+        echoed = request.logprobs if request.echo else None
+        if None not in (echoed, request.prompt_logprobs) and echoed != request.prompt_logprobs:
+            raise invalid(
+                f"prompt_logprobs is {request.prompt_logprobs}, but echo tells {echoed} for each token of the prompt "
+                "(logprobs); give the same number, or leave one out",
+                param="prompt_logprobs",
+            )
         for prompt in request.prompts:
             if isinstance(prompt, str):
                 check_prompt_chars(len(prompt), engine.info.max_model_len, "prompt")
@@ -118,7 +126,7 @@ class _CompletionCall:
                 engine.info.default_sampling,
                 max_tokens=request.max_tokens or max(DEFAULT_MAX_TOKENS, request.min_tokens or 0),
                 logprobs=request.logprobs,
-                prompt_logprobs=request.logprobs if request.echo else None,
+                prompt_logprobs=request.prompt_logprobs if echoed is None else echoed,
             ),
             token_limit=request.max_tokens,
             add_special_tokens=request.add_special_tokens is not False,
@@ -134,13 +142,13 @@ class _CompletionCall:
         return await answer_with_logprobs(self._engine, lambda: self._whole(outputs), self._num_logprobs(outputs))
 
     def _num_logprobs(self, outputs: Sequence[RequestOutput]) -> int:
-        if self._request.logprobs is None:
-            return 0
-        num_positions = 0
+        params, total = self._job.params, 0
         for output in outputs:
-            num_echoed = len(output.prompt_token_ids) * len(output.outputs) if self._request.echo else 0
-            num_positions += num_echoed + sum(len(choice.token_ids) for choice in output.outputs)
-        return num_positions * (self._request.logprobs + 1)
+            if params.prompt_logprobs is not None:
+                total += len(output.prompt_token_ids) * len(output.outputs) * (params.prompt_logprobs + 1)
+            if params.logprobs is not None:
+                total += sum(len(choice.token_ids) for choice in output.outputs) * (params.logprobs + 1)
+        return total
 
     def _whole(self, outputs: Sequence[RequestOutput]) -> dict[str, Any]:
         choices = []
@@ -148,7 +156,10 @@ class _CompletionCall:
             for choice in output.outputs:
                 state = self._new_state(output)
                 piece = _piece(state, self._gain(state, output, choice))
-                choices.append(self._choice(prompt_index, choice.index, piece))
+                shown = self._choice(prompt_index, choice.index, piece)
+                if self._request.prompt_logprobs is not None:
+                    shown["prompt_logprobs"] = prompt_logprobs(self._engine.tokenizer, output.prompt_logprobs or ())
+                choices.append(shown)
         return {**self._head(), "choices": choices, "usage": usage(outputs)}
 
     async def chunks(self) -> AsyncGenerator[Chunks, None]:

@@ -11,7 +11,7 @@ import time
 from array import array
 from collections.abc import Sequence
 from contextlib import aclosing
-from functools import cached_property, partial
+from functools import cached_property
 from typing import Annotated, Any, Literal
 
 from fastapi import APIRouter, Request
@@ -24,12 +24,12 @@ from qengine.request import Pooling, RequestOutput
 from qengine.serving.api_answers import EmbeddingList
 from qengine.serving.api_schema import described
 from qengine.serving.async_engine import AsyncEngine
-from qengine.serving.body import read_json
 from qengine.serving.errors import ApiError, invalid
 from qengine.serving.generation import cache_salt, check_prompt_chars, new_id
 from qengine.serving.large_json import large_json, large_response
 from qengine.serving.limits import LIMITS
-from qengine.serving.protocol import PROMPT_SCHEMA, CacheSalt, CheckedRequest, Prompt, checked_prompts, parse_request
+from qengine.serving.protocol import PROMPT_SCHEMA, CacheSalt, CheckedRequest, Prompt, checked_prompts
+from qengine.serving.reading import read_request
 from qengine.serving.service import service_of
 from qengine.serving.streaming import while_connected
 
@@ -51,7 +51,7 @@ class EmbeddingRequest(CheckedRequest):
     @cached_property
     def prompts(self) -> list[Prompt]:
         """The texts, checked. Raises ApiError."""
-        return checked_prompts(self.input, "input")
+        return checked_prompts(self.input, "input", self._rules.num_prompts)
 
     def check_together(self) -> None:
         super().check_together()
@@ -63,7 +63,7 @@ async def create_embeddings(http: Request) -> Response:
     """A vector for each text: the model's hidden states after its last layer, pooled."""
     service = service_of(http)
     service.ready_engine()
-    request = await read_json(http, partial(parse_request, EmbeddingRequest))
+    request = await read_request(http, EmbeddingRequest)
     service.check_model(request.model)
     engine = service.ready_engine()
     _check_dimensions(request.dimensions, engine.info.hidden_size)

@@ -96,6 +96,7 @@ FIELD_NOTES: Mapping[str, str] = MappingProxyType(
         # Log-probabilities
         "logprobs": "of chat whether, of completions how many log-probabilities each token gets",
         "top_logprobs": "likeliest tokens for each place, up to --max-logprobs",
+        "prompt_logprobs": "likeliest tokens for each place of the prompt; the server needs --enable-prompt-logprobs",
         "echo": "begin the text with the prompt, and score it if logprobs is given",
         "include": "message.output_text.logprobs gives log-probabilities; the others have nothing to add here",
         # Prompts

@@ -156,19 +156,19 @@ def _prepare(
 def _check_total_logprobs(prompt_lens: Sequence[int], job: Job, max_model_len: int) -> None:
     """Refuse an answer that could be too large, before any of it is computed."""
     params = job.params
-    if params.logprobs is None:
-        return
-    num_positions = sum(prompt_lens) if params.prompt_logprobs is not None else 0
+    total = 0
     for prompt_len in prompt_lens:
         room = max_model_len - prompt_len
-        num_positions += params.n * min(room if params.max_tokens is None else params.max_tokens, room)
-    total = num_positions * (params.logprobs + 1)
+        if params.logprobs is not None:
+            num_tokens = params.n * min(room if params.max_tokens is None else params.max_tokens, room)
+            total += num_tokens * (params.logprobs + 1)
+        if params.prompt_logprobs is not None:  # Each of the choices tells them.
+            total += params.n * prompt_len * (params.prompt_logprobs + 1)
     if total > LIMITS.num_logprobs:
         raise invalid(
-            f"the answer could hold {total} log-probabilities, {params.logprobs + 1} at each of {num_positions} "
-            f"positions, expected at most {LIMITS.num_logprobs}; ask for fewer at each, for fewer tokens or "
-            "choices, or send shorter prompts",
-            param=job.logprobs_param,
+            f"the answer could hold {total} log-probabilities, expected at most {LIMITS.num_logprobs}; ask for fewer "
+            "at each token, for fewer tokens or choices, or send shorter prompts",
+            param=job.logprobs_param if params.logprobs is not None else "prompt_logprobs",
         )
 
 

@@ -9,7 +9,6 @@ from __future__ import annotations
 from collections.abc import AsyncGenerator
 from contextlib import aclosing
 from dataclasses import dataclass, replace
-from functools import partial
 from typing import Any
 
 from fastapi import APIRouter, Request
@@ -18,7 +17,6 @@ from starlette.responses import Response
 from qengine.request import RequestOutput, RequestProgress
 from qengine.serving.api_answers import AnthropicErrorBody, AnthropicMessage, MessageEvent, TokenCount
 from qengine.serving.api_schema import described
-from qengine.serving.body import read_json
 from qengine.serving.chat_call import ChatCall
 from qengine.serving.chat_form import ChatChoice
 from qengine.serving.errors import ApiError, anthropic_error, json_response
@@ -26,7 +24,7 @@ from qengine.serving.generation import Delta, Job, Progress, follow, new_id, pro
 from qengine.serving.messages_input import chat_request, in_own_words, renamed
 from qengine.serving.messages_output import Event, MessageOutput
 from qengine.serving.messages_protocol import CountTokensRequest, MessagesRequest
-from qengine.serving.protocol import parse_request
+from qengine.serving.reading import read_request
 from qengine.serving.responses import PROGRESS_EVENT
 from qengine.serving.service import service_of
 from qengine.serving.streaming import Chunks, named_event_stream, while_connected
@@ -46,7 +44,7 @@ async def create_message(http: Request) -> Response:
     If the conversation ends with an assistant's message, the answer goes on from there.
     """
     engine = service_of(http).ready_engine()
-    request = await read_json(http, partial(parse_request, MessagesRequest))
+    request = await read_request(http, MessagesRequest)
     with in_own_words():
         chat = chat_request(request, engine.tokenizer)
         answer = _MessageAnswer(ChatCall(http, chat, id=new_id("msg", "_"), is_cut_to_fit=True), request)
@@ -62,7 +60,7 @@ async def create_message(http: Request) -> Response:
 async def count_tokens(http: Request) -> Response:
     """How many tokens the prompt of a message has, tools and all."""
     engine = service_of(http).ready_engine()
-    request = await read_json(http, partial(parse_request, CountTokensRequest))
+    request = await read_request(http, CountTokensRequest)
     with in_own_words():
         call = ChatCall(http, chat_request(request, engine.tokenizer), id=new_id("count", "_"))
         return json_response(

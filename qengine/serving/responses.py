@@ -10,7 +10,6 @@ import asyncio
 import time
 from collections.abc import AsyncGenerator
 from contextlib import aclosing
-from functools import partial
 from typing import Any
 
 from fastapi import APIRouter, Request
@@ -19,13 +18,12 @@ from starlette.responses import Response
 from qengine.request import RequestOutput, RequestProgress
 from qengine.serving.api_answers import ResponseEvent, ResponseObject
 from qengine.serving.api_schema import described
-from qengine.serving.body import read_json
 from qengine.serving.chat_call import ChatCall
 from qengine.serving.chat_form import ChatChoice
 from qengine.serving.errors import ApiError
 from qengine.serving.generation import Delta, Progress, final_outputs, follow, in_turns, new_id, progress_body, usage
 from qengine.serving.large_json import LOGPROBS_DEPTH, answer_with_logprobs
-from qengine.serving.protocol import parse_request
+from qengine.serving.reading import read_request
 from qengine.serving.responses_input import chat_request, in_own_words, renamed
 from qengine.serving.responses_output import Event, ResponseOutput
 from qengine.serving.responses_protocol import ResponsesRequest
@@ -48,7 +46,7 @@ async def create_response(http: Request) -> Response:
     Nothing is kept: what came before is sent as input each time.
     """
     service_of(http).ready_engine()
-    request = await read_json(http, partial(parse_request, ResponsesRequest))
+    request = await read_request(http, ResponsesRequest)
     with in_own_words():
         call = ChatCall(http, chat_request(request), id=new_id("resp", "_"))
         answers = _ResponseAnswer(call, request)

@@ -19,6 +19,7 @@ from qengine.serving.async_engine import AsyncEngine
 from qengine.serving.errors import ApiError, shorten, unavailable
 from qengine.serving.limits import LIMITS
 from qengine.serving.metrics.exposition import DEFAULT_PREFIX, Monitoring
+from qengine.serving.protocol import DEFAULT_RULES, Rules
 
 
 class Phase(str, Enum):
@@ -46,6 +47,7 @@ class Service:
 
     Attributes:
         model_names: what clients may call the model, known once it is ready; answers carry the first.
+        rules: what clients may ask.
         bodies: the bytes of all bodies that are being read.
     """
 
@@ -55,6 +57,7 @@ class Service:
     created: int = field(default_factory=lambda: int(time.time()))
     engine: AsyncEngine | None = None
     monitoring: Monitoring = field(init=False)
+    rules: Rules = DEFAULT_RULES
     bodies: Allowance = field(default_factory=lambda: Allowance(LIMITS.bodies_bytes, "bytes of requests"))
     _phase: Phase = Phase.LOADING
 

@@ -7,7 +7,6 @@ that lets other threads run, and its answer is written piece by piece for the sa
 from __future__ import annotations
 
 from collections.abc import Sequence
-from functools import partial
 from typing import Annotated, Any
 
 from fastapi import APIRouter, Request
@@ -17,7 +16,6 @@ from starlette.responses import Response
 from qengine.serving.api_answers import Detokenized, Tokenized
 from qengine.serving.api_schema import described
 from qengine.serving.async_engine import AsyncEngine
-from qengine.serving.body import read_json
 from qengine.serving.chat_call import ChatCall
 from qengine.serving.errors import invalid, json_response
 from qengine.serving.generation import new_id
@@ -30,8 +28,8 @@ from qengine.serving.protocol import (
     Effort,
     ListOf,
     Tool,
-    parse_request,
 )
+from qengine.serving.reading import read_request
 from qengine.serving.service import Service, service_of
 from qengine.serving.streaming import while_connected
 from qengine.tokenizer import Tokenizer
@@ -82,7 +80,7 @@ async def tokenize(http: Request) -> Response:
     """
     service = service_of(http)
     service.ready_engine()
-    request = await read_json(http, partial(parse_request, TokenizeRequest))
+    request = await read_request(http, TokenizeRequest)
     engine = _engine(service, request.model)
     if request.prompt is not None:
         text = request.prompt
@@ -107,7 +105,7 @@ async def detokenize(http: Request) -> Response:
     """The text of token ids, special tokens and all."""
     service = service_of(http)
     service.ready_engine()
-    request = await read_json(http, partial(parse_request, DetokenizeRequest))
+    request = await read_request(http, DetokenizeRequest)
     engine = _engine(service, request.model)
     is_long = len(request.tokens) > LIMITS.long_text_chars
 

@@ -132,7 +132,7 @@ UNSUPPORTED = [
     {"mm_processor_kwargs": {}},
     {"audio": {"voice": "alloy"}},
     {"modalities": ["text", "audio"]},
-    {"prompt_logprobs": -1},
+    {"prompt_logprobs": 1},
     {"use_beam_search": True},
     {"logits_processors": ["x"]},
 ]
