@@ -21,7 +21,7 @@ from qengine.serving.chat_call import ChatCall
 from qengine.serving.chat_form import ChatChoice
 from qengine.serving.errors import ApiError, anthropic_error, json_response
 from qengine.serving.generation import Delta, Job, Progress, follow, new_id, progress_body
-from qengine.serving.messages_input import chat_request, in_own_words, renamed
+from qengine.serving.messages_input import WORDS, chat_request
 from qengine.serving.messages_output import Event, MessageOutput
 from qengine.serving.messages_protocol import CountTokensRequest, MessagesRequest
 from qengine.serving.reading import read_request
@@ -45,7 +45,7 @@ async def create_message(http: Request) -> Response:
     """
     engine = service_of(http).ready_engine()
     request = await read_request(http, MessagesRequest)
-    with in_own_words():
+    with WORDS.kept():
         chat = chat_request(request, engine.tokenizer)
         answer = _MessageAnswer(ChatCall(http, chat, id=new_id("msg", "_"), is_cut_to_fit=True), request)
         if request.stream:
@@ -61,7 +61,7 @@ async def count_tokens(http: Request) -> Response:
     """How many tokens the prompt of a message has, tools and all."""
     engine = service_of(http).ready_engine()
     request = await read_request(http, CountTokensRequest)
-    with in_own_words():
+    with WORDS.kept():
         call = ChatCall(http, chat_request(request, engine.tokenizer), id=new_id("count", "_"))
         return json_response(
             {"input_tokens": await while_connected(http, engine.offload_text(call.count_prompt_tokens))}
@@ -109,7 +109,7 @@ class _MessageAnswer:
                     self._has_begun = True
                     yield batch
         except Exception as error:  # The status is sent: the stream itself must carry any error.
-            problem = renamed(error)
+            problem = WORDS.renamed(error)
             if not self._has_begun:
                 raise problem from error
             yield [anthropic_error(problem)]

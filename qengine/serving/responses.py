@@ -24,7 +24,7 @@ from qengine.serving.errors import ApiError
 from qengine.serving.generation import Delta, Progress, final_outputs, follow, in_turns, new_id, progress_body, usage
 from qengine.serving.large_json import LOGPROBS_DEPTH, answer_with_logprobs
 from qengine.serving.reading import read_request
-from qengine.serving.responses_input import chat_request, in_own_words, renamed
+from qengine.serving.responses_input import WORDS, chat_request
 from qengine.serving.responses_output import Event, ResponseOutput
 from qengine.serving.responses_protocol import ResponsesRequest
 from qengine.serving.service import service_of
@@ -47,7 +47,7 @@ async def create_response(http: Request) -> Response:
     """
     service_of(http).ready_engine()
     request = await read_request(http, ResponsesRequest)
-    with in_own_words():
+    with WORDS.kept():
         call = ChatCall(http, chat_request(request), id=new_id("resp", "_"))
         answers = _ResponseAnswer(call, request)
         if request.stream:
@@ -89,7 +89,7 @@ class _ResponseAnswer:
                 async for batch in batches:
                     yield self._numbered(batch)
         except Exception as error:  # The status is sent: the stream itself must carry any error.
-            problem = renamed(error)
+            problem = WORDS.renamed(error)
             if not self._num_events:
                 raise problem from error
             events = [] if self._output is None else self._output.finish("incomplete")

@@ -5,13 +5,11 @@ Invariant: this is the only way from responses to the engine, so whatever chat c
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from contextlib import contextmanager
 from typing import Any
 
-from qengine.errors import QEngineError
 from qengine.serving.chat_form import parsed_arguments
-from qengine.serving.errors import ApiError, as_api_error, invalid
+from qengine.serving.errors import invalid
+from qengine.serving.own_words import OwnWords
 from qengine.serving.protocol import (
     ChatCompletionRequest,
     ChatMessage,
@@ -37,36 +35,18 @@ from qengine.serving.responses_protocol import (
     TextFormat,
 )
 
-#: What chat calls it -> what it is called here. The longer ones first: some are parts of others.
+_TOKENS = ("max_tokens", "max_output_tokens")
+#: What chat calls it -> what it is called here.
 _NAMES = (
     (".function.parameters", ".parameters"),
     (".function.name", ".name"),
-    ("max_tokens", "max_output_tokens"),
+    _TOKENS,
     ("response_format.json_schema", "text.format"),
     ("response_format", "text.format"),
     ("reasoning_effort", "reasoning.effort"),
     ("messages", "input"),
 )
-
-
-@contextmanager
-def in_own_words() -> Iterator[None]:
-    """Have errors name the fields as they are called here."""
-    try:
-        yield
-    except QEngineError as error:
-        raise renamed(error) from error
-
-
-def renamed(error: BaseException) -> ApiError:
-    """The answer for any exception, with fields as they are called here."""
-    found = as_api_error(error)
-    message, param = str(found).replace("max_tokens", "max_output_tokens"), found.param
-    for theirs, ours in _NAMES:
-        if param is not None and theirs in param:
-            message, param = message.replace(theirs, ours), param.replace(theirs, ours)
-            break
-    return ApiError(found.status, message, param=param, code=found.code, headers=found.headers)
+WORDS = OwnWords(_NAMES, in_messages=[_TOKENS])
 
 
 def chat_request(request: ResponsesRequest) -> ChatCompletionRequest:
