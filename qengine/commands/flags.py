@@ -233,6 +233,9 @@ SERVER_FLAGS = Group(
     (
         Flag("--served-model-name", "name or names of the model in the API", "NAME", default="the path", kind="list"),
         Flag("--max-logprobs", "most log-probabilities per token that a request may ask for", "N", count, default="20"),
+        _switch("--enable-prompt-logprobs", "let requests ask for log-probabilities of their prompt (prompt_logprobs)"),
+        Flag("--max-prompts-per-request", "prompts of one completions or embeddings call", "N", count, default="256"),
+        _switch("--strict", "refuse fields that this server does not know; else they are ignored"),
         Flag("--max-queue", "requests that may wait; more get status 429", "N", count, default="128"),
         Flag(
             "--drain-timeout", "seconds that running requests get to finish at SIGTERM", "SECONDS", number, default="30"

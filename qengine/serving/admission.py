@@ -1,7 +1,8 @@
-"""How many sequences may be in the server at once, and who is turned away.
+"""How much may be in the server at once, of sequences and of what comes before them, and who is turned away.
 
-Invariant: `num_in_flight` is the sum over open reservations and never exceeds `capacity`. One thread uses it (the event
-loop's); only `begin_drain` may come from another. It knows neither HTTP nor the engine.
+Invariant: what is counted as in flight is the sum over what is open, and exceeds the capacity by nothing but what need
+not fit. One thread uses it (the event loop's); only `begin_drain` may come from another. It knows neither HTTP nor the
+engine.
 """
 
 from __future__ import annotations
@@ -30,6 +31,52 @@ class NotAcceptingError(QEngineError):
 
 class ShutDownError(EngineDeadError):
     """The server was stopped before the request was finished: by a second signal, or after --drain-timeout."""
+
+
+class Allowance:
+    """So much of something for all requests together.
+
+    Args:
+        capacity: how much.
+        what: its name, for errors.
+    """
+
+    def __init__(self, capacity: int, what: str) -> None:
+        self.capacity = capacity
+        self.num_in_flight = 0
+        self._what = what
+
+    @contextmanager
+    def reserve(self) -> Iterator[Share]:
+        """A share that is empty at first, and given back when the context is closed."""
+        share = Share(self)
+        try:
+            yield share
+        finally:
+            self.num_in_flight -= share.size
+
+    def check(self, num_more: int) -> None:
+        """Raise QueueFullError if so much more is not to be had now."""
+        if self.num_in_flight + num_more > self.capacity:
+            raise QueueFullError(
+                f"the server is full: {self.num_in_flight} of {self.capacity} {self._what} are under way; "
+                "try again later"
+            )
+
+
+class Share:
+    """What one request has of an allowance."""
+
+    def __init__(self, allowance: Allowance) -> None:
+        self._allowance = allowance
+        self.size = 0
+
+    def grow(self, num_more: int, *, must_fit: bool = True) -> None:
+        """Take more. Raises QueueFullError if there is not so much left, unless it need not fit."""
+        if must_fit:
+            self._allowance.check(num_more)
+        self.size += num_more
+        self._allowance.num_in_flight += num_more
 
 
 class Admission:

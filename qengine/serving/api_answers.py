@@ -133,6 +133,18 @@ class AnswerMessage(_Answer):
     tool_calls: list[CalledTool] | None = None
 
 
+class PromptLogprob(_Answer):
+    """A token that could stand at a place of the prompt."""
+
+    logprob: float
+    rank: int | None
+    decoded_token: str
+
+
+#: For each token of the prompt, by token id; nothing for the first.
+PromptLogprobs = list[dict[str, PromptLogprob] | None]
+
+
 class _ChatChoice(_Answer):
     index: int
     logprobs: ChatLogprobs | None
@@ -161,6 +173,7 @@ class ChatCompletion(_Answer):
     model: str
     choices: list[ChatChoice]
     usage: Usage
+    prompt_logprobs: PromptLogprobs | None = None
 
 
 class ChatCompletionChunk(_Answer):
@@ -192,6 +205,7 @@ class CompletionChoice(_Answer):
     logprobs: CompletionLogprobs | None
     finish_reason: Literal["stop", "length", "abort"] | None
     stop_reason: int | str | None
+    prompt_logprobs: PromptLogprobs | None = None
 
 
 class Completion(_Answer):

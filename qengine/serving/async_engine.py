@@ -16,11 +16,11 @@ import asyncio
 import logging
 import threading
 import time
-from collections.abc import AsyncGenerator, Callable, Mapping, Sequence
+from collections.abc import AsyncGenerator, Callable, Coroutine, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import aclosing, suppress
 from dataclasses import dataclass
-from typing import TypeVar
+from typing import Any, TypeVar
 
 from qengine.engine import Engine, EngineInfo, PendingRequest
 from qengine.errors import EngineDeadError, QEngineError, RequestError
@@ -28,7 +28,7 @@ from qengine.grammars.compiler import CompiledGrammar
 from qengine.grammars.sources import GrammarSource
 from qengine.grammars.trial import NUM_PROCESSES
 from qengine.request import Pooling, RequestOutput, RequestProgress, SamplingParams
-from qengine.serving.admission import Admission, QueueTimeoutError, RequestTimeoutError, ShutDownError
+from qengine.serving.admission import Admission, Allowance, QueueTimeoutError, RequestTimeoutError, ShutDownError
 from qengine.serving.limits import LIMITS
 from qengine.serving.mailbox import Mailbox, Report
 from qengine.serving.metrics.recorder import Recorder
@@ -65,7 +65,7 @@ _Command = _Add | _Abort | _Expire
 
 @dataclass(frozen=True, slots=True)
 class Timeouts:
-    """Seconds that a request may wait in the queue, and may take from there to its end; None for any time."""
+    """Seconds that a request may wait in the queue, and may take from its arrival to its end; None for any time."""
 
     queue: float | None = None
     request: float | None = None
@@ -85,6 +85,7 @@ class AsyncEngine:
 
     Attributes:
         admission: counts what is in flight; whoever calls `run` holds a reservation.
+        text_calls: counts calls that have text turned into tokens and nothing more.
     """
 
     def __init__(
@@ -108,6 +109,7 @@ class AsyncEngine:
         self._timeouts = timeouts
         self._step_began: float | None = None
         self.admission = Admission(engine.info.max_num_seqs + max_queue)
+        self.text_calls = Allowance(LIMITS.num_text_calls, "calls that count tokens")
         self._pool = ThreadPoolExecutor(NUM_TOKENIZER_THREADS, thread_name_prefix="qengine-tokenizer")
         # What takes long because its client wants much; it holds up its own kind alone.
         self._long_pool = ThreadPoolExecutor(1, thread_name_prefix="qengine-long")
@@ -157,6 +159,12 @@ class AsyncEngine:
         """
         return await self._in_thread(self._long_pool if is_long else self._pool, work)
 
+    async def offload_text(self, work: Callable[[], _T], *, is_long: bool = False) -> _T:
+        """The same for calls that want nothing more than that. Raises QueueFullError if there are too many of them."""
+        with self.text_calls.reserve() as share:
+            share.grow(1)
+            return await self.offload(work, is_long=is_long)
+
     def make_embedding_request(
         self,
         request_id: str,
@@ -180,8 +188,38 @@ class AsyncEngine:
         )
 
     async def compile_grammar(self, source: GrammarSource) -> CompiledGrammar:
-        """`Engine.compile_grammar`, while the event loop goes on."""
-        return await self._in_thread(self._grammar_pool, lambda: self._engine.compile_grammar(source))
+        """`Engine.compile_grammar`, while the event loop goes on.
+
+        Raises:
+            RequestError: it is no grammar, or costs too much. QueueTimeoutError: too many others are before it.
+        """
+        seconds = LIMITS.grammar_wait_seconds
+        compiling = self._in_thread(self._grammar_pool, lambda: self._engine.compile_grammar(source))
+        try:
+            return await asyncio.wait_for(compiling, seconds)
+        except asyncio.TimeoutError as error:
+            raise QueueTimeoutError(
+                f"the grammar was not compiled within {seconds:g} s, as others are before it; try again later"
+            ) from error
+
+    async def in_time(self, work: Coroutine[Any, Any, _T], arrival_time: float) -> _T:
+        """The result of `work`, which a call that came at `arrival_time` needs before the engine can begin.
+
+        Raises:
+            RequestTimeoutError: --request-timeout was over first. Anything that `work` raises.
+        """
+        seconds = self._seconds_left(arrival_time)
+        try:
+            return await asyncio.wait_for(work, seconds)
+        except asyncio.TimeoutError as error:
+            raise self._took_too_long() from error
+
+    def _seconds_left(self, arrival_time: float) -> float | None:
+        allowed = self._timeouts.request
+        return None if allowed is None else max(0.0, arrival_time + allowed - time.monotonic())
+
+    def _took_too_long(self) -> RequestTimeoutError:
+        return RequestTimeoutError(f"the request took longer than {self._timeouts.request:g} s and was stopped")
 
     async def _in_thread(self, pool: ThreadPoolExecutor, work: Callable[[], _T]) -> _T:
         """Raises ShutDownError for work that was not begun before the end, beside what `work` raises."""
@@ -246,24 +284,37 @@ class AsyncEngine:
                 async for output in outputs:
                     yield output
 
-    async def run(self, pending: Sequence[PendingRequest]) -> AsyncGenerator[RequestOutput, None]:
+    async def run(
+        self, pending: Sequence[PendingRequest], *, arrival_time: float | None = None
+    ) -> AsyncGenerator[RequestOutput, None]:
         """Answer several prepared requests together; outputs of all come as they progress.
 
         All are taken or none: if the engine refuses one, the others are dropped. The caller holds a reservation.
+
+        Args:
+            arrival_time: when the call came, by the monotonic clock; --request-timeout counts from it. By default now.
 
         Raises:
             RequestError: refused. EngineDeadError: the engine stopped.
             QueueTimeoutError, RequestTimeoutError: it took too long.
         """
-        async with aclosing(self.watch(pending, wants_progress=False)) as reports:
+        async with aclosing(self.watch(pending, wants_progress=False, arrival_time=arrival_time)) as reports:
             async for report in reports:
                 assert isinstance(report, RequestOutput)
                 yield report
 
     async def watch(
-        self, pending: Sequence[PendingRequest], *, wants_progress: bool = True
+        self,
+        pending: Sequence[PendingRequest],
+        *,
+        wants_progress: bool = True,
+        arrival_time: float | None = None,
+        is_continued: bool = False,
     ) -> AsyncGenerator[Report, None]:
-        """The same with the progress of each request before its outputs, whenever it has changed. Raises as `run`."""
+        """The same with the progress of each request before its outputs, whenever it has changed. Raises as `run`.
+
+        `is_continued` is for requests that go on with an answer that was begun: --queue-timeout is not for them.
+        """
         self._check_alive()
         loop = self._bind_loop()
         mailbox = Mailbox()
@@ -275,7 +326,9 @@ class AsyncEngine:
         if self.is_dead:
             # It died between the check and the registration; nobody else will tell this mailbox.
             loop.call_soon(self._deliver)
-        timers = self._set_timers(loop, mailbox, tuple(unfinished))
+        timers = self._set_deadline(loop, mailbox, time.monotonic() if arrival_time is None else arrival_time)
+        if not is_continued:
+            timers += self._set_queue_timer(loop, tuple(unfinished))
         try:
             while unfinished:
                 for report in await mailbox.take():
@@ -290,16 +343,17 @@ class AsyncEngine:
             for request_id in list(unfinished):
                 self._forget(unfinished, request_id)
 
-    def _set_timers(
-        self, loop: asyncio.AbstractEventLoop, mailbox: Mailbox, request_ids: tuple[str, ...]
+    def _set_deadline(
+        self, loop: asyncio.AbstractEventLoop, mailbox: Mailbox, arrival_time: float
     ) -> list[asyncio.TimerHandle]:
-        timers = []
-        if self._timeouts.queue is not None:
-            timers.append(loop.call_later(self._timeouts.queue, self._send, _Expire(request_ids)))
-        if self._timeouts.request is not None:
-            error = RequestTimeoutError(f"the request took longer than {self._timeouts.request:g} s and was stopped")
-            timers.append(loop.call_later(self._timeouts.request, mailbox.expire, error))
-        return timers
+        seconds = self._seconds_left(arrival_time)
+        return [] if seconds is None else [loop.call_later(seconds, mailbox.expire, self._took_too_long())]
+
+    def _set_queue_timer(
+        self, loop: asyncio.AbstractEventLoop, request_ids: tuple[str, ...]
+    ) -> list[asyncio.TimerHandle]:
+        seconds = self._timeouts.queue
+        return [] if seconds is None else [loop.call_later(seconds, self._send, _Expire(request_ids))]
 
     def _check_alive(self) -> None:
         if self._death is not None:

@@ -14,11 +14,11 @@ from typing import Any, TypeVar
 
 from starlette.requests import ClientDisconnect, Request
 
-from qengine.serving.errors import ApiError, invalid, shorten
+from qengine.serving.admission import QueueFullError, Share
+from qengine.serving.errors import ApiError, as_api_error, invalid, shorten
 from qengine.serving.limits import LIMITS
+from qengine.serving.service import service_of
 
-# Larger bodies are parsed and checked in a thread: a few milliseconds of it must not stall every stream.
-_INLINE_BYTES = 64 * 1024
 # As every digit is 0 here, and no sign is left, digits or exponents that are too long are found at the speed of memory.
 _ZEROS = bytes.maketrans(b"123456789E", b"000000000e")
 _LONG_NUMBERS = (b"0" * (LIMITS.json_int_digits + 1), b"0e000")
@@ -34,20 +34,22 @@ async def read_json(request: Request, meaning: Callable[[dict[str, Any]], _T]) -
     """What `meaning` makes of the body, a JSON object. Of a large body it does so in a thread.
 
     Raises:
-        ApiError: 400, 408, 413 or 415, saying what was found and what was expected; and what `meaning` raises.
+        ApiError: 400, 408, 413, 415 or 429, saying what was found and what was expected; and what `meaning` raises.
         ClientGoneError: the client left while sending.
     """
     _check_headers(request)
-    try:
-        body = await asyncio.wait_for(_read(request), LIMITS.body_seconds)
-    except asyncio.TimeoutError as error:
-        message = f"the body did not arrive within {LIMITS.body_seconds:g} seconds"
-        raise ApiError(408, message, headers={"Connection": "close"}) from error
-    except ClientDisconnect as error:
-        raise ClientGoneError from error
-    if len(body) <= _INLINE_BYTES:
-        return meaning(parse_json_object(body))
-    return await asyncio.to_thread(lambda: meaning(parse_json_object(body)))
+    with service_of(request).bodies.reserve() as share:
+        try:
+            body = await asyncio.wait_for(_read(request, share), LIMITS.body_seconds)
+        except asyncio.TimeoutError as error:
+            message = f"the body did not arrive within {LIMITS.body_seconds:g} seconds"
+            raise ApiError(408, message, headers={"Connection": "close"}) from error
+        except ClientDisconnect as error:
+            raise ClientGoneError from error
+        if len(body) <= LIMITS.small_body_bytes:
+            return meaning(parse_json_object(body))
+        # In a thread: some milliseconds of it must not stall every stream.
+        return await asyncio.to_thread(lambda: meaning(parse_json_object(body)))
 
 
 def _check_headers(request: Request) -> None:
@@ -60,7 +62,7 @@ def _check_headers(request: Request) -> None:
         raise ApiError(415, f"Content-Encoding is {shorten(encoding)}, expected a plain body")
 
 
-async def _read(request: Request) -> bytes:
+async def _read(request: Request, share: Share) -> bytes:
     """The bytes, counted as they come: Content-Length is only believed when it is too large."""
     declared = request.headers.get("content-length", "0")
     if declared.isdecimal() and int(declared[:20]) > LIMITS.body_bytes:
@@ -71,6 +73,10 @@ async def _read(request: Request) -> bytes:
         num_bytes += len(chunk)
         if num_bytes > LIMITS.body_bytes:
             raise _too_large()
+        try:
+            share.grow(len(chunk), must_fit=num_bytes > LIMITS.small_body_bytes)
+        except QueueFullError as error:
+            raise _too_many(error) from error
         chunks.append(chunk)
     return b"".join(chunks)
 
@@ -78,6 +84,14 @@ async def _read(request: Request) -> bytes:
 def _too_large() -> ApiError:
     message = f"the body is larger than {LIMITS.body_bytes} bytes; send a shorter prompt"
     return ApiError(413, message, headers={"Connection": "close"})
+
+
+def _too_many(error: QueueFullError) -> ApiError:
+    """The rest of the body is not read, so the connection ends with it."""
+    problem = as_api_error(error)
+    return ApiError(
+        problem.status, str(problem), code="bodies_full", headers={**problem.headers, "Connection": "close"}
+    )
 
 
 def parse_json_object(body: bytes) -> dict[str, Any]:

@@ -6,9 +6,9 @@ is protocol's business, how it becomes a prompt the tokenizer's.
 
 from __future__ import annotations
 
+import asyncio
 from collections.abc import AsyncGenerator
 from contextlib import aclosing
-from functools import partial
 from typing import Any
 
 from fastapi import APIRouter, Request
@@ -17,12 +17,13 @@ from starlette.responses import Response
 from qengine.request import RequestOutput, RequestProgress
 from qengine.serving.api_answers import ChatCompletion, ChatCompletionChunk
 from qengine.serving.api_schema import described
-from qengine.serving.body import read_json
 from qengine.serving.chat_call import ChatCall
 from qengine.serving.chat_form import ChatChoice
-from qengine.serving.errors import json_response
-from qengine.serving.generation import Delta, Progress, final_outputs, follow, new_id, progress_body, usage
-from qengine.serving.protocol import ChatCompletionRequest, parse_request
+from qengine.serving.generation import Delta, Progress, final_outputs, follow, in_turns, new_id, progress_body, usage
+from qengine.serving.large_json import answer_with_logprobs
+from qengine.serving.logprobs import prompt_logprobs
+from qengine.serving.protocol import ChatCompletionRequest
+from qengine.serving.reading import read_request
 from qengine.serving.service import service_of
 from qengine.serving.streaming import Chunks, event_stream, while_connected
 
@@ -37,12 +38,12 @@ async def create_chat_completion(http: Request) -> Response:
     """Answer a conversation."""
     service = service_of(http)
     service.ready_engine()
-    request = await read_json(http, partial(parse_request, ChatCompletionRequest))
+    request = await read_request(http, ChatCompletionRequest)
     # The state is looked at again: reading the body may have taken long enough for it to change.
     answers = _ChatAnswers(ChatCall(http, request, id=new_id("chatcmpl")))
     if request.stream:
         return await event_stream(http, answers.chunks())
-    return json_response(await while_connected(http, answers.whole()))
+    return await while_connected(http, answers.whole())
 
 
 class _ChatAnswers:
@@ -52,11 +53,19 @@ class _ChatAnswers:
         self._call = call
         self._wants_usage = call.request.include_usage
 
-    async def whole(self) -> dict[str, Any]:
+    async def whole(self) -> Response:
         """The answer in one piece."""
-        outputs = await final_outputs(self._call.engine, self._call.job)
-        choices = [self._whole_choice(choice.index, Progress().advance(choice)) for choice in outputs[0].outputs]
-        return {**self._head("chat.completion"), "choices": choices, "usage": usage(outputs)}
+        (output,) = await final_outputs(self._call.engine, self._call.job)
+        return await answer_with_logprobs(
+            self._call.engine, lambda: self._whole(output), self._call.num_logprobs(output)
+        )
+
+    def _whole(self, output: RequestOutput) -> dict[str, Any]:
+        choices = [self._whole_choice(choice.index, Progress().advance(choice)) for choice in output.outputs]
+        answer = {**self._head("chat.completion"), "choices": choices, "usage": usage([output])}
+        if output.prompt_logprobs is not None:
+            answer["prompt_logprobs"] = prompt_logprobs(self._call.engine.tokenizer, output.prompt_logprobs)
+        return answer
 
     def _whole_choice(self, index: int, delta: Delta) -> dict[str, Any]:
         choice = self._call.form.new_choice()
@@ -83,12 +92,16 @@ class _ChatAnswers:
                 chunks = [] if last else [self._chunk(index, role) for index in range(len(progress))]
                 # Only now is the prompt known, and with it what answers look like.
                 parts = parts or [self._call.form.new_choice() for _ in progress]
-                for choice in output.outputs:
-                    delta = progress[choice.index].advance(choice)
-                    chunks += self._choice_chunks(choice.index, parts[choice.index], delta)
                 last = output
-                if chunks:
-                    yield chunks
+                deltas = [(choice.index, progress[choice.index].advance(choice)) for choice in output.outputs]
+                for number, turn in enumerate(in_turns(deltas)):
+                    if number:
+                        await asyncio.sleep(0)
+                    for index, delta in turn:
+                        chunks += self._choice_chunks(index, parts[index], delta)
+                    if chunks:
+                        yield chunks
+                    chunks = []
         if last is not None and self._wants_usage:
             yield [{**self._head("chat.completion.chunk"), "choices": [], "usage": usage([last])}]
 

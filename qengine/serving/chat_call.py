@@ -10,6 +10,7 @@ from typing import Any
 
 from starlette.requests import Request
 
+from qengine.request import RequestOutput
 from qengine.serving.chat_form import ChatForm, template_message
 from qengine.serving.generation import (
     Delta,
@@ -48,6 +49,7 @@ class ChatCall:
         service.check_model(request.model)
         engine = service.ready_engine()
         check_num_logprobs(request.top_logprobs, "top_logprobs", service.max_logprobs)
+        check_num_logprobs(request.prompt_logprobs, "prompt_logprobs", service.max_logprobs)
         num_chars = sum(message.num_chars for message in request.messages)
         check_prompt_chars(num_chars, engine.info.max_model_len, "messages")
         self.engine = engine
@@ -64,6 +66,7 @@ class ChatCall:
                 engine.info.default_sampling,
                 max_tokens=request.token_limit,
                 logprobs=self.num_top if request.logprobs else None,
+                prompt_logprobs=request.prompt_logprobs,
                 **self.form.sampling,
             ),
             token_limit=None if is_cut_to_fit else request.token_limit,
@@ -72,6 +75,7 @@ class ChatCall:
             traceparent=trace_parent(http),
             id=id,
             form=lambda prompts: self.form.at(prompts[0]),
+            logprobs_param="top_logprobs",
         )
 
     def _render(self) -> list[Prompt]:
@@ -90,7 +94,7 @@ class ChatCall:
             continue_final_message=continues,
             tools=self.form.template_tools,
             max_chars=self.engine.info.max_model_len * LIMITS.prompt_chars_per_token,
-            template_options=self.request.chat_template_kwargs,
+            template_options=self.form.template_options,
         )
         return [text]
 
@@ -102,6 +106,13 @@ class ChatCall:
             for text in self.job.prompts()
             if isinstance(text, str)
         )
+
+    def num_logprobs(self, output: RequestOutput) -> int:
+        """How many log-probabilities an answer tells."""
+        of_prompt = len(output.prompt_logprobs or ()) * ((self.request.prompt_logprobs or 0) + 1)
+        if not self.request.logprobs:
+            return of_prompt
+        return of_prompt + sum(len(choice.token_ids) for choice in output.outputs) * (self.num_top + 1)
 
     def logprobs(self, delta: Delta) -> dict[str, Any] | None:
         """Log-probabilities of the new tokens in chat's shape, if they were asked for."""

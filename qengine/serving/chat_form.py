@@ -9,7 +9,7 @@ from __future__ import annotations
 import json
 import secrets
 import string
-from collections.abc import Iterable
+from collections.abc import Iterable, Set
 from typing import Any
 
 from qengine.errors import RequestError
@@ -62,6 +62,7 @@ class ChatForm:
 
     Attributes:
         template_tools: the tools as the template shows them to the model; None for none.
+        template_options: further variables of the template.
 
     Raises:
         ApiError: it asks what this model cannot do, or contradicts itself.
@@ -77,10 +78,29 @@ class ChatForm:
         self._choice = request.tool_choice or ("auto" if self._tools else "none")
         self._dialect = self._find_dialect(tokenizer.tool_template())
         self._answer = AnswerForm(tags=self._tags)
+        self.template_options = self._options(tokenizer.chat_template_variables(has_tools=bool(request.tools)))
         knows_tools = bool(request.tools) and tokenizer.tool_template() is not None
         self.template_tools = [tool.model_dump(exclude_none=True) for tool in request.tools or ()] or None
         if not knows_tools:
             self.template_tools = None
+
+    def _options(self, known: Set[str]) -> dict[str, Any]:
+        """The template's options, with the effort as the template knows it."""
+        options = dict(self._request.chat_template_kwargs or {})
+        effort = self._request.reasoning_effort
+        if effort is None:
+            return options
+        if "reasoning_effort" in known:
+            options.setdefault("reasoning_effort", effort)
+        elif "enable_thinking" in known and effort in ("none", "medium"):
+            options.setdefault("enable_thinking", effort != "none")
+        elif effort != "none" or self._tags is not None:
+            raise invalid(
+                f"reasoning_effort is '{effort}', but this model's chat template knows no such effort; leave it out",
+                param="reasoning_effort",
+                code="unsupported_parameter",
+            )
+        return options
 
     def _find_dialect(self, template: str | None) -> ToolDialect | None:
         if not self._tools or self._choice == "none":

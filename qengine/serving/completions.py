@@ -6,22 +6,22 @@ answer without streaming.
 
 from __future__ import annotations
 
-from collections.abc import AsyncGenerator
+import asyncio
+from collections.abc import AsyncGenerator, Sequence
 from contextlib import aclosing
-from dataclasses import dataclass, field
-from functools import partial
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from fastapi import APIRouter, Request
 from starlette.responses import Response
 
-from qengine.request import CompletionOutput, PositionLogprobs, RequestOutput, RequestProgress
+from qengine.request import CompletionOutput, RequestOutput, RequestProgress
 from qengine.serving.api_answers import Completion
 from qengine.serving.api_schema import described
 from qengine.serving.async_engine import AsyncEngine
-from qengine.serving.body import read_json
-from qengine.serving.errors import json_response
+from qengine.serving.errors import invalid
 from qengine.serving.generation import (
+    Delta,
     Job,
     Progress,
     cache_salt,
@@ -29,14 +29,17 @@ from qengine.serving.generation import (
     check_prompt_chars,
     final_outputs,
     follow,
+    in_turns,
     new_id,
     progress_body,
     sampling_params,
     trace_parent,
     usage,
 )
-from qengine.serving.logprobs import LegacyLogprobs
-from qengine.serving.protocol import CompletionRequest, parse_request
+from qengine.serving.large_json import answer_with_logprobs
+from qengine.serving.logprobs import LegacyLogprobs, prompt_logprobs
+from qengine.serving.protocol import CompletionRequest
+from qengine.serving.reading import read_request
 from qengine.serving.service import Service, service_of
 from qengine.serving.streaming import Chunks, event_stream, while_connected
 from qengine.serving.structured import form_of
@@ -53,7 +56,7 @@ async def create_completion(http: Request) -> Response:
     """Continue prompts."""
     service = service_of(http)
     service.ready_engine()
-    request = await read_json(http, partial(parse_request, CompletionRequest))
+    request = await read_request(http, CompletionRequest)
     service.check_model(request.model)
     # Again: reading the body may have taken long enough for the server's state to change.
     call = _CompletionCall(
@@ -61,7 +64,7 @@ async def create_completion(http: Request) -> Response:
     )
     if request.stream:
         return await event_stream(http, call.chunks())
-    return json_response(await while_connected(http, call.whole()))
+    return await while_connected(http, call.whole())
 
 
 @dataclass(frozen=True, slots=True)
@@ -87,6 +90,11 @@ class _ChoiceState:
     is_begun: bool = False
 
 
+def _piece(state: _ChoiceState, gain: Delta) -> _Piece:
+    logprobs = None if state.legacy is None else state.legacy.take(gain.token_ids, gain.logprobs or ())
+    return _Piece(gain.text, logprobs, gain.finish_reason, gain.stop_reason)
+
+
 class _CompletionCall:
     """One call and the shape of its answer."""
 
@@ -94,6 +102,14 @@ class _CompletionCall:
         self, service: Service, engine: AsyncEngine, request: CompletionRequest, salt: str, traceparent: str | None
     ) -> None:
         check_num_logprobs(request.logprobs, "logprobs", service.max_logprobs)
+        check_num_logprobs(request.prompt_logprobs, "prompt_logprobs", service.max_logprobs)
+        echoed = request.logprobs if request.echo else None
+        if None not in (echoed, request.prompt_logprobs) and echoed != request.prompt_logprobs:
+            raise invalid(
+                f"prompt_logprobs is {request.prompt_logprobs}, but echo tells {echoed} for each token of the prompt "
+                "(logprobs); give the same number, or leave one out",
+                param="prompt_logprobs",
+            )
         for prompt in request.prompts:
             if isinstance(prompt, str):
                 check_prompt_chars(len(prompt), engine.info.max_model_len, "prompt")
@@ -110,7 +126,7 @@ class _CompletionCall:
                 engine.info.default_sampling,
                 max_tokens=request.max_tokens or max(DEFAULT_MAX_TOKENS, request.min_tokens or 0),
                 logprobs=request.logprobs,
-                prompt_logprobs=request.logprobs if request.echo else None,
+                prompt_logprobs=request.prompt_logprobs if echoed is None else echoed,
             ),
             token_limit=request.max_tokens,
             add_special_tokens=request.add_special_tokens is not False,
@@ -120,14 +136,30 @@ class _CompletionCall:
             form=lambda prompts: form,
         )
 
-    async def whole(self) -> dict[str, Any]:
+    async def whole(self) -> Response:
         """The answer in one piece."""
         outputs = await final_outputs(self._engine, self._job)
-        choices = [
-            self._choice(prompt_index, choice.index, self._take(self._new_state(output), output, choice))
-            for prompt_index, output in enumerate(outputs)
-            for choice in output.outputs
-        ]
+        return await answer_with_logprobs(self._engine, lambda: self._whole(outputs), self._num_logprobs(outputs))
+
+    def _num_logprobs(self, outputs: Sequence[RequestOutput]) -> int:
+        params, total = self._job.params, 0
+        for output in outputs:
+            if params.prompt_logprobs is not None:
+                total += len(output.prompt_token_ids) * len(output.outputs) * (params.prompt_logprobs + 1)
+            if params.logprobs is not None:
+                total += sum(len(choice.token_ids) for choice in output.outputs) * (params.logprobs + 1)
+        return total
+
+    def _whole(self, outputs: Sequence[RequestOutput]) -> dict[str, Any]:
+        choices = []
+        for prompt_index, output in enumerate(outputs):
+            for choice in output.outputs:
+                state = self._new_state(output)
+                piece = _piece(state, self._gain(state, output, choice))
+                shown = self._choice(prompt_index, choice.index, piece)
+                if self._request.prompt_logprobs is not None:
+                    shown["prompt_logprobs"] = prompt_logprobs(self._engine.tokenizer, output.prompt_logprobs or ())
+                choices.append(shown)
         return {**self._head(), "choices": choices, "usage": usage(outputs)}
 
     async def chunks(self) -> AsyncGenerator[Chunks, None]:
@@ -143,12 +175,18 @@ class _CompletionCall:
                 if prompt_index not in states:
                     states[prompt_index] = [self._new_state(output) for _ in output.outputs]
                 latest[prompt_index] = output
-                chunks: list[dict[str, Any]] = []
-                for choice in output.outputs:
-                    piece = self._take(states[prompt_index][choice.index], output, choice)
-                    chunks += self._piece_chunks(prompt_index, choice.index, piece)
-                if chunks:
-                    yield chunks
+                of_prompt = states[prompt_index]
+                gains = [
+                    (choice.index, self._gain(of_prompt[choice.index], output, choice)) for choice in output.outputs
+                ]
+                for number, turn in enumerate(in_turns(gains)):
+                    if number:
+                        await asyncio.sleep(0)
+                    chunks: list[dict[str, Any]] = []
+                    for index, gain in turn:
+                        chunks += self._piece_chunks(prompt_index, index, _piece(of_prompt[index], gain))
+                    if chunks:
+                        yield chunks
         if self._request.include_usage:
             yield [{**self._head(), "choices": [], "usage": usage(list(latest.values()))}]
 
@@ -159,19 +197,18 @@ class _CompletionCall:
         skips = self._job.params.skip_special_tokens
         return _ChoiceState(LegacyLogprobs(self._engine.tokenizer, continued, skip_special_tokens=skips))
 
-    def _take(self, state: _ChoiceState, output: RequestOutput, choice: CompletionOutput) -> _Piece:
+    def _gain(self, state: _ChoiceState, output: RequestOutput, choice: CompletionOutput) -> Delta:
         """What is new in `choice`, with the prompt before it the first time if it is echoed."""
         delta = state.progress.advance(choice)
-        text, token_ids = delta.text, delta.token_ids
-        positions: list[PositionLogprobs | None] = list(delta.logprobs or ())
-        if self._request.echo and not state.is_begun:
-            text = self._prompt_text(output) + text
-            if state.legacy is not None:
-                token_ids = [*output.prompt_token_ids, *token_ids]
-                positions = [*(output.prompt_logprobs or ()), *positions]
-        state.is_begun = True
-        logprobs = None if state.legacy is None else state.legacy.take(token_ids, positions)
-        return _Piece(text, logprobs, delta.finish_reason, delta.stop_reason)
+        is_first, state.is_begun = not state.is_begun, True
+        if not (self._request.echo and is_first):
+            return delta
+        text = self._prompt_text(output) + delta.text
+        if state.legacy is None:
+            return replace(delta, text=text)
+        token_ids = [*output.prompt_token_ids, *delta.token_ids]
+        positions = [*(output.prompt_logprobs or ()), *(delta.logprobs or ())]
+        return replace(delta, text=text, token_ids=token_ids, logprobs=positions)
 
     def _prompt_text(self, output: RequestOutput) -> str:
         if output.prompt is not None:

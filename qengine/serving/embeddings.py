@@ -7,12 +7,11 @@ vectors are those of a model that was trained to write; how they are pooled is t
 from __future__ import annotations
 
 import base64
-import json
 import time
 from array import array
 from collections.abc import Sequence
 from contextlib import aclosing
-from functools import cached_property, partial
+from functools import cached_property
 from typing import Annotated, Any, Literal
 
 from fastapi import APIRouter, Request
@@ -25,11 +24,12 @@ from qengine.request import Pooling, RequestOutput
 from qengine.serving.api_answers import EmbeddingList
 from qengine.serving.api_schema import described
 from qengine.serving.async_engine import AsyncEngine
-from qengine.serving.body import read_json
 from qengine.serving.errors import ApiError, invalid
 from qengine.serving.generation import cache_salt, check_prompt_chars, new_id
+from qengine.serving.large_json import large_json, large_response
 from qengine.serving.limits import LIMITS
-from qengine.serving.protocol import PROMPT_SCHEMA, CacheSalt, CheckedRequest, Prompt, checked_prompts, parse_request
+from qengine.serving.protocol import PROMPT_SCHEMA, CacheSalt, CheckedRequest, Prompt, checked_prompts
+from qengine.serving.reading import read_request
 from qengine.serving.service import service_of
 from qengine.serving.streaming import while_connected
 
@@ -51,7 +51,7 @@ class EmbeddingRequest(CheckedRequest):
     @cached_property
     def prompts(self) -> list[Prompt]:
         """The texts, checked. Raises ApiError."""
-        return checked_prompts(self.input, "input")
+        return checked_prompts(self.input, "input", self._rules.num_prompts)
 
     def check_together(self) -> None:
         super().check_together()
@@ -63,14 +63,14 @@ async def create_embeddings(http: Request) -> Response:
     """A vector for each text: the model's hidden states after its last layer, pooled."""
     service = service_of(http)
     service.ready_engine()
-    request = await read_json(http, partial(parse_request, EmbeddingRequest))
+    request = await read_request(http, EmbeddingRequest)
     service.check_model(request.model)
     engine = service.ready_engine()
     _check_dimensions(request.dimensions, engine.info.hidden_size)
     outputs = await while_connected(http, _embed(engine, request, cache_salt(http, request.cache_salt)))
     # In a thread: a hundred long vectors are many megabytes of digits.
-    body = await engine.offload(lambda: _body(outputs, service.model_names[0], request.encoding_format == "base64"))
-    return Response(body, media_type="application/json")
+    as_base64 = request.encoding_format == "base64"
+    return large_response(await engine.offload(lambda: _answer(outputs, service.model_names[0], as_base64)))
 
 
 def _check_dimensions(found: int | None, hidden_size: int) -> None:
@@ -88,8 +88,9 @@ async def _embed(engine: AsyncEngine, request: EmbeddingRequest, salt: str) -> l
     call_id, arrival_time = new_id("embd"), time.monotonic()
     found: dict[str, RequestOutput] = {}
     with engine.admission.reserve(len(request.prompts)):
-        pending = await engine.offload(lambda: _prepare(engine, request, call_id, arrival_time, salt))
-        async with aclosing(engine.run(pending)) as outputs:
+        preparing = engine.offload(lambda: _prepare(engine, request, call_id, arrival_time, salt))
+        pending = await engine.in_time(preparing, arrival_time)
+        async with aclosing(engine.run(pending, arrival_time=arrival_time)) as outputs:
             async for output in outputs:
                 if output.error is not None:
                     raise ApiError(500, f"the request failed: {output.error}", code="generation_failed")
@@ -122,13 +123,12 @@ def _prepare(
     return pending
 
 
-def _body(outputs: Sequence[RequestOutput], model: str, as_base64: bool) -> bytes:
-    """The whole answer, vector by vector, so that other threads get their turn."""
+def _answer(outputs: Sequence[RequestOutput], model: str, as_base64: bool) -> list[bytes]:
     items = []
     for index, output in enumerate(outputs):
         vector = output.embedding or []
         shown: Any = base64.b64encode(array("f", vector).tobytes()).decode() if as_base64 else vector
-        items.append(json.dumps({"object": "embedding", "index": index, "embedding": shown}, allow_nan=False))
+        items.append({"object": "embedding", "index": index, "embedding": shown})
     num_tokens = sum(len(output.prompt_token_ids) for output in outputs)
-    usage = json.dumps({"prompt_tokens": num_tokens, "total_tokens": num_tokens})
-    return f'{{"object":"list","data":[{",".join(items)}],"model":{json.dumps(model)},"usage":{usage}}}'.encode()
+    usage = {"prompt_tokens": num_tokens, "total_tokens": num_tokens}
+    return large_json({"object": "list", "data": items, "model": model, "usage": usage}, depth=2)

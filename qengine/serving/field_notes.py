@@ -85,6 +85,7 @@ FIELD_NOTES: Mapping[str, str] = MappingProxyType(
         "budget_tokens": "thoughts are ended when they have that many tokens",
         "display": "omitted leaves thoughts out",
         "signature": "is not looked at",
+        "reasoning_effort": "passed on to a chat template that knows one; none ends thinking where the template can",
         "effort": "passed on to a chat template that knows one; none ends thinking where the template can",
         "summary": "thoughts come as they are: only auto is taken",
         "generate_summary": "the older name of summary",
@@ -95,6 +96,7 @@ FIELD_NOTES: Mapping[str, str] = MappingProxyType(
         # Log-probabilities
         "logprobs": "of chat whether, of completions how many log-probabilities each token gets",
         "top_logprobs": "likeliest tokens for each place, up to --max-logprobs",
+        "prompt_logprobs": "likeliest tokens for each place of the prompt; the server needs --enable-prompt-logprobs",
         "echo": "begin the text with the prompt, and score it if logprobs is given",
         "include": "message.output_text.logprobs gives log-probabilities; the others have nothing to add here",
         # Prompts

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import time
 import uuid
-from collections.abc import AsyncGenerator, Callable, Mapping, Sequence
+from collections.abc import AsyncGenerator, Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import aclosing, nullcontext
 from dataclasses import dataclass, field, replace
 from typing import Any
@@ -30,6 +30,7 @@ from qengine.serving.admission import RequestTimeoutError
 from qengine.serving.async_engine import AsyncEngine
 from qengine.serving.errors import ApiError, invalid
 from qengine.serving.limits import LIMITS
+from qengine.serving.logprobs import SLICE_POSITIONS
 from qengine.serving.protocol import GenerationRequest, Prompt
 from qengine.serving.structured import Form
 
@@ -75,6 +76,9 @@ class Job:
         prompts: makes the prompts; may be slow (templates), so it runs off the event loop.
         prompt_param: the field that holds the prompts, for errors.
         form: from the finished prompts to the form that answers must have; None for free text.
+        logprobs_param: the field that says how many log-probabilities are told of each position, for errors.
+        is_continued: this goes on with an answer that was begun, so that it is not timed out in the queue.
+        arrival_time: by the monotonic clock; --request-timeout counts from here, whatever was waited for.
         token_limit: tokens that the client asked for explicitly; more than the context holds is an error.
         traceparent: the caller's trace, if it sent one.
     """
@@ -89,6 +93,8 @@ class Job:
     id: str
     traceparent: str | None = None
     form: Callable[[Sequence[Prompt]], Form | None] | None = None
+    logprobs_param: str = "logprobs"
+    is_continued: bool = False
     created: int = field(default_factory=lambda: int(time.time()))
     arrival_time: float = field(default_factory=time.monotonic)
 
@@ -143,7 +149,27 @@ def _prepare(
             raise _named(error, job) from error
         _check_token_limit(len(request.prompt_token_ids), job, engine.info.max_model_len)
         pending.append(request)
+    _check_total_logprobs([len(request.prompt_token_ids) for request in pending], job, engine.info.max_model_len)
     return pending
+
+
+def _check_total_logprobs(prompt_lens: Sequence[int], job: Job, max_model_len: int) -> None:
+    """Refuse an answer that could be too large, before any of it is computed."""
+    params = job.params
+    total = 0
+    for prompt_len in prompt_lens:
+        room = max_model_len - prompt_len
+        if params.logprobs is not None:
+            num_tokens = params.n * min(room if params.max_tokens is None else params.max_tokens, room)
+            total += num_tokens * (params.logprobs + 1)
+        if params.prompt_logprobs is not None:  # Each of the choices tells them.
+            total += params.n * prompt_len * (params.prompt_logprobs + 1)
+    if total > LIMITS.num_logprobs:
+        raise invalid(
+            f"the answer could hold {total} log-probabilities, expected at most {LIMITS.num_logprobs}; ask for fewer "
+            "at each token, for fewer tokens or choices, or send shorter prompts",
+            param=job.logprobs_param if params.logprobs is not None else "prompt_logprobs",
+        )
 
 
 def _check_token_limit(prompt_len: int, job: Job, max_model_len: int) -> None:
@@ -176,13 +202,14 @@ async def follow(
     `is_admitted`: the caller holds the place in the queue.
     """
     with nullcontext() if is_admitted else engine.admission.reserve(job.num_prompts * job.params.n):
-        prompts = await engine.offload(job.prompts)
-        grammar = await _compile(engine, job, prompts)
-        pending = await engine.offload(lambda: _prepare(engine, job, prompts, grammar))
+        pending = await engine.in_time(_pending(engine, job), job.arrival_time)
         indices = {request.request_id: index for index, request in enumerate(pending)}
         latest: dict[str, RequestOutput] = {}
         try:
-            async with aclosing(engine.watch(pending, wants_progress=wants_progress)) as reports:
+            watching = engine.watch(
+                pending, wants_progress=wants_progress, arrival_time=job.arrival_time, is_continued=job.is_continued
+            )
+            async with aclosing(watching) as reports:
                 async for report in reports:
                     if isinstance(report, RequestOutput):
                         latest[report.request_id] = report
@@ -193,6 +220,13 @@ async def follow(
             raise _named(error, job) from error
         finally:
             _trace(engine, job, list(latest.values()))
+
+
+async def _pending(engine: AsyncEngine, job: Job) -> list[PendingRequest]:
+    """The requests of a call, ready for the engine."""
+    prompts = await engine.offload(job.prompts)
+    grammar = await _compile(engine, job, prompts)
+    return await engine.offload(lambda: _prepare(engine, job, prompts, grammar))
 
 
 def _named(error: RequestError, job: Job) -> RequestError:
@@ -267,18 +301,55 @@ def usage(outputs: Sequence[RequestOutput]) -> dict[str, Any]:
 
 @dataclass(frozen=True, slots=True)
 class Delta:
-    """What a choice gained since the last look. `finish_reason` is set once, at its end."""
+    """What a choice gained since the last look. `finish_reason` is set once, at its end.
+
+    Of a position whose log-probabilities nobody knows, the first of a prompt, there is None.
+    """
 
     text: str
     token_ids: list[int]
-    logprobs: list[PositionLogprobs] | None
+    logprobs: list[PositionLogprobs | None] | None
     finish_reason: str | None
     stop_reason: int | str | None
+
+    def slices(self) -> Iterator[Delta]:
+        """The same in pieces of few log-probabilities: the text comes with the first, the end with the last."""
+        if self.logprobs is None or len(self.token_ids) <= SLICE_POSITIONS:
+            yield self
+            return
+        starts = range(0, len(self.token_ids), SLICE_POSITIONS)
+        for start in starts:
+            stop, is_last = start + SLICE_POSITIONS, start == starts[-1]
+            yield Delta(
+                text="" if start else self.text,
+                token_ids=self.token_ids[start:stop],
+                logprobs=self.logprobs[start:stop],
+                finish_reason=self.finish_reason if is_last else None,
+                stop_reason=self.stop_reason if is_last else None,
+            )
 
     @property
     def is_shown(self) -> bool:
         """Whether there is something to send beside the end."""
         return bool(self.text or (self.logprobs is not None and self.token_ids))
+
+
+def in_turns(deltas: Iterable[tuple[int, Delta]]) -> Iterator[list[tuple[int, Delta]]]:
+    """What to tell together of the choices: everything, unless that are many log-probabilities.
+
+    Others should get their turn between them, so that the event loop is not held up.
+    """
+    turn: list[tuple[int, Delta]] = []
+    num_positions = 0
+    for index, delta in deltas:
+        for part in delta.slices():
+            num_more = 0 if part.logprobs is None else len(part.token_ids)
+            if turn and num_positions + num_more > SLICE_POSITIONS:
+                yield turn
+                turn, num_positions = [], 0
+            turn.append((index, part))
+            num_positions += num_more
+    yield turn
 
 
 @dataclass(slots=True)
@@ -295,7 +366,7 @@ class Progress:
         delta = Delta(
             text=choice.text[self.num_chars :],
             token_ids=choice.token_ids[self.num_tokens :],
-            logprobs=None if choice.logprobs is None else choice.logprobs[self.num_tokens :],
+            logprobs=None if choice.logprobs is None else [*choice.logprobs[self.num_tokens :]],
             finish_reason=choice.finish_reason if ends_now else None,
             stop_reason=choice.stop_reason if ends_now else None,
         )

@@ -21,7 +21,7 @@ from starlette.types import ASGIApp
 from uvicorn.protocols.http.h11_impl import H11Protocol
 
 from qengine.errors import ConfigError, QEngineError
-from qengine.serving.errors import ApiError, error_response
+from qengine.serving.errors import ApiError, error_response, unavailable
 from qengine.serving.limits import LIMITS
 from qengine.serving.metrics.exposition import Monitoring
 from qengine.serving.options import ServerOptions
@@ -33,6 +33,8 @@ _FLUSH_SECONDS = 5
 _START_POLL_SECONDS = 0.01
 #: Time that the application has to answer a late body with 408 before its connection is closed without a word.
 _GRACE_SECONDS = 1.0
+#: Connections beyond the limit that are answered at the same time; others are closed.
+_MAX_REFUSALS = 256
 
 
 class _Deadline:
@@ -65,6 +67,7 @@ class GuardedProtocol(H11Protocol):
     """
 
     monitoring: Monitoring
+    num_connections: int
 
     def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]  # as uvicorn has it
         super().connection_made(transport)
@@ -72,14 +75,17 @@ class GuardedProtocol(H11Protocol):
         self._body = _Deadline(self.loop, partial(self._close_late, "body"))
         self._unread = _Deadline(self.loop, self._check_reader)
         self._num_unsent = 0
-        if len(self.connections) > LIMITS.num_connections:
-            transport.abort()
+        self._is_refused = len(self.connections) > self.num_connections
+        _set_up_socket(transport)
+        if self._is_refused:
+            self._refuse(len(self.connections) - self.num_connections)
             return
         transport.set_write_buffer_limits(high=0)
-        set_options(transport.get_extra_info("socket"))
         self._watch_request()
 
     def data_received(self, data: bytes) -> None:
+        if self._is_refused:
+            return
         super().data_received(data)
         self._watch_request()
 
@@ -103,11 +109,27 @@ class GuardedProtocol(H11Protocol):
 
     def send_400_response(self, msg: str) -> None:
         """What is no HTTP gets an answer in the shape of every other error."""
-        response = error_response(ApiError(400, "the request is not valid HTTP, or its head is too large"), "")
-        head = h11.Response(status_code=400, headers=[*response.raw_headers, (b"connection", b"close")])
+        self._write_error(ApiError(400, "the request is not valid HTTP, or its head is too large"))
+        self.transport.close()
+
+    def _refuse(self, num_too_many: int) -> None:
+        """Say that there are too many connections, whatever is asked, and close once the client can have read it."""
+        self.monitoring.rejected("connections_full")
+        if num_too_many > _MAX_REFUSALS:
+            self.transport.abort()
+            return
+        message = f"the server has {self.num_connections} connections, as many as it holds; try again later"
+        self._write_error(unavailable(message, "connections_full"))
+        # Closing at once would throw the answer away where the request is still to be read.
+        if self.transport.can_write_eof():
+            self.transport.write_eof()
+        self._head.start(_GRACE_SECONDS)
+
+    def _write_error(self, error: ApiError) -> None:
+        response = error_response(error, "")
+        head = h11.Response(status_code=error.status, headers=[*response.raw_headers, (b"connection", b"close")])
         for event in (head, h11.Data(data=bytes(response.body)), h11.EndOfMessage()):
             self.transport.write(self.conn.send(event) or b"")
-        self.transport.close()
 
     def _watch_request(self) -> None:
         state = self.conn.their_state
@@ -126,7 +148,8 @@ class GuardedProtocol(H11Protocol):
         return self.cycle is None
 
     def _close_late(self, part: str) -> None:
-        self.monitoring.late(part)
+        if not self._is_refused:
+            self.monitoring.late(part)
         self.transport.abort()
 
     def _check_reader(self) -> None:
@@ -140,17 +163,18 @@ class GuardedProtocol(H11Protocol):
         self.transport.abort()
 
 
-def set_options(connection: socket.socket) -> None:
-    """Have the kernel keep little for a client that does not read, and notice a peer that vanished without a word.
+def _set_up_socket(transport: asyncio.Transport) -> None:
+    """Have the kernel send at once, keep little for a client that does not read, and notice a peer that vanished.
 
-    What is written goes out at once: an answer is two writes, and without this the second would wait for the client to
-    acknowledge the first, which clients put off for 40 ms.
+    asyncio sends at once only where a socket names its protocol, which those made by `socket.create_server` do not:
+    each answer's body, and each token of a stream, would wait for the client to acknowledge what came before.
     """
+    connection = transport.get_extra_info("socket")
     seconds = LIMITS.dead_peer_seconds
     settings = [
+        (socket.IPPROTO_TCP, "TCP_NODELAY", 1),
         (socket.SOL_SOCKET, "SO_SNDBUF", LIMITS.send_buffer_bytes),
         (socket.SOL_SOCKET, "SO_KEEPALIVE", 1),
-        (socket.IPPROTO_TCP, "TCP_NODELAY", 1),
         (socket.IPPROTO_TCP, "TCP_KEEPIDLE", seconds),
         (socket.IPPROTO_TCP, "TCP_KEEPINTVL", max(1, seconds // 3)),
         (socket.IPPROTO_TCP, "TCP_KEEPCNT", 3),
@@ -166,14 +190,27 @@ def set_options(connection: socket.socket) -> None:
 class HttpServer:
     """Serves `app` on `listener` from `start` to `stop`.
 
+    Args:
+        num_connections: how many are answered at a time; by default as many as the table of limits says.
+
     Raises:
         ConfigError: the certificate or its key is unusable.
     """
 
-    def __init__(self, app: ASGIApp, listener: socket.socket, options: ServerOptions, monitoring: Monitoring) -> None:
+    def __init__(
+        self,
+        app: ASGIApp,
+        listener: socket.socket,
+        options: ServerOptions,
+        monitoring: Monitoring,
+        *,
+        num_connections: int | None = None,
+    ) -> None:
+        held = LIMITS.num_connections if num_connections is None else num_connections
+        protocol = type("MonitoredProtocol", (GuardedProtocol,), {"monitoring": monitoring, "num_connections": held})
         config = uvicorn.Config(
             app,
-            http=type("MonitoredProtocol", (GuardedProtocol,), {"monitoring": monitoring}),
+            http=protocol,
             ws="none",
             loop="asyncio",
             lifespan="off",

@@ -21,6 +21,12 @@ class Limits:
     head_seconds: float = 10.0
     body_bytes: int = 8 * 1024 * 1024
     body_seconds: float = 30.0
+    #: Of all bodies that are being read.
+    bodies_bytes: int = 256 * 1024 * 1024
+    #: Bodies up to this are read even then.
+    small_body_bytes: int = 64 * 1024
+    #: Calls that turn text into tokens, or back, and wait for their turn or have it.
+    num_text_calls: int = 128
     json_depth: int = 64
     json_keys: int = 10_000
     json_items: int = 500_000
@@ -39,12 +45,16 @@ class Limits:
     grammar_bytes: int = MAX_GRAMMAR_BYTES
     grammar_choices: int = MAX_CHOICES
     grammar_seconds: float = COMPILE_SECONDS
+    #: Also for those who wait for other grammars.
+    grammar_wait_seconds: float = 30.0
     num_choices: int = 8
     num_stop_strings: int = 8
     stop_chars: int = 256
     num_token_ids: int = 1024
     num_logit_bias: int = 1024
     logit_bias_magnitude: float = 100.0
+    #: In one answer: positions times the tokens that are told of each.
+    num_logprobs: int = 2**20
     max_tokens: int = 2**31 - 1
     token_id: int = 2**31 - 1
     top_k: int = 1_000_000

@@ -9,22 +9,39 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
-from qengine.request import PositionLogprobs
+from qengine.request import Logprob, PositionLogprobs
 from qengine.tokenizer import IncrementalDetokenizer, Tokenizer
 
 MIN_LOGPROB = -9999.0
+#: Positions whose shape is made in one go in the event loop: some milliseconds, with twenty tokens at each.
+SLICE_POSITIONS = 128
 
 
 def chat_logprobs(
-    tokenizer: Tokenizer, token_ids: Sequence[int], positions: Sequence[PositionLogprobs], num_top: int
+    tokenizer: Tokenizer, token_ids: Sequence[int], positions: Sequence[PositionLogprobs | None], num_top: int
 ) -> dict[str, Any]:
     """The "logprobs" of a chat choice: each token with its bytes, and the `num_top` likeliest at its place."""
     content = []
     for token_id, position in zip(token_ids, positions, strict=True):
+        assert position is not None, "chat tells of the answer's tokens only"
         top = [(rank, other) for other in position if (rank := position[other].rank) is not None and rank <= num_top]
         chosen = _chat_entry(tokenizer, token_id, position)
         content.append({**chosen, "top_logprobs": [_chat_entry(tokenizer, t, position) for _, t in sorted(top)]})
     return {"content": content, "refusal": None}
+
+
+def prompt_logprobs(tokenizer: Tokenizer, positions: Sequence[PositionLogprobs | None]) -> list[dict[str, Any] | None]:
+    """vLLM's "prompt_logprobs": for each token of a prompt what could stand there, by token id; None for the first."""
+    shown: list[dict[str, Any] | None] = []
+    for position in positions:
+        entries = None if position is None else {str(i): _prompt_entry(tokenizer, i, e) for i, e in position.items()}
+        shown.append(entries)
+    return shown
+
+
+def _prompt_entry(tokenizer: Tokenizer, token_id: int, entry: Logprob) -> dict[str, Any]:
+    shown = tokenizer.token_text(token_id)
+    return {"logprob": _finite(entry.logprob), "rank": entry.rank, "decoded_token": shown}
 
 
 def _chat_entry(tokenizer: Tokenizer, token_id: int, position: PositionLogprobs) -> dict[str, Any]:

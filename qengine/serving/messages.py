@@ -9,7 +9,6 @@ from __future__ import annotations
 from collections.abc import AsyncGenerator
 from contextlib import aclosing
 from dataclasses import dataclass, replace
-from functools import partial
 from typing import Any
 
 from fastapi import APIRouter, Request
@@ -18,15 +17,14 @@ from starlette.responses import Response
 from qengine.request import RequestOutput, RequestProgress
 from qengine.serving.api_answers import AnthropicErrorBody, AnthropicMessage, MessageEvent, TokenCount
 from qengine.serving.api_schema import described
-from qengine.serving.body import read_json
 from qengine.serving.chat_call import ChatCall
 from qengine.serving.chat_form import ChatChoice
 from qengine.serving.errors import ApiError, anthropic_error, json_response
 from qengine.serving.generation import Delta, Job, Progress, follow, new_id, progress_body
-from qengine.serving.messages_input import chat_request, in_own_words, renamed
+from qengine.serving.messages_input import WORDS, chat_request
 from qengine.serving.messages_output import Event, MessageOutput
 from qengine.serving.messages_protocol import CountTokensRequest, MessagesRequest
-from qengine.serving.protocol import parse_request
+from qengine.serving.reading import read_request
 from qengine.serving.responses import PROGRESS_EVENT
 from qengine.serving.service import service_of
 from qengine.serving.streaming import Chunks, named_event_stream, while_connected
@@ -46,8 +44,8 @@ async def create_message(http: Request) -> Response:
     If the conversation ends with an assistant's message, the answer goes on from there.
     """
     engine = service_of(http).ready_engine()
-    request = await read_json(http, partial(parse_request, MessagesRequest))
-    with in_own_words():
+    request = await read_request(http, MessagesRequest)
+    with WORDS.kept():
         chat = chat_request(request, engine.tokenizer)
         answer = _MessageAnswer(ChatCall(http, chat, id=new_id("msg", "_"), is_cut_to_fit=True), request)
         if request.stream:
@@ -62,10 +60,12 @@ async def create_message(http: Request) -> Response:
 async def count_tokens(http: Request) -> Response:
     """How many tokens the prompt of a message has, tools and all."""
     engine = service_of(http).ready_engine()
-    request = await read_json(http, partial(parse_request, CountTokensRequest))
-    with in_own_words():
+    request = await read_request(http, CountTokensRequest)
+    with WORDS.kept():
         call = ChatCall(http, chat_request(request, engine.tokenizer), id=new_id("count", "_"))
-        return json_response({"input_tokens": await while_connected(http, engine.offload(call.count_prompt_tokens))})
+        return json_response(
+            {"input_tokens": await while_connected(http, engine.offload_text(call.count_prompt_tokens))}
+        )
 
 
 @dataclass(frozen=True, slots=True)
@@ -109,7 +109,7 @@ class _MessageAnswer:
                     self._has_begun = True
                     yield batch
         except Exception as error:  # The status is sent: the stream itself must carry any error.
-            problem = renamed(error)
+            problem = WORDS.renamed(error)
             if not self._has_begun:
                 raise problem from error
             yield [anthropic_error(problem)]
@@ -202,9 +202,9 @@ class _MessageAnswer:
         job, thoughts = self._call.job, output.outputs[0].text.rstrip()
         prompt = f"{output.prompt}{thoughts}\n{self._call.form.thoughts_end}\n\n"
         left = max(1, self._request.max_tokens - self._num_thinking)
-        return replace(
-            job, prompts=lambda: [prompt], params=replace(job.params, max_tokens=left), id=f"{job.id}-answer"
-        )
+        params = replace(job.params, max_tokens=left)
+        # It came when the first one did: one --request-timeout is for both.
+        return replace(job, prompts=lambda: [prompt], params=params, id=f"{job.id}-answer", is_continued=True)
 
     # The message
 

@@ -7,13 +7,11 @@ tool's result is told as a message of role "tool", as chat templates know them.
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from typing import Any
 
-from qengine.errors import QEngineError
 from qengine.serving.dialect import reasoning_tags
-from qengine.serving.errors import ApiError, as_api_error, invalid
+from qengine.serving.errors import invalid
 from qengine.serving.limits import LIMITS
 from qengine.serving.messages_protocol import (
     CountTokensRequest,
@@ -23,6 +21,7 @@ from qengine.serving.messages_protocol import (
     ToolResultBlock,
     ToolUseBlock,
 )
+from qengine.serving.own_words import OwnWords
 from qengine.serving.protocol import (
     ChatCompletionRequest,
     ChatMessage,
@@ -39,34 +38,16 @@ from qengine.serving.protocol import (
 )
 from qengine.tokenizer import Tokenizer
 
-#: What chat calls it -> what it is called here. The longer ones first: some are parts of others.
+#: What chat calls it -> what it is called here.
 _NAMES = (
     (".function.parameters", ".input_schema"),
     (".function.name", ".name"),
     ("response_format.json_schema", "output_config.format"),
     ("response_format", "output_config.format"),
 )
+WORDS = OwnWords(_NAMES, in_messages=_NAMES)
 _OWN = frozenset(("stream_options", "response_format", "stop", "n"))
 _CHOICES = {"auto": "auto", "any": "required", "none": "none"}
-
-
-@contextmanager
-def in_own_words() -> Iterator[None]:
-    """Have errors name the fields as they are called here."""
-    try:
-        yield
-    except QEngineError as error:
-        raise renamed(error) from error
-
-
-def renamed(error: BaseException) -> ApiError:
-    """The answer for any exception, with fields as they are called here."""
-    found = as_api_error(error)
-    message, param = str(found), found.param
-    for theirs, ours in _NAMES:
-        message = message.replace(theirs, ours)
-        param = None if param is None else param.replace(theirs, ours)
-    return ApiError(found.status, message, param=param, code=found.code, headers=found.headers)
 
 
 def chat_request(request: CountTokensRequest, tokenizer: Tokenizer) -> ChatCompletionRequest:

@@ -6,7 +6,7 @@ refused with the reason; what says nothing to a model (`metadata`, `cache_contro
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import Annotated, Any, Literal
 
 from pydantic import ConfigDict, Discriminator, Field, Tag
@@ -21,13 +21,15 @@ _REFUSED: Mapping[str, tuple[str, tuple[object, ...]]] = {
     "container": ("this server has no containers; leave it out", ()),
     "mcp_servers": ("this server calls no other servers; leave it out", ([],)),
     "context_management": ("this server does not edit conversations; leave it out", ({},)),
-    # Fields of chat that have another name here.
+    # Fields of other routes, or that have another name here.
     "stop": ("it is called stop_sequences here", ([],)),
     "response_format": ("it is called output_config.format here", ()),
     "max_completion_tokens": ("it is called max_tokens here", ()),
     "parallel_tool_calls": ("it is called tool_choice.disable_parallel_tool_use here", ()),
+    "reasoning_effort": ("it is called output_config.effort here", ()),
     "n": ("a message is one answer; send several requests", (1,)),
     "logprobs": ("messages have no log-probabilities; ask /v1/chat/completions", (False,)),
+    "prompt_logprobs": ("messages have no log-probabilities; ask /v1/chat/completions", ()),
     "top_logprobs": ("messages have no log-probabilities; ask /v1/chat/completions", (0,)),
 }
 
@@ -190,6 +192,10 @@ class CountTokensRequest(GenerationRequest):
     metadata: RequestMetadata | None = None
     cache_control: CacheControl | None = None
     chat_template_kwargs: dict[str, Any] | None = None
+
+    @classmethod
+    def known_names(cls) -> Iterable[str]:
+        return (*cls.model_fields, *_REFUSED)
 
     @classmethod
     def check_body(cls, body: Mapping[str, Any]) -> None:

@@ -26,6 +26,9 @@ class ServerOptions:
         allow_no_auth: serve beyond this machine without keys.
         served_model_names: what clients call the model; the first is echoed. Empty: the model as given.
         max_logprobs: log-probabilities per token that a request may ask for.
+        enable_prompt_logprobs: requests may ask for those of the prompt's tokens.
+        max_prompts_per_request: prompts of one completions or embeddings call.
+        strict: refuse fields that nobody knows.
         max_queue: sequences that may wait beyond those that run.
         ssl_keyfile, ssl_certfile: serve HTTPS.
         drain_timeout: seconds that requests in flight get when the server is told to stop.
@@ -48,6 +51,9 @@ class ServerOptions:
     allow_no_auth: bool = False
     served_model_names: tuple[str, ...] = ()
     max_logprobs: int = 20
+    enable_prompt_logprobs: bool = False
+    max_prompts_per_request: int = 256
+    strict: bool = False
     max_queue: int = 128
     ssl_keyfile: str | None = None
     ssl_certfile: str | None = None
@@ -66,6 +72,9 @@ class ServerOptions:
         _check_int("port", self.port, _MAX_PORT)
         _check_int("max_logprobs", self.max_logprobs)
         _check_int("max_queue", self.max_queue)
+        _check_int("max_prompts_per_request", self.max_prompts_per_request)
+        if not self.max_prompts_per_request:
+            raise ConfigError("max_prompts_per_request is 0, which would refuse everyone; give at least 1")
         if not math.isfinite(self.drain_timeout) or self.drain_timeout < 0:
             raise ConfigError(f"drain_timeout is {self.drain_timeout}, expected seconds of at least 0")
         self._check_limits()

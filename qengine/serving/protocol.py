@@ -8,17 +8,19 @@ This module does not know the model: context length, vocabulary and --max-logpro
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
 from functools import cached_property
 from typing import Annotated, Any, Literal, TypeVar
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, WithJsonSchema
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, PrivateAttr, ValidationError, WithJsonSchema
 
 from qengine.request import REPETITION_PENALTIES
 from qengine.serving.errors import ApiError, invalid, shorten
 from qengine.serving.limits import LIMITS
-from qengine.serving.unsupported import refuse_in_chat, refuse_in_completions, refuse_unsupported
+from qengine.serving.unsupported import refuse_in_chat, refuse_in_completions, refuse_unknown, refuse_unsupported
 
+Effort = Literal["none", "minimal", "low", "medium", "high", "xhigh", "max"]
 Role = Literal["system", "developer", "user", "assistant", "tool"]
 _Item = TypeVar("_Item")
 #: A list of which the first wrong item is told. All of them would take seconds to collect, in which nothing else runs.
@@ -61,8 +63,33 @@ class Strict(BaseModel):
     model_config = ConfigDict(strict=True, extra="ignore", allow_inf_nan=False)
 
 
+@dataclass(frozen=True, slots=True)
+class Rules:
+    """What the owner of a server lets clients ask.
+
+    Attributes:
+        num_prompts: prompts in one call.
+        is_strict: fields that nobody knows are refused, not ignored.
+        allows_prompt_logprobs: log-probabilities of prompts may be asked for.
+    """
+
+    num_prompts: int = LIMITS.num_prompts
+    is_strict: bool = False
+    allows_prompt_logprobs: bool = False
+
+
+DEFAULT_RULES = Rules()
+
+
 class CheckedRequest(Strict):
     """A whole body, which `parse_request` makes."""
+
+    _rules: Rules = PrivateAttr(default=DEFAULT_RULES)
+
+    @classmethod
+    def known_names(cls) -> Iterable[str]:
+        """Fields that are honoured or have an answer of their own; of others only `unsupported` may know."""
+        return cls.model_fields
 
     @classmethod
     def check_body(cls, body: Mapping[str, Any]) -> None:
@@ -143,6 +170,7 @@ class GenerationRequest(CheckedRequest):
     guided_regex: str | None = None
     guided_choice: ListOf[str] | None = None
     guided_grammar: str | None = None
+    prompt_logprobs: Annotated[int, Field(ge=0)] | None = None
 
     @property
     def include_usage(self) -> bool:
@@ -154,8 +182,20 @@ class GenerationRequest(CheckedRequest):
 
     def check_together(self) -> None:
         super().check_together()
+        self._check_prompt_logprobs()
         if self.stream_options is not None and not self.stream:
             raise invalid("stream_options is given but stream is not true", param="stream_options")
+
+    def _check_prompt_logprobs(self) -> None:
+        found = self.prompt_logprobs
+        if found is None:
+            return
+        advice = "this server was started without --enable-prompt-logprobs"
+        if self._rules.allows_prompt_logprobs:
+            advice = "they come with whole answers only; leave stream out"
+        if self.stream or not self._rules.allows_prompt_logprobs:
+            message = f"prompt_logprobs is {found}, but {advice}"
+            raise invalid(message, param="prompt_logprobs", code="unsupported_parameter")
 
 
 class TextPart(Strict):
@@ -246,6 +286,7 @@ class ChatCompletionRequest(GenerationRequest):
     tool_choice: Literal["none", "auto", "required"] | NamedToolChoice | None = None
     parallel_tool_calls: bool | None = None
     include_reasoning: bool | None = None
+    reasoning_effort: Effort | None = None
 
     @property
     def token_limit(self) -> int | None:
@@ -303,7 +344,7 @@ class CompletionRequest(GenerationRequest):
         Raises:
             ApiError: `prompt` is of no such form, empty, or has too many items.
         """
-        return checked_prompts(self.prompt, "prompt")
+        return checked_prompts(self.prompt, "prompt", self._rules.num_prompts)
 
     @classmethod
     def check_body(cls, body: Mapping[str, Any]) -> None:
@@ -323,8 +364,8 @@ def _is_token_id(value: object) -> bool:
     return isinstance(value, int) and not isinstance(value, bool) and 0 <= value <= LIMITS.token_id
 
 
-def checked_prompts(value: Any, param: str) -> list[Prompt]:
-    """The prompts of a field that may hold one or several.
+def checked_prompts(value: Any, param: str, num_prompts: int) -> list[Prompt]:
+    """The prompts of a field that may hold one or several, up to `num_prompts`.
 
     Raises:
         ApiError: it is of no such form, empty, or has too many items.
@@ -335,8 +376,8 @@ def checked_prompts(value: Any, param: str) -> list[Prompt]:
         raise invalid(f"{param} is {shorten(value)}, expected text, token ids, or a list of these", param=param)
     if value and all(_is_token_id(item) for item in value):
         value = [value]
-    if not 0 < len(value) <= LIMITS.num_prompts:
-        raise invalid(f"{param} has {len(value)} items, expected from 1 to {LIMITS.num_prompts}", param=param)
+    if not 0 < len(value) <= num_prompts:
+        raise invalid(f"{param} has {len(value)} items, expected from 1 to {num_prompts}", param=param)
     return [_check_prompt(item, index, param) for index, item in enumerate(value)]
 
 
@@ -354,18 +395,21 @@ def _check_prompt(value: Any, index: int, param: str) -> Prompt:
 _Request = TypeVar("_Request", bound=CheckedRequest)
 
 
-def parse_request(kind: type[_Request], body: Mapping[str, Any]) -> _Request:
-    """`body` as a request of `kind`.
+def parse_request(kind: type[_Request], body: Mapping[str, Any], rules: Rules = DEFAULT_RULES) -> _Request:
+    """`body` as a request of `kind`, by the `rules` of the server.
 
     Raises:
         ApiError: 400, naming the first field that is wrong, what was found and what was expected.
     """
-    refuse_unsupported(body)
+    if rules.is_strict:
+        refuse_unknown(body, kind.known_names())
+    refuse_unsupported({name: value for name, value in body.items() if name not in kind.model_fields})
     kind.check_body(body)
     try:
         request = kind.model_validate(body)
     except ValidationError as error:
         raise _first_problem(error) from error
+    request._rules = rules
     request.check_together()
     return request
 

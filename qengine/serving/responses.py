@@ -6,10 +6,10 @@ is gone when its answer ends, so there is none to get, to cancel or to continue 
 
 from __future__ import annotations
 
+import asyncio
 import time
 from collections.abc import AsyncGenerator
 from contextlib import aclosing
-from functools import partial
 from typing import Any
 
 from fastapi import APIRouter, Request
@@ -18,13 +18,13 @@ from starlette.responses import Response
 from qengine.request import RequestOutput, RequestProgress
 from qengine.serving.api_answers import ResponseEvent, ResponseObject
 from qengine.serving.api_schema import described
-from qengine.serving.body import read_json
 from qengine.serving.chat_call import ChatCall
 from qengine.serving.chat_form import ChatChoice
-from qengine.serving.errors import ApiError, json_response
-from qengine.serving.generation import Delta, Progress, final_outputs, follow, new_id, progress_body, usage
-from qengine.serving.protocol import parse_request
-from qengine.serving.responses_input import chat_request, in_own_words, renamed
+from qengine.serving.errors import ApiError
+from qengine.serving.generation import Delta, Progress, final_outputs, follow, in_turns, new_id, progress_body, usage
+from qengine.serving.large_json import LOGPROBS_DEPTH, answer_with_logprobs
+from qengine.serving.reading import read_request
+from qengine.serving.responses_input import WORDS, chat_request
 from qengine.serving.responses_output import Event, ResponseOutput
 from qengine.serving.responses_protocol import ResponsesRequest
 from qengine.serving.service import service_of
@@ -45,14 +45,14 @@ async def create_response(http: Request) -> Response:
 
     Nothing is kept: what came before is sent as input each time.
     """
-    engine = service_of(http).ready_engine()
-    request = await read_json(http, partial(parse_request, ResponsesRequest))
-    with in_own_words():
-        call = ChatCall(http, chat_request(request, engine.tokenizer), id=new_id("resp", "_"))
+    service_of(http).ready_engine()
+    request = await read_request(http, ResponsesRequest)
+    with WORDS.kept():
+        call = ChatCall(http, chat_request(request), id=new_id("resp", "_"))
         answers = _ResponseAnswer(call, request)
         if request.stream:
             return await named_event_stream(http, answers.events())
-        return json_response(await while_connected(http, answers.whole()))
+        return await while_connected(http, answers.whole())
 
 
 class _ResponseAnswer:
@@ -64,15 +64,23 @@ class _ResponseAnswer:
         self._output: ResponseOutput | None = None
         self._num_events = 0
 
-    async def whole(self) -> dict[str, Any]:
+    async def whole(self) -> Response:
         """The answer in one piece."""
-        outputs = await final_outputs(self._call.engine, self._call.job)
-        delta = Progress().advance(outputs[0].outputs[0])
+        (output,) = await final_outputs(self._call.engine, self._call.job)
+        delta = Progress().advance(output.outputs[0])
+        num_logprobs = self._call.num_logprobs(output)
+        if num_logprobs:  # In a thread, as they may be many.
+            await self._call.engine.offload(lambda: self._take_whole(delta), is_long=True)
+        else:
+            self._take_whole(delta)
+        response = await self._ended(delta, output)
+        return await answer_with_logprobs(self._call.engine, lambda: response, num_logprobs, depth=LOGPROBS_DEPTH + 1)
+
+    def _take_whole(self, delta: Delta) -> None:
         choice = self._call.form.new_choice()
         self._output = ResponseOutput(choice.new_call_id)
         self._feed(self._output, choice, delta)
         self._output.finish(_item_status(delta))
-        return await self._ended(delta, outputs[0])
 
     async def events(self) -> AsyncGenerator[Chunks, None]:
         """The answer as it comes. What goes wrong after the first event is the last one."""
@@ -81,7 +89,7 @@ class _ResponseAnswer:
                 async for batch in batches:
                     yield self._numbered(batch)
         except Exception as error:  # The status is sent: the stream itself must carry any error.
-            problem = renamed(error)
+            problem = WORDS.renamed(error)
             if not self._num_events:
                 raise problem from error
             events = [] if self._output is None else self._output.finish("incomplete")
@@ -102,11 +110,15 @@ class _ResponseAnswer:
                     # Only now is the prompt known, and with it what answers look like.
                     choice = self._call.form.new_choice()
                     self._output = ResponseOutput(choice.new_call_id)
-                delta = gained.advance(report.outputs[0])
-                events += self._feed(self._output, choice, delta)
-                last = (delta, report)
-                if events:
-                    yield events
+                for number, turn in enumerate(in_turns([(0, gained.advance(report.outputs[0]))])):
+                    if number:
+                        await asyncio.sleep(0)
+                    for _, delta in turn:
+                        events += self._feed(self._output, choice, delta)
+                        last = (delta, report)
+                    if events:
+                        yield events
+                    events = []
         assert last is not None
         assert self._output is not None
         events = self._output.finish(_item_status(last[0]))

@@ -5,14 +5,11 @@ Invariant: this is the only way from responses to the engine, so whatever chat c
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from contextlib import contextmanager
 from typing import Any
 
-from qengine.errors import QEngineError
 from qengine.serving.chat_form import parsed_arguments
-from qengine.serving.dialect import reasoning_tags
-from qengine.serving.errors import ApiError, as_api_error, invalid
+from qengine.serving.errors import invalid
+from qengine.serving.own_words import OwnWords
 from qengine.serving.protocol import (
     ChatCompletionRequest,
     ChatMessage,
@@ -37,44 +34,26 @@ from qengine.serving.responses_protocol import (
     ResponsesRequest,
     TextFormat,
 )
-from qengine.tokenizer import Tokenizer
 
-#: What chat calls it -> what it is called here. The longer ones first: some are parts of others.
+_TOKENS = ("max_tokens", "max_output_tokens")
+#: What chat calls it -> what it is called here.
 _NAMES = (
     (".function.parameters", ".parameters"),
     (".function.name", ".name"),
-    ("max_tokens", "max_output_tokens"),
+    _TOKENS,
     ("response_format.json_schema", "text.format"),
     ("response_format", "text.format"),
+    ("reasoning_effort", "reasoning.effort"),
     ("messages", "input"),
 )
+WORDS = OwnWords(_NAMES, in_messages=[_TOKENS])
 
 
-@contextmanager
-def in_own_words() -> Iterator[None]:
-    """Have errors name the fields as they are called here."""
-    try:
-        yield
-    except QEngineError as error:
-        raise renamed(error) from error
-
-
-def renamed(error: BaseException) -> ApiError:
-    """The answer for any exception, with fields as they are called here."""
-    found = as_api_error(error)
-    message, param = str(found).replace("max_tokens", "max_output_tokens"), found.param
-    for theirs, ours in _NAMES:
-        if param is not None and theirs in param:
-            message, param = message.replace(theirs, ours), param.replace(theirs, ours)
-            break
-    return ApiError(found.status, message, param=param, code=found.code, headers=found.headers)
-
-
-def chat_request(request: ResponsesRequest, tokenizer: Tokenizer) -> ChatCompletionRequest:
+def chat_request(request: ResponsesRequest) -> ChatCompletionRequest:
     """The chat request that means the same.
 
     Raises:
-        ApiError: an item of the input cannot be told to the model, or an effort that its template does not know.
+        ApiError: an item of the input cannot be told to the model.
     """
     tools, choice = _tools(request)
     more = {name: getattr(request, name) for name in GenerationRequest.model_fields if name not in _OWN}
@@ -85,7 +64,8 @@ def chat_request(request: ResponsesRequest, tokenizer: Tokenizer) -> ChatComplet
         max_completion_tokens=request.max_output_tokens,
         logprobs=request.wants_logprobs or None,
         top_logprobs=request.top_logprobs if request.wants_logprobs else None,
-        chat_template_kwargs=_template_options(request, tokenizer),
+        chat_template_kwargs=request.chat_template_kwargs,
+        reasoning_effort=request.reasoning.effort if request.reasoning is not None else None,
         tools=tools,
         tool_choice=choice,
         parallel_tool_calls=request.parallel_tool_calls,
@@ -157,7 +137,7 @@ def _extend(turn: ChatMessage, item: InputItem, where: str) -> None:
         turn.content = item.text
 
 
-# Tools, form, thoughts
+# Tools, form
 
 
 def _tools(request: ResponsesRequest) -> tuple[list[Tool] | None, Any]:
@@ -190,23 +170,3 @@ def _response_format(form: TextFormat | None) -> ResponseFormat | None:
         return ResponseFormat(type=form.type)
     schema = JsonSchemaFormat(name=form.name, description=form.description, schema=form.schema_ or {})
     return ResponseFormat(type="json_schema", json_schema=schema)
-
-
-def _template_options(request: ResponsesRequest, tokenizer: Tokenizer) -> dict[str, Any] | None:
-    """The template's options, with the effort as the template knows it."""
-    options = dict(request.chat_template_kwargs or {})
-    effort = request.reasoning.effort if request.reasoning is not None else None
-    if effort is None:
-        return options or None
-    known = tokenizer.chat_template_variables(has_tools=bool(request.tools))
-    if "reasoning_effort" in known:
-        options.setdefault("reasoning_effort", effort)
-    elif "enable_thinking" in known and effort in ("none", "medium"):
-        options.setdefault("enable_thinking", effort != "none")
-    elif effort != "none" or reasoning_tags(tokenizer.chat_template or "") is not None:
-        raise invalid(
-            f"reasoning.effort is '{effort}', but this model's chat template knows no such effort; leave it out",
-            param="reasoning.effort",
-            code="unsupported_parameter",
-        )
-    return options or None

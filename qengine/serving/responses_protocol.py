@@ -6,14 +6,22 @@ refused with the reason; what only they would do with an answer (`store`, `user`
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from typing import Annotated, Any, Literal
 
 from pydantic import BeforeValidator, ConfigDict, Discriminator, Field, Tag
 
 from qengine.serving.errors import invalid, shorten
 from qengine.serving.limits import LIMITS
-from qengine.serving.protocol import FunctionDefinition, FunctionName, GenerationRequest, ListOf, StreamOptions, Strict
+from qengine.serving.protocol import (
+    Effort,
+    FunctionDefinition,
+    FunctionName,
+    GenerationRequest,
+    ListOf,
+    StreamOptions,
+    Strict,
+)
 
 
 class _Refused:
@@ -35,12 +43,14 @@ _REFUSED = {
     "prompt": _Refused("this server has no stored prompts; send the text as input or instructions"),
     "moderation": _Refused("this server does not moderate; leave it out"),
     "context_management": _Refused("this server does not compact conversations; leave it out", []),
-    # Fields of chat that have another name here.
+    # Fields of other routes, or that have another name here.
     "max_tokens": _Refused("it is called max_output_tokens here"),
     "max_completion_tokens": _Refused("it is called max_output_tokens here"),
     "logprobs": _Refused("ask for them with top_logprobs, or with include", False),
     "thinking": _Refused("it is called reasoning here"),
+    "reasoning_effort": _Refused("it is called reasoning.effort here"),
     "response_format": _Refused("it is called text.format here"),
+    "prompt_logprobs": _Refused("it belongs to /v1/chat/completions and /v1/completions; leave it out"),
     "n": _Refused("a response is one answer; send several requests", 1),
 }
 
@@ -233,7 +243,7 @@ class TextConfig(Strict):
 class ReasoningConfig(Strict):
     """How to think before the answer. An effort is passed on to the chat template if that knows one."""
 
-    effort: Literal["none", "minimal", "low", "medium", "high", "xhigh", "max"] | None = None
+    effort: Effort | None = None
     summary: Literal["auto", "concise", "detailed"] | None = None
     generate_summary: Literal["auto", "concise", "detailed"] | None = None
     context: Literal["auto", "current_turn", "all_turns"] | None = None
@@ -302,6 +312,10 @@ class ResponsesRequest(GenerationRequest):
     @property
     def wants_logprobs(self) -> bool:
         return bool(self.top_logprobs) or "message.output_text.logprobs" in (self.include or ())
+
+    @classmethod
+    def known_names(cls) -> Iterable[str]:
+        return (*cls.model_fields, *_REFUSED)
 
     @classmethod
     def check_body(cls, body: Mapping[str, Any]) -> None:

@@ -25,14 +25,17 @@ from qengine.serving.app import make_app
 from qengine.serving.async_engine import AsyncEngine, Timeouts
 from qengine.serving.banner import Takes, ready_banner
 from qengine.serving.http_server import HttpServer
+from qengine.serving.limits import LIMITS
 from qengine.serving.metrics.recorder import Recorder
+from qengine.serving.open_files import make_room
 from qengine.serving.options import ServerOptions
+from qengine.serving.protocol import Rules
 from qengine.serving.service import Phase, Service
 from qengine.serving.signals import InterruptedLoadError, StopSignals
 from qengine.serving.sockets import base_url, close_listener, open_listener
 from qengine.serving.tracing import Tracer
 
-__all__ = ["EXIT_ENGINE_DEAD", "EXIT_INTERRUPTED", "ServerOptions", "run_server", "start_serving"]
+__all__ = ["EXIT_ENGINE_DEAD", "EXIT_INTERRUPTED", "ServerOptions", "make_service", "run_server", "start_serving"]
 
 logger = logging.getLogger(__name__)
 
@@ -65,8 +68,9 @@ def run_server(config: EngineConfig, options: ServerOptions, *, start_engine: St
     tracer = None if options.otlp_endpoint is None else Tracer(options.otlp_endpoint)
     listener = open_listener(options)
     try:
-        service = Service(max_logprobs=options.max_logprobs, metrics_prefix=options.metrics_prefix)
-        http = HttpServer(make_app(service, options), listener, options, service.monitoring)
+        service = make_service(options)
+        room = make_room(LIMITS.num_connections)
+        http = HttpServer(make_app(service, options), listener, options, service.monitoring, num_connections=room)
         with StopSignals() as signals:
             try:
                 http.start()
@@ -82,6 +86,12 @@ def run_server(config: EngineConfig, options: ServerOptions, *, start_engine: St
         close_listener(listener, options)
         if tracer is not None:
             tracer.shutdown()
+
+
+def make_service(options: ServerOptions) -> Service:
+    """What the routes need to know, before there is an engine."""
+    rules = Rules(options.max_prompts_per_request, options.strict, options.enable_prompt_logprobs)
+    return Service(options.max_logprobs, options.metrics_prefix, rules=rules)
 
 
 def _takes(engine: Engine) -> Takes:

@@ -14,9 +14,12 @@ from enum import Enum
 
 from starlette.requests import Request
 
+from qengine.serving.admission import Allowance
 from qengine.serving.async_engine import AsyncEngine
 from qengine.serving.errors import ApiError, shorten, unavailable
+from qengine.serving.limits import LIMITS
 from qengine.serving.metrics.exposition import DEFAULT_PREFIX, Monitoring
+from qengine.serving.protocol import DEFAULT_RULES, Rules
 
 
 class Phase(str, Enum):
@@ -40,7 +43,13 @@ _LOADING_RETRY_SECONDS = 5
 
 @dataclass(slots=True)
 class Service:
-    """`model_names` is what clients may call the model, known once it is ready; answers carry the first."""
+    """The state of one server.
+
+    Attributes:
+        model_names: what clients may call the model, known once it is ready; answers carry the first.
+        rules: what clients may ask.
+        bodies: the bytes of all bodies that are being read.
+    """
 
     max_logprobs: int = 20
     metrics_prefix: str = DEFAULT_PREFIX
@@ -48,6 +57,8 @@ class Service:
     created: int = field(default_factory=lambda: int(time.time()))
     engine: AsyncEngine | None = None
     monitoring: Monitoring = field(init=False)
+    rules: Rules = DEFAULT_RULES
+    bodies: Allowance = field(default_factory=lambda: Allowance(LIMITS.bodies_bytes, "bytes of requests"))
     _phase: Phase = Phase.LOADING
 
     def __post_init__(self) -> None:

@@ -6,9 +6,7 @@ that lets other threads run, and its answer is written piece by piece for the sa
 
 from __future__ import annotations
 
-import json
 from collections.abc import Sequence
-from functools import partial
 from typing import Annotated, Any
 
 from fastapi import APIRouter, Request
@@ -18,20 +16,26 @@ from starlette.responses import Response
 from qengine.serving.api_answers import Detokenized, Tokenized
 from qengine.serving.api_schema import described
 from qengine.serving.async_engine import AsyncEngine
-from qengine.serving.body import read_json
 from qengine.serving.chat_call import ChatCall
 from qengine.serving.errors import invalid, json_response
 from qengine.serving.generation import new_id
+from qengine.serving.large_json import large_json, large_response
 from qengine.serving.limits import LIMITS
-from qengine.serving.protocol import ChatCompletionRequest, ChatMessage, CheckedRequest, ListOf, Tool, parse_request
+from qengine.serving.protocol import (
+    ChatCompletionRequest,
+    ChatMessage,
+    CheckedRequest,
+    Effort,
+    ListOf,
+    Tool,
+)
+from qengine.serving.reading import read_request
 from qengine.serving.service import Service, service_of
 from qengine.serving.streaming import while_connected
 from qengine.tokenizer import Tokenizer
 
 router = APIRouter()
 _ModelName = Annotated[str, Field(min_length=1, max_length=LIMITS.model_name_chars)]
-#: Tokens that are written at once.
-_SLICE = 8192
 
 
 class TokenizeRequest(CheckedRequest):
@@ -45,6 +49,7 @@ class TokenizeRequest(CheckedRequest):
     add_generation_prompt: bool | None = None
     continue_final_message: bool | None = None
     chat_template_kwargs: dict[str, Any] | None = None
+    reasoning_effort: Effort | None = None
     tools: Annotated[ListOf[Tool], Field(max_length=LIMITS.num_tools)] | None = None
 
     def check_together(self) -> None:
@@ -54,7 +59,8 @@ class TokenizeRequest(CheckedRequest):
             raise invalid(f"prompt and messages are {found}, expected one of them", param="prompt")
         if self.prompt is None:
             return
-        for name in ("add_generation_prompt", "continue_final_message", "chat_template_kwargs", "tools"):
+        of_messages = ("add_generation_prompt", "continue_final_message", "chat_template_kwargs", "reasoning_effort")
+        for name in (*of_messages, "tools"):
             if getattr(self, name):
                 raise invalid(f"{name} is given, but it belongs to messages and not to a prompt", param=name)
 
@@ -74,23 +80,24 @@ async def tokenize(http: Request) -> Response:
     """
     service = service_of(http)
     service.ready_engine()
-    request = await read_json(http, partial(parse_request, TokenizeRequest))
+    request = await read_request(http, TokenizeRequest)
     engine = _engine(service, request.model)
     if request.prompt is not None:
         text = request.prompt
         adds_special = request.add_special_tokens is not False
     else:
         call = ChatCall(http, _chat_request(request, service), id=new_id("tokenize"))
-        (text,) = await while_connected(http, engine.offload(lambda: [str(prompt) for prompt in call.job.prompts()]))
+        (text,) = await while_connected(
+            http, engine.offload_text(lambda: [str(prompt) for prompt in call.job.prompts()])
+        )
         adds_special = bool(request.add_special_tokens)
 
-    def work() -> bytes:
+    def work() -> list[bytes]:
         ids = engine.tokenizer.encode(text, add_special_tokens=adds_special)
-        return _body(engine.tokenizer, ids, engine.info.max_model_len, bool(request.return_token_strs))
+        return _answer(engine.tokenizer, ids, engine.info.max_model_len, bool(request.return_token_strs))
 
     is_long = len(text) > LIMITS.long_text_chars
-    body = await while_connected(http, engine.offload(work, is_long=is_long))
-    return Response(body, media_type="application/json")
+    return large_response(await while_connected(http, engine.offload_text(work, is_long=is_long)))
 
 
 @router.post("/detokenize", **described(tag="Text", body=DetokenizeRequest, answer=Detokenized))
@@ -98,7 +105,7 @@ async def detokenize(http: Request) -> Response:
     """The text of token ids, special tokens and all."""
     service = service_of(http)
     service.ready_engine()
-    request = await read_json(http, partial(parse_request, DetokenizeRequest))
+    request = await read_request(http, DetokenizeRequest)
     engine = _engine(service, request.model)
     is_long = len(request.tokens) > LIMITS.long_text_chars
 
@@ -106,7 +113,7 @@ async def detokenize(http: Request) -> Response:
         _check_ids(request.tokens, engine.info.vocab_size)
         return engine.tokenizer.decode(request.tokens, skip_special_tokens=False)
 
-    return json_response({"prompt": await while_connected(http, engine.offload(work, is_long=is_long))})
+    return json_response({"prompt": await while_connected(http, engine.offload_text(work, is_long=is_long))})
 
 
 def _engine(service: Service, model: str | None) -> AsyncEngine:
@@ -122,6 +129,7 @@ def _chat_request(request: TokenizeRequest, service: Service) -> ChatCompletionR
         add_generation_prompt=request.add_generation_prompt,
         continue_final_message=request.continue_final_message,
         chat_template_kwargs=request.chat_template_kwargs,
+        reasoning_effort=request.reasoning_effort,
         tools=request.tools,
     )
     chat.check_together()
@@ -135,13 +143,6 @@ def _check_ids(tokens: Sequence[int], vocab_size: int) -> None:
             raise invalid(f"{where} is {token_id}, expected token ids from 0 to {vocab_size - 1}", param=where)
 
 
-def _body(tokenizer: Tokenizer, ids: list[int], max_model_len: int, wants_strings: bool) -> bytes:
-    """The answer, a slice of the ids at a time: a single call for all would hold every other thread up."""
-    slices = [ids[start : start + _SLICE] for start in range(0, len(ids), _SLICE)]
-    tokens = ",".join(json.dumps(part)[1:-1] for part in slices)
-    strings = "null"
-    if wants_strings:
-        spelled = (json.dumps([tokenizer.token_spelling(i) for i in part])[1:-1] for part in slices)
-        strings = f"[{','.join(spelled)}]"
-    head = f'"count":{len(ids)},"max_model_len":{max_model_len}'
-    return f'{{{head},"tokens":[{tokens}],"token_strs":{strings}}}'.encode()
+def _answer(tokenizer: Tokenizer, ids: list[int], max_model_len: int, wants_strings: bool) -> list[bytes]:
+    spelled = [tokenizer.token_spelling(token_id) for token_id in ids] if wants_strings else None
+    return large_json({"count": len(ids), "max_model_len": max_model_len, "tokens": ids, "token_strs": spelled})

@@ -6,10 +6,12 @@ not change the text of the answer (user, metadata, store, service_tier, ...) are
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
+from qengine.config import nearest
 from qengine.serving.errors import ApiError, invalid, shorten
+from qengine.serving.limits import LIMITS
 
 _Harmless = Callable[[Any], bool]
 
@@ -38,7 +40,6 @@ _FIELDS: dict[str, _Harmless] = {
     "modalities": _one_of(["text"]),
     "audio": _is_null,
     "web_search_options": _is_null,
-    "reasoning_effort": _is_null,
     "verbosity": _is_null,
     "suffix": _one_of(""),
     # vLLM
@@ -48,7 +49,6 @@ _FIELDS: dict[str, _Harmless] = {
     "media_io_kwargs": _is_null,
     "documents": _is_empty,
     "logits_processors": _is_empty,
-    "prompt_logprobs": _is_null,
     "bad_words": _is_empty,
     "truncate_prompt_tokens": _is_null,
     "use_beam_search": _is_empty,
@@ -83,6 +83,7 @@ _NOT_IN_CHAT: dict[str, tuple[_Harmless, str]] = {
 _NOT_IN_COMPLETIONS: dict[str, tuple[_Harmless, str]] = {
     "max_completion_tokens": (_is_null, "it is called max_tokens here"),
     "top_logprobs": (_one_of(0), "logprobs says how many here"),
+    "reasoning_effort": (_is_null, "it belongs to /v1/chat/completions; leave it out"),
     "thinking": (_is_empty, "it belongs to /v1/messages; leave it out"),
 }
 #: vLLM's older names for structured output; which library does the work is no client's business, so it is ignored.
@@ -90,6 +91,28 @@ _PREFIX = "guided_"
 _KNOWN_WITH_PREFIX = frozenset(
     ("guided_json", "guided_regex", "guided_choice", "guided_grammar", "guided_decoding_backend")
 )
+
+
+#: What changes no answer.
+_IGNORED = frozenset(
+    (
+        *("user", "safety_identifier", "metadata", "store", "service_tier", "priority", "request_id"),
+        *("prompt_cache_key", "prompt_cache_retention"),
+    )
+)
+
+
+def refuse_unknown(body: Mapping[str, Any], known: Iterable[str]) -> None:
+    """Raise ApiError (400) for a field that is neither one of `known` nor has an answer here."""
+    names = {*known, *_IGNORED, *_FIELDS, *_NOT_IN_CHAT, *_NOT_IN_COMPLETIONS, *_KNOWN_WITH_PREFIX}
+    for name in body:
+        if name not in names and not name.startswith(_PREFIX):
+            hint = nearest(name[: LIMITS.shown_chars], sorted(names))
+            raise invalid(
+                f"{shorten(name)} is no field that this server knows, and it was started with --strict{hint}",
+                param=name[: LIMITS.shown_chars],
+                code="unknown_parameter",
+            )
 
 
 def refuse_unsupported(body: Mapping[str, Any]) -> None:

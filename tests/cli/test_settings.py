@@ -65,6 +65,13 @@ def test_origins_may_be_given_either_way(words: list[str]) -> None:
     assert origins == ("https://a.example", "https://b.example:8443")
 
 
+def test_what_clients_may_ask_reaches_the_server() -> None:
+    words = "--strict --max-prompts-per-request 4 --enable-prompt-logprobs --max-logprobs 3"
+    assert serve(*words.split()).server == ServerOptions(
+        strict=True, max_prompts_per_request=4, enable_prompt_logprobs=True, max_logprobs=3
+    )
+
+
 def test_monitoring_and_limits_reach_the_server() -> None:
     words = "--metrics-prefix vllm: --metrics-no-auth --otlp-endpoint http://h:4318/v1/traces --queue-timeout 1.5"
     more = "--request-timeout 60 --max-concurrency-per-key 2 --api-key some-key"
@@ -88,6 +95,7 @@ def test_monitoring_and_limits_reach_the_server() -> None:
         (["--metrics-prefix", "two words"], "--metrics-prefix is 'two words', expected letters"),
         (["--otlp-endpoint", "localhost:4317"], "--otlp-endpoint is 'localhost:4317', expected the URL of a collector"),
         (["--queue-timeout", "0"], "queue_timeout is 0"),
+        (["--max-prompts-per-request", "0"], "max_prompts_per_request is 0"),
         (["--max-concurrency-per-key", "2"], "max_concurrency_per_key needs keys to count by"),
         (["--max-model-len", "-1"], "max_model_len is -1"),
         (["--max-num-seqs", "0"], "max_num_seqs is 0"),

@@ -1,7 +1,7 @@
 """Bad inputs over HTTP, as data: what is sent, and which answers are right. `test_bad_inputs` sends all of them.
 
-A new route needs a good body in ROUTES and the families of fields that it has in SHARED. Each family is a fault and its
-neighbours on both sides of the line, so good requests are among them.
+A new route needs a good body in ROUTES, the families of fields that it shares with others, and those of its own. Each
+family is a fault and its neighbours on both sides of the line, so good requests are among them.
 """
 
 from __future__ import annotations
@@ -9,99 +9,37 @@ from __future__ import annotations
 import gzip
 import json
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
 from typing import Any
 
 from qengine.serving.limits import LIMITS
-
-CHAT, TEXT = "/v1/chat/completions", "/v1/completions"
-MODEL = "tiny"
-MAX_MODEL_LEN = 512
-VOCAB = 2048
-KEY, OTHER_KEY = "a-secret-key", "another-secret-key"
-#: The server closed the connection without an answer.
-CLOSED = 0
-#: A chat template's own refusal, and what makes it.
-REFUSAL = "somebody must ask something"
-TEMPLATE = "{% if messages[-1].role == 'system' %}{{ raise_exception('" + REFUSAL + "') }}{% endif %}"
-
-USER = {"role": "user", "content": "hi"}
-#: Path -> the least that a good request has. Every answer is short.
-ROUTES: Mapping[str, dict[str, Any]] = {
-    CHAT: {"model": MODEL, "messages": [USER], "max_tokens": 2},
-    TEXT: {"model": MODEL, "prompt": "hi", "max_tokens": 2},
-}
-
-
-@dataclass(frozen=True)
-class Case:
-    """One request and its right answers.
-
-    Attributes:
-        content: bytes of the body; None for none.
-        headers: beside Host and Content-Length, in order; names may repeat.
-        raw: the whole request in place of all that.
-        says: words that must be in the error's message.
-    """
-
-    name: str
-    statuses: tuple[int, ...]
-    path: str = "/health"
-    method: str = "GET"
-    content: bytes | None = None
-    headers: tuple[tuple[str, str], ...] = ()
-    raw: bytes | None = None
-    param: str | None = None
-    says: str = ""
-
-    def request(self) -> bytes:
-        """What is sent."""
-        if self.raw is not None:
-            return self.raw
-        lines = [f"{self.method} {self.path} HTTP/1.1", "Host: localhost"]
-        lines += [f"{name}: {value}" for name, value in self.headers]
-        if self.content is not None:
-            lines.append(f"Content-Length: {len(self.content)}")
-        return "\r\n".join([*lines, "", ""]).encode("latin-1") + (self.content or b"")
-
-
-JSON = (("Content-Type", "application/json"),)
-
-
-def post(name: str, statuses: int | tuple[int, ...], path: str, content: bytes | Any, **more: Any) -> Case:
-    data = content if isinstance(content, bytes) else json.dumps(content).encode()
-    allowed = statuses if isinstance(statuses, tuple) else (statuses,)
-    return Case(name, allowed, path, "POST", data, **{"headers": JSON, **more})
-
-
-@dataclass(frozen=True)
-class Fields:
-    """Fields over a good body. DROP in place of a value leaves the field out."""
-
-    name: str
-    status: int
-    fields: Mapping[str, Any] = field(default_factory=dict)
-    param: str | None = None
-    says: str = ""
-
-    def on(self, path: str) -> Case:
-        body = {k: v for k, v in {**ROUTES[path], **self.fields}.items() if v is not DROP}
-        return post(f"{path}: {self.name}", self.status, path, body, param=self.param, says=self.says)
-
-
-DROP = object()
-
-
-def each(name: str, field_name: str, status: int, values: Sequence[Any], **more: Any) -> list[Fields]:
-    """One row for each value of one field; a refusal must name it."""
-    param = field_name if status == 400 else None
-    return [Fields(f"{name}: {_short(v)}", status, {field_name: v}, **{"param": param, **more}) for v in values]
-
-
-def _short(value: Any) -> str:
-    text = "(nothing)" if value is DROP else json.dumps(value)
-    return text if len(text) <= 40 else f"{text[:37]}... ({len(text)})"
-
+from tests.serving import bad_inputs_elsewhere as elsewhere
+from tests.serving.bad_rows import (
+    BAD_SCHEMAS,
+    CHAT,
+    CLOSED,
+    COUNT,
+    DETOKENIZE,
+    DROP,
+    EMBED,
+    JSON,
+    KEY,
+    MAX_MODEL_LEN,
+    MESSAGES,
+    MODEL,
+    OTHER_KEY,
+    REFUSAL,
+    RESPONSES,
+    ROUTES,
+    TEXT,
+    TOKENIZE,
+    USER,
+    VOCAB,
+    Case,
+    Fields,
+    each,
+    post,
+    short,
+)
 
 # Fields that every route that generates has
 
@@ -127,14 +65,20 @@ def _sampling() -> Iterator[Fields]:
     yield from each("repetition", "repetition_penalty", 200, [0.01, 100, None])
     yield from each("seed", "seed", 400, [-1, 2**63, 2**64, "a", 1.5, True])
     yield from each("seed", "seed", 200, [0, 2**63 - 1, None])
+
+
+def _choices() -> Iterator[Fields]:
     yield from each("n", "n", 400, [0, -1, LIMITS.num_choices + 1, 10**9, 2.5, *_NO_NUMBER])
     yield from each("n", "n", 200, [1, LIMITS.num_choices, None])
 
 
-def _stops_and_tokens() -> Iterator[Fields]:
+def _stops() -> Iterator[Fields]:
     yield from each("stop", "stop", 400, [["x"] * (LIMITS.num_stop_strings + 1), 5, {"a": "b"}], param=None)
     yield from each("stop", "stop", 400, [[""], "", ["x" * (LIMITS.stop_chars + 1)], "x" * 10**6, [None]], param=None)
     yield from each("stop", "stop", 200, [["x"] * LIMITS.num_stop_strings, "x" * LIMITS.stop_chars, [], None])
+
+
+def _token_lists() -> Iterator[Fields]:
     yield from each(
         "stop_token_ids", "stop_token_ids", 400, [[VOCAB], [-1], [1.5], ["1"], [True], 3, [2**63]], param=None
     )
@@ -166,43 +110,33 @@ OF_OTHER_SERVERS: tuple[tuple[str, Any, Any], ...] = (
     ("n_predict", 5, None),
     ("repeat_penalty", 1.1, 1.0),
     ("top_n_sigma", 1.5, -1.0),
-    ("thinking", {"type": "enabled", "budget_tokens": 5}, None),
 )
+_THINKING: tuple[tuple[str, Any, Any], ...] = (("thinking", {"type": "enabled", "budget_tokens": 5}, None),)
 
 
-def _models_and_unknown_fields() -> Iterator[Fields]:
+def _models() -> Iterator[Fields]:
     yield from each("model", "model", 400, [DROP, "", None, 5, [MODEL], "x" * 2**20])
     yield from each("model", "model", 404, ["gpt-4", "../../etc/passwd", "x" * 1024, "TINY", " tiny", "tiny/.."])
     yield Fields("the model's name is cut", 404, {"model": "y" * 1000}, "model", "y" * (LIMITS.shown_chars - 1) + "...")
+
+
+def _of_other_servers(fields: Sequence[tuple[str, Any, Any]]) -> Iterator[Fields]:
+    for name, asks, harmless in fields:
+        yield Fields(f"{name} is refused", 400, {name: asks}, name)
+        yield Fields(f"{name} that asks for nothing", 200, {name: harmless})
+
+
+def _thinking_elsewhere() -> Iterator[Fields]:
+    yield from _of_other_servers(_THINKING)
+
+
+def _unknown_fields() -> Iterator[Fields]:
     yield Fields("an unknown field is ignored", 200, {"unheard_of": {"a": [1]}, "user": "me", "metadata": {"a": "b"}})
     template = "{% for i in range(99999999) %}{% for j in range(99999999) %}x{% endfor %}{% endfor %}"
     for name, value in (("chat_template", template), ("prompt_embeds", "AAAA"), ("mm_processor_kwargs", {"a": 1})):
         yield Fields(f"{name} is refused", 400, {name: value}, name)
-    for name, asks, harmless in OF_OTHER_SERVERS:
-        yield Fields(f"{name} is refused", 400, {name: asks}, name)
-        yield Fields(f"{name} that asks for nothing", 200, {name: harmless})
+    yield from _of_other_servers(OF_OTHER_SERVERS)
     yield from each("log-probabilities of prompts", "prompt_logprobs", 400, [-1, 0, 1, 10**9])
-
-
-def _nested(depth: int) -> dict[str, Any]:
-    schema: dict[str, Any] = {"type": "string"}
-    for _ in range(depth):
-        schema = {"type": "object", "properties": {"a": schema}, "required": ["a"]}
-    return schema
-
-
-BAD_SCHEMAS: Mapping[str, Any] = {
-    "no object": [],
-    "no such type": {"type": "strnig"},
-    "a type that is no name": {"type": 5},
-    "contradiction": {"type": "integer", "minimum": 5, "maximum": 1},
-    "a bad pattern": {"type": "string", "pattern": "(["},
-    "a remote reference": {"$ref": "http://169.254.169.254/schema.json"},
-    "a file": {"$ref": "file:///etc/passwd"},
-    "a reference to nothing": {"$ref": "#/$defs/missing"},
-    "too deep": _nested(LIMITS.schema_depth + 1),
-    "too large": {"enum": ["x" * 100] * (LIMITS.schema_bytes // 100)},
-}
 
 
 def _forms() -> Iterator[Fields]:
@@ -222,9 +156,19 @@ def _forms() -> Iterator[Fields]:
     yield Fields("a good form", 200, {outputs: {"choice": ["a", "b"]}})
 
 
-_EVERYTHING = (_sampling, _stops_and_tokens, _streams_and_salts, _models_and_unknown_fields, _forms)
+_GENERATION = (_sampling, _stops, _token_lists, _streams_and_salts, _models, _unknown_fields)
+_EVERYTHING = (*_GENERATION, _thinking_elsewhere, _choices, _forms)
 #: Path -> the families of fields that mean there what they mean everywhere.
-SHARED: Mapping[str, Sequence[Callable[[], Iterator[Fields]]]] = {CHAT: _EVERYTHING, TEXT: _EVERYTHING}
+SHARED: Mapping[str, Sequence[Callable[[], Iterator[Fields]]]] = {
+    CHAT: _EVERYTHING,
+    TEXT: _EVERYTHING,
+    RESPONSES: (*_GENERATION, _thinking_elsewhere),
+    MESSAGES: _GENERATION,
+    COUNT: (_models, _unknown_fields),
+    EMBED: (_models, _unknown_fields),
+    TOKENIZE: (_unknown_fields,),
+    DETOKENIZE: (_unknown_fields,),
+}
 
 
 # Fields of one route
@@ -255,8 +199,8 @@ def _messages() -> Iterator[Fields]:
         None,
     ]
     for message in bad:
-        yield Fields(f"message: {_short(message)}", 400, {"messages": [message]})
-        yield Fields(f"second message: {_short(message)}", 400, {"messages": [USER, message]})
+        yield Fields(f"message: {short(message)}", 400, {"messages": [message]})
+        yield Fields(f"second message: {short(message)}", 400, {"messages": [USER, message]})
     for part in MEDIA:
         yield Fields(f"part: {json.dumps(part)}", 400, {"messages": [{"role": "user", "content": [part]}]})
     yield Fields("the template's own refusal", 400, {"messages": [{"role": "system", "content": "hi"}]}, says=REFUSAL)
@@ -290,22 +234,20 @@ def _tools() -> Iterator[Fields]:
     yield Fields("129 tools", 400, {"tools": [_tool(f"f{i}") for i in range(LIMITS.num_tools + 1)]}, "tools")
     yield Fields("two tools of one name", 400, {"tools": [_tool(), _tool()]})
     for name in ("", "a b", "x" * 65, "é", 'a"b', 5, None):
-        yield Fields(f"tool name {_short(name)}", 400, {"tools": [_tool(name)]})
+        yield Fields(f"tool name {short(name)}", 400, {"tools": [_tool(name)]})
     for parameters in ([], "x", 5, {"type": "array"}, {"type": "strnig"}, *list(BAD_SCHEMAS.values())[3:]):
-        yield Fields(
-            f"tool parameters {_short(parameters)}", 400, {"tools": [_tool(parameters=parameters)], **REQUIRED}
-        )
+        yield Fields(f"tool parameters {short(parameters)}", 400, {"tools": [_tool(parameters=parameters)], **REQUIRED})
     for property_ in ({"type": "strnig"}, {"type": 5}, {"type": ["x"]}, *_BAD_PATTERNS):
         tools = {"tools": [_tool(parameters={"type": "object", "properties": {"a": property_}})]}
-        yield Fields(f"tool property {_short(property_)}", 400, tools)
+        yield Fields(f"tool property {short(property_)}", 400, tools)
     for pattern in ("([", _SLOW_PATTERN):
         parameters = {"type": "object", "properties": {"a": {"pattern": pattern}}, "required": ["a"]}
         tools = {"tools": [_tool(parameters=parameters)]}
-        yield Fields(f"tool pattern {_short(pattern)} that calls must match", 400, {**tools, **REQUIRED})
+        yield Fields(f"tool pattern {short(pattern)} that calls must match", 400, {**tools, **REQUIRED})
     shown = {"type": "object", "properties": {"a": {"pattern": r"\p{Lu}+"}}}
     yield Fields("a tool's pattern that Python does not know", 200, {"tools": [_tool(parameters=shown)]})
     for choice in ("any", 5, [], {"type": "function"}, {"type": "function", "function": {"name": "missing"}}):
-        yield Fields(f"tool_choice {_short(choice)}", 400, {"tools": [_tool()], "tool_choice": choice})
+        yield Fields(f"tool_choice {short(choice)}", 400, {"tools": [_tool()], "tool_choice": choice})
     yield Fields("tool_choice without tools", 400, REQUIRED, "tool_choice")
     named = {"tool_choice": {"type": "function", "function": {"name": "f"}}}
     forms = {"response_format": {"type": "json_object"}, "structured_outputs": {"choice": ["a"]}}
@@ -336,7 +278,8 @@ def _chat_fields() -> Iterator[Fields]:
     call = {"role": "assistant", "content": "a", "function_call": {"name": "f", "arguments": "{}"}}
     yield Fields("an older call", 400, {"messages": [USER, call, USER]}, "messages[1].function_call")
     yield Fields("no older call", 200, {"messages": [USER, {**call, "function_call": None}, USER]})
-    yield from each("effort", "reasoning_effort", 400, ["high", 5])
+    yield from each("effort", "reasoning_effort", 400, ["high", "loud", "", 5])
+    yield from each("effort", "reasoning_effort", 200, ["none", "medium", None])
     yield Fields("a long message", 400, {"messages": [{"role": "user", "content": "x" * (16 * MAX_MODEL_LEN + 1)}]})
 
 
@@ -360,13 +303,26 @@ def _prompts() -> Iterator[Fields]:
     yield from each("echo", "echo", 400, ["yes", 1])
     yield from each("max_completion_tokens", "max_completion_tokens", 400, [5])
     yield from each("top_logprobs", "top_logprobs", 400, [5])
+    yield from each("effort", "reasoning_effort", 400, ["none", "high"])
     yield from each("suffix", "suffix", 400, ["x", 5])
     yield from each("best_of", "best_of", 400, [2, 0, "x", 2**63], param=None)
     yield Fields("tools", 400, {"tools": [_tool()]}, "tools")
 
 
 #: The families of one route alone.
-OWN: Mapping[str, Sequence[Callable[[], Iterator[Fields]]]] = {CHAT: (_chat_fields,), TEXT: (_prompts,)}
+OWN: Mapping[str, Sequence[Callable[[], Iterator[Fields]]]] = {
+    CHAT: (_chat_fields,),
+    TEXT: (_prompts,),
+    RESPONSES: (elsewhere.responses,),
+    MESSAGES: (elsewhere.messages, elsewhere.budgets),
+    COUNT: (elsewhere.messages,),
+    EMBED: (elsewhere.embeddings,),
+    TOKENIZE: (elsewhere.tokenize,),
+    DETOKENIZE: (elsewhere.detokenize,),
+}
+#: All kinds of bodies and sizes are sent there. One reader serves every route, so the others get what costs little.
+_WITH_EVERY_BODY = (CHAT, TEXT)
+_LIGHT_BYTES = 10_000
 
 
 # Bodies
@@ -384,6 +340,8 @@ def _bodies(path: str) -> Iterator[Case]:
         f"{path}: with a charset", 200, path, good, headers=(("Content-Type", "Application/JSON; charset=utf-8"),)
     )
     for content in BAD_BODIES:
+        if len(content) > _LIGHT_BYTES and path not in _WITH_EVERY_BODY:
+            continue
         yield post(f"{path}: body {content[:20]!r}", 400, path, content)
     bomb = gzip.compress(b" " * 2**24)
     for encoding in ("gzip", "deflate", "br", "identity, gzip", "x"):
@@ -411,20 +369,24 @@ def _sizes(path: str) -> Iterator[Case]:
     limit = LIMITS.body_bytes
     head = f"POST {path} HTTP/1.1\r\nHost: localhost\r\nContent-Type: application/json\r\n".encode()
     chunked = head + b"Transfer-Encoding: chunked\r\n\r\n"
-    yield Case(f"{path}: one byte too many", (413,), raw=head + b"Content-Length: %d\r\n\r\n" % (limit + 1) + b" " * 99)
-    yield Case(f"{path}: much too many", (413,), raw=head + b"Content-Length: %d\r\n\r\n" % 10**18 + b" " * 99)
+
+    def sent(name: str, statuses: tuple[int, ...], raw: bytes) -> Case:
+        return Case(f"{path}: {name}", statuses, path, raw=raw)
+
+    yield sent("one byte too many", (413,), head + b"Content-Length: %d\r\n\r\n" % (limit + 1) + b" " * 99)
+    yield sent("much too many", (413,), head + b"Content-Length: %d\r\n\r\n" % 10**18 + b" " * 99)
+    if path not in _WITH_EVERY_BODY:
+        return
     too_much = b"%x\r\n" % (limit + 1) + b" " * (limit + 1) + b"\r\n0\r\n\r\n"
-    yield Case(f"{path}: too much in one piece", (413, CLOSED), raw=chunked + too_much)
-    yield Case(f"{path}: as much as allowed", (400,), raw=head + b"Content-Length: %d\r\n\r\n" % limit + b" " * limit)
+    yield sent("too much in one piece", (413, CLOSED), chunked + too_much)
+    yield sent("as much as allowed", (400,), head + b"Content-Length: %d\r\n\r\n" % limit + b" " * limit)
     for length in (b"-1", b"x", b"1e3", b"+5", b"0x10", b"9" * 40, b"5, 6"):
-        yield Case(
-            f"{path}: Content-Length {length!r}", (400, CLOSED), raw=head + b"Content-Length: " + length + b"\r\n\r\n"
-        )
-    yield Case(f"{path}: a bad chunk", (400, CLOSED), raw=chunked + b"zz\r\n{}\r\n0\r\n\r\n")
-    yield Case(f"{path}: a negative chunk", (400, CLOSED), raw=chunked + b"-1\r\n{}\r\n0\r\n\r\n")
+        yield sent(f"Content-Length {length!r}", (400, CLOSED), head + b"Content-Length: " + length + b"\r\n\r\n")
+    yield sent("a bad chunk", (400, CLOSED), chunked + b"zz\r\n{}\r\n0\r\n\r\n")
+    yield sent("a negative chunk", (400, CLOSED), chunked + b"-1\r\n{}\r\n0\r\n\r\n")
     both = head + b"Content-Length: 2\r\nTransfer-Encoding: chunked\r\n\r\n0\r\n\r\n"
-    yield Case(f"{path}: two ways to say how long", (400, CLOSED), raw=both)
-    yield Case(f"{path}: an unknown coding", (400, 501, CLOSED), raw=head + b"Transfer-Encoding: gzip\r\n\r\n0\r\n\r\n")
+    yield sent("two ways to say how long", (400, CLOSED), both)
+    yield sent("an unknown coding", (400, 501, CLOSED), head + b"Transfer-Encoding: gzip\r\n\r\n0\r\n\r\n")
 
 
 # Heads
@@ -467,10 +429,10 @@ def _heads() -> Iterator[Case]:
 
 
 def _by_route(path: str) -> Iterator[Case]:
-    for family in (*SHARED.get(path, ()), *OWN.get(path, ())):
+    for family in (*SHARED[path], *OWN[path]):
         for row in family():
             yield row.on(path)
-    for number in _NAN:
+    for number in _NAN if _sampling in SHARED[path] else ():
         for name in ("temperature", "top_p", "min_p", "presence_penalty", "repetition_penalty", "seed", "max_tokens"):
             yield post(f"{path}: {name} {number}", 400, path, {**ROUTES[path], name: number})
     yield from _bodies(path)

@@ -12,7 +12,7 @@ from typing import Any
 
 import httpx
 
-from tests.serving.bad_inputs import TEXT
+from tests.serving.bad_rows import TEXT
 
 #: An answer that takes longer counts as none.
 SECONDS = 120.0

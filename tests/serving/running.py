@@ -15,7 +15,7 @@ from qengine.serving.app import make_app
 from qengine.serving.async_engine import AsyncEngine
 from qengine.serving.http_server import HttpServer
 from qengine.serving.options import ServerOptions
-from qengine.serving.server import start_serving
+from qengine.serving.server import make_service, start_serving
 from qengine.serving.service import Service
 from qengine.serving.sockets import base_url, close_listener, open_listener
 from tests.serving.scripted_engine import ScriptedEngine
@@ -64,7 +64,7 @@ def serving(engine: Any, *, tracer: Any = None, **options: Any) -> Iterator[Runn
     """Serve `engine` (None: still loading). It is shut down at the end."""
     server_options = ServerOptions(port=0, **options)
     listener = open_listener(server_options)
-    service = Service(max_logprobs=server_options.max_logprobs, metrics_prefix=server_options.metrics_prefix)
+    service = make_service(server_options)
     http = HttpServer(make_app(service, server_options), listener, server_options, service.monitoring)
     url, port = base_url(listener, server_options), listener.getsockname()[1]
     async_engine = None

@@ -12,6 +12,7 @@ import threading
 from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 from qengine.engine import EngineInfo
 from qengine.errors import RequestError
@@ -171,8 +172,7 @@ class ScriptedEngine:
         pooling: Pooling,
         normalize: bool,
         cache_salt: str,
-        add_special_tokens: bool,
-        arrival_time: float,
+        **ignored: Any,
     ) -> ScriptedRequest:
         """Its vector holds the number of tokens, and what was asked."""
         request = self.make_request(request_id, prompt, SamplingParams(), cache_salt=cache_salt)

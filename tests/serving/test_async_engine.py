@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import itertools
 import threading
+import time
 from collections.abc import Callable, Coroutine
 from contextlib import aclosing
 from typing import Any
@@ -13,18 +14,26 @@ import pytest
 
 from qengine.errors import EngineDeadError, RequestError
 from qengine.request import RequestOutput, SamplingParams
-from qengine.serving.admission import Admission, NotAcceptingError, QueueFullError, ShutDownError
-from qengine.serving.async_engine import AsyncEngine
+from qengine.serving.admission import (
+    Admission,
+    NotAcceptingError,
+    QueueFullError,
+    QueueTimeoutError,
+    RequestTimeoutError,
+    ShutDownError,
+)
+from qengine.serving.async_engine import AsyncEngine, Timeouts
 from tests.serving.running import WAIT_SECONDS
 from tests.serving.scripted_engine import DIE_PROMPT, NAN_PROMPT, NEVER_FITS_PROMPT, SCRIPT, ScriptedEngine
 
+NO_TIMEOUTS = Timeouts()
 Scenario = Callable[[AsyncEngine, ScriptedEngine], Coroutine[Any, Any, None]]
 
 
-def play(scenario: Scenario, **engine_options: Any) -> ScriptedEngine:
+def play(scenario: Scenario, timeouts: Timeouts = NO_TIMEOUTS, **engine_options: Any) -> ScriptedEngine:
     """Run `scenario` with a fresh engine, which must be empty afterwards."""
     engine = ScriptedEngine(**engine_options)
-    async_engine = AsyncEngine(engine, max_queue=4)  # type: ignore[arg-type]
+    async_engine = AsyncEngine(engine, max_queue=4, timeouts=timeouts)  # type: ignore[arg-type]
     try:
         asyncio.run(asyncio.wait_for(scenario(async_engine, engine), WAIT_SECONDS))
     finally:
@@ -320,3 +329,46 @@ def test_admission_counts_back_whatever_happens() -> None:
     with pytest.raises(ZeroDivisionError):
         fail_inside()
     assert admission.num_in_flight == 0
+
+
+# Timeouts
+
+
+@pytest.mark.parametrize("is_continued", [False, True])
+def test_what_goes_on_with_an_answer_is_not_timed_out_in_the_queue(is_continued: bool) -> None:
+    async def scenario(engine: AsyncEngine, scripted: ScriptedEngine) -> None:
+        scripted.hold()
+        first = asyncio.ensure_future(collect(engine, "hi", "a", max_tokens=40))
+        await until(lambda: scripted.num_running == 1)
+        pending = engine.make_request("b", "hi", SamplingParams(max_tokens=1))
+        late = asyncio.ensure_future(last_of(engine.watch([pending], is_continued=is_continued)))
+        for _ in range(30):
+            await asyncio.sleep(0.01)
+            scripted.allow(1)  # Commands are heard between steps.
+        scripted.allow()
+        if is_continued:
+            assert (await late).finished
+        else:
+            with pytest.raises(QueueTimeoutError):
+                await late
+        await first
+
+    play(scenario, Timeouts(queue=0.05), max_num_seqs=1)
+
+
+async def last_of(reports: Any) -> Any:
+    return [report async for report in reports][-1]
+
+
+def test_a_deadline_counts_from_the_calls_arrival() -> None:
+    async def scenario(engine: AsyncEngine, scripted: ScriptedEngine) -> None:
+        long_ago = time.monotonic() - 1000
+        scripted.hold()
+        pending = engine.make_request("a", "hi", SamplingParams(max_tokens=40))
+        with pytest.raises(RequestTimeoutError, match="500 s"):
+            await last_of(engine.watch([pending], arrival_time=long_ago))
+        with pytest.raises(RequestTimeoutError, match="500 s"):
+            await engine.in_time(asyncio.sleep(WAIT_SECONDS), long_ago)
+        assert await engine.in_time(asyncio.sleep(0, "in time"), time.monotonic()) == "in time"
+
+    play(scenario, Timeouts(request=500.0))

@@ -259,6 +259,35 @@ def test_a_prompt_that_has_thought_already(server: Running) -> None:
     assert message["reasoning_content"] is None
 
 
+def test_an_effort_goes_to_a_template_that_knows_it(server: Running) -> None:
+    speak(server, HERMES + "{{ reasoning_effort }}", "fine")
+    for effort in ("none", "minimal", "high"):
+        ask(server, reasoning_effort=effort)
+        assert server.engine.prepared[-1].prompt.endswith(effort)
+    ask(server, reasoning_effort="high", chat_template_kwargs={"reasoning_effort": "my own"})
+    assert server.engine.prepared[-1].prompt.endswith("my own")
+    asked = {"messages": chat_body()["messages"], "reasoning_effort": "low"}
+    assert server.post("/tokenize", asked).status_code == 200
+    assert_error(server.post("/tokenize", {"prompt": "hi", "reasoning_effort": "low"}), 400, param="reasoning_effort")
+
+
+def test_a_template_that_can_only_be_told_whether_to_think(server: Running) -> None:
+    speak(server, HERMES, "fine")
+    ask(server, reasoning_effort="none")
+    assert server.engine.prepared[-1].prompt.endswith("</think>\n\n")
+    ask(server, reasoning_effort="medium")
+    assert "think" not in server.engine.prepared[-1].prompt
+    for effort in ("low", "high", "max"):
+        said = assert_error(server.post(CHAT, chat_body(reasoning_effort=effort)), 400, param="reasoning_effort")
+        assert effort in said
+
+
+def test_a_model_that_does_not_think_makes_no_effort(server: Running) -> None:
+    """What has no template variable for it asks for nothing with "none", and for what is not there with more."""
+    ask(server, reasoning_effort="none")
+    assert_error(server.post(CHAT, chat_body(reasoning_effort="medium")), 400, param="reasoning_effort")
+
+
 def test_a_prompt_that_ends_in_thoughts(server: Running) -> None:
     speak(server, HERMES + "<think>\n", "Well.</think>Yes.")
     message = ask(server)["message"]

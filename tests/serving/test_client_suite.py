@@ -18,9 +18,8 @@ import openai
 import pytest
 from pydantic import BaseModel, Field
 
-from qengine.config import EngineConfig
-from qengine.engine import Engine
 from tests.serving.chat_templates import HERMES
+from tests.serving.openai_client import bundled_server, check_nothing_is_left, connected
 from tests.serving.running import Running, serving, wait_until
 from tests.serving.scripted_engine import DIE_PROMPT, NAN_PROMPT, ScriptedEngine
 
@@ -52,26 +51,14 @@ class Town(BaseModel):
 
 @pytest.fixture(scope="module")
 def server() -> Iterator[Running]:
-    options = {"max_model_len": 1024, "max_num_seqs": 8, "kv_cache_memory_bytes": 128 * 2**20}
-    engine = Engine.start(EngineConfig.from_options(options))
-    with serving(engine, served_model_names=("smol",), max_queue=32) as running:
+    with bundled_server(max_num_seqs=8, kv_cache_memory_bytes=128 * 2**20) as running:
         yield running
 
 
 @pytest.fixture
 def client(server: Running) -> Iterator[openai.OpenAI]:
-    """A client; afterwards nothing may be left in the engine."""
-    tokenizer = server.engine.tokenizer
-    with openai.OpenAI(base_url=f"{server.url}/v1", api_key="none", max_retries=0, timeout=WAIT_SECONDS) as opened:
+    with connected(server, WAIT_SECONDS) as opened:
         yield opened
-    server.engine.tokenizer = tokenizer
-    check_nothing_is_left(server)
-
-
-def check_nothing_is_left(server: Running) -> None:
-    server.wait_until_quiet()
-    assert server.engine.num_free_blocks == server.engine.info.num_blocks
-    server.engine.check_integrity()
 
 
 def respond(client: openai.OpenAI, **more: Any) -> Any:

@@ -6,6 +6,7 @@ import dataclasses
 import http.client
 import json
 import os
+import resource
 import socket
 import subprocess
 import sys
@@ -22,6 +23,7 @@ from qengine.request import Request
 from qengine.serving import body as body_module
 from qengine.serving import http_server
 from qengine.serving.limits import Limits
+from qengine.serving.open_files import NUM_OTHER_FILES, make_room
 from tests.serving.quiet import assert_quiet, num_open_files, scrape
 from tests.serving.raw import connect, is_closed, open_request, read_all, read_events, request_bytes, reset
 from tests.serving.running import WAIT_SECONDS, Running, serving, wait_until
@@ -196,7 +198,7 @@ def test_a_client_that_is_stopped_is_dropped(monkeypatch: pytest.MonkeyPatch) ->
 
 
 @pytest.mark.skipif(not hasattr(socket, "TCP_USER_TIMEOUT"), reason="not Linux")
-def test_a_peer_that_vanishes_is_noticed_by_the_system() -> None:
+def test_the_system_sends_at_once_and_notices_a_peer_that_vanishes() -> None:
     """That the kernel then does so is its own affair: the options are set on every connection."""
     left, right = socket.socketpair()
     with left, right, socket.create_server(("127.0.0.1", 0)) as listener:
@@ -208,8 +210,9 @@ def test_a_peer_that_vanishes_is_noticed_by_the_system() -> None:
                 return accepted
 
         with client, accepted:
-            http_server._bound_buffers_and_silence(Transport())  # type: ignore[arg-type]
+            http_server._set_up_socket(Transport())  # type: ignore[arg-type]
             assert accepted.getsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE)
+            assert accepted.getsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY)
             assert accepted.getsockopt(socket.IPPROTO_TCP, socket.TCP_USER_TIMEOUT) == 30_000
             assert accepted.getsockopt(socket.IPPROTO_TCP, socket.TCP_KEEPIDLE) == 30
 
@@ -262,6 +265,34 @@ def test_a_late_body_is_told_so(monkeypatch: pytest.MonkeyPatch) -> None:
         assert json.loads(answer.partition(b"\r\n\r\n")[2])["error"]["type"] == "timeout_error"
 
 
+def test_bodies_under_way_are_bounded_together(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Those that came first go on, small ones too; what is too much is told so, and the bytes of who left are free."""
+    small, large = ({"model": "scripted", "prompt": "x" * size, "max_tokens": 1} for size in (10, 100_000))
+    with serving(ScriptedEngine()) as server, assert_quiet(server):
+        bodies = server.service.bodies
+        monkeypatch.setattr(bodies, "capacity", 190_000)
+        halves = [(request_bytes("/tokenize", large), connect(server)) for _ in range(2)]
+        for content, connection in halves:
+            connection.sendall(content[:90_000])
+        wait_until(lambda: bodies.num_in_flight > 170_000)
+        with open_request(server, large, "/tokenize") as refused:
+            answer = read_all(refused)
+        assert answer.startswith(b"HTTP/1.1 429")
+        assert b"retry-after: 1" in answer.lower()
+        assert json.loads(answer.partition(b"\r\n\r\n")[2])["error"]["code"] == "bodies_full"
+        assert server.post(TEXT, small).status_code == 200
+        assert scrape(server)['qengine:rejections_total{reason="bodies_full"}'] == 1
+        (content, first), (_, second) = halves
+        second.close()
+        wait_until(lambda: bodies.num_in_flight < 100_000)
+        first.sendall(content[90_000:])
+        response = http.client.HTTPResponse(first)
+        response.begin()
+        assert (response.status, len(response.read()) > 0) == (200, True)
+        wait_until(lambda: bodies.num_in_flight == 0)
+        first.close()
+
+
 def test_a_connection_in_use_is_not_cut(monkeypatch: pytest.MonkeyPatch) -> None:
     """The deadlines are for what is being sent: neither for an answer that takes long, nor for the pause after it."""
     set_limits(monkeypatch, head_seconds=0.2, body_seconds=0.2)
@@ -279,19 +310,53 @@ def test_a_connection_in_use_is_not_cut(monkeypatch: pytest.MonkeyPatch) -> None
             time.sleep(0.5)
 
 
-def test_more_connections_than_the_server_holds_are_closed(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_more_connections_than_the_server_holds_are_told_so(monkeypatch: pytest.MonkeyPatch) -> None:
     set_limits(monkeypatch, num_connections=3)
     with serving(ScriptedEngine()) as server:
         num_files = num_open_files()
         held = [connect(server) for _ in range(3)]
         wait_until(lambda: num_open_files() >= num_files + 6)
-        with connect(server) as extra:
-            wait_until(lambda: is_closed(extra))
+        for content in (b"", request_bytes(TEXT, {"model": "scripted", "prompt": "x" * 100_000})):
+            with connect(server) as extra:
+                extra.sendall(content)
+                answer = read_all(extra)
+            assert answer.startswith(b"HTTP/1.1 503")
+            assert b"retry-after: 1" in answer.lower()
+            assert json.loads(answer.partition(b"\r\n\r\n")[2])["error"]["code"] == "connections_full"
         for connection in held:
             assert not is_closed(connection)
             connection.close()
         wait_until(lambda: num_open_files() <= num_files)
         assert server.get("/health").status_code == 200
+        assert scrape(server)['qengine:rejections_total{reason="connections_full"}'] == 2
+
+
+@pytest.mark.parametrize(
+    ("soft", "hard", "fits", "raised"),
+    [
+        (100_000, 100_000, 8192, None),
+        (1024, 100_000, 8192, 8192 + NUM_OTHER_FILES),
+        (1024, resource.RLIM_INFINITY, 8192, 8192 + NUM_OTHER_FILES),
+        (resource.RLIM_INFINITY, resource.RLIM_INFINITY, 8192, None),
+        (1024, 4096, 4096 - NUM_OTHER_FILES, 4096),
+        (256, 256, 128, 256),
+    ],
+)
+def test_the_limit_on_open_files_is_raised_as_far_as_needed_and_allowed(
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+    soft: int,
+    hard: int,
+    fits: int,
+    raised: int | None,
+) -> None:
+    asked: list[tuple[int, int]] = []
+    monkeypatch.setattr(resource, "getrlimit", lambda _: (soft, hard))
+    monkeypatch.setattr(resource, "setrlimit", lambda _, limits: asked.append(limits))
+    with caplog.at_level("WARNING", logger="qengine"):
+        assert make_room(8192) == fits
+    assert asked == ([] if raised is None else [(raised, hard)])
+    assert ("ulimit -n" in caplog.text) == (fits < 8192)
 
 
 @pytest.mark.parametrize("content", [b"\x16\x03\x01\x02\x00\x01\x00", b"GET\r\n\r\n", b"GET / HTTP/1.1\r\n\r\n\r\n"])

@@ -221,7 +221,7 @@ def test_errors_are_the_clients_exceptions(client: openai.OpenAI, server: Runnin
     assert missing.value.code == "model_not_found"
     with pytest.raises(openai.NotFoundError):
         client.models.retrieve("other")
-    with pytest.raises(openai.BadRequestError, match="not support"):
+    with pytest.raises(openai.BadRequestError, match="knows no such effort"):
         chat(client, reasoning_effort="high")
     stranger = openai.OpenAI(base_url=f"{server.url}/v1", api_key="wrong-key", max_retries=0)
     with stranger, pytest.raises(openai.AuthenticationError):

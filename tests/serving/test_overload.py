@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import json
+import threading
 import time
+from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from typing import Any
 
 import httpx
@@ -16,8 +19,9 @@ from qengine.serving.app import ROUTERS
 from qengine.serving.auth import OPEN_PATHS
 from qengine.serving.limits import Limits
 from qengine.serving.options import ServerOptions
+from tests.serving.chat_templates import HERMES
 from tests.serving.quiet import assert_quiet, scrape
-from tests.serving.running import Running, serving, wait_until
+from tests.serving.running import WAIT_SECONDS, Running, serving, wait_until
 from tests.serving.scripted_engine import SCRIPT, ScriptedEngine
 from tests.serving.tiny import PROMPT, TEXT, body, small_server
 
@@ -98,6 +102,71 @@ def test_what_never_began_in_time_is_a_504() -> None:
         engine.allow()
 
 
+def test_one_deadline_is_for_thoughts_and_their_answer(monkeypatch: pytest.MonkeyPatch) -> None:
+    counted_from: list[float] = []
+    seconds_left = async_engine.AsyncEngine._seconds_left
+
+    def watched(self: async_engine.AsyncEngine, arrival_time: float) -> float | None:
+        counted_from.append(arrival_time)
+        return seconds_left(self, arrival_time)
+
+    monkeypatch.setattr(async_engine.AsyncEngine, "_seconds_left", watched)
+    engine = ScriptedEngine()
+    engine.tokenizer = engine.tokenizer.with_chat_template(HERMES)
+    engine.answers["</think>"] = "Three."
+    engine.answers["hi"] = "<think>\n" + "and so on " * 20
+    with serving(engine, request_timeout=WAIT_SECONDS) as server, assert_quiet(server):
+        counted_from.clear()
+        thinking = {"type": "enabled", "budget_tokens": 6}
+        asked = {"model": "scripted", "max_tokens": 40, "messages": [{"role": "user", "content": "hi"}]}
+        answer = server.post("/v1/messages", {**asked, "thinking": thinking})
+        assert answer.json()["content"][-1]["text"] == "Three."
+        # Before and in the engine, for each of the two.
+        assert len(counted_from) == 4
+        assert len(set(counted_from)) == 1
+
+
+# Grammars
+
+
+@pytest.mark.parametrize("stream", [False, True])
+def test_who_waits_too_long_for_a_grammar_is_told_so(monkeypatch: pytest.MonkeyPatch, stream: bool) -> None:
+    monkeypatch.setattr(async_engine, "LIMITS", Limits(grammar_wait_seconds=0.2))
+    asked = {**HI, "stream": stream, "structured_outputs": {"choice": ["a"]}}
+    with serving(ScriptedEngine()) as server, stuck_grammars(server), assert_quiet(server):
+        response = server.post(TEXT, asked)
+        assert response.status_code == 503
+        assert error_of(response)["code"] == "queue_timeout"
+        assert int(response.headers["retry-after"]) >= 1
+        assert server.post(TEXT, HI).status_code == 200
+
+
+def test_the_wait_for_a_grammar_counts_as_time_of_the_request() -> None:
+    asked = {**HI, "structured_outputs": {"choice": ["a"]}}
+    with serving(ScriptedEngine(), request_timeout=0.3) as server, stuck_grammars(server):
+        response = server.post(TEXT, asked)
+        assert response.status_code == 504
+        assert error_of(response)["code"] == "request_timeout"
+        server.wait_until_quiet()
+
+
+@contextmanager
+def stuck_grammars(server: Running) -> Iterator[None]:
+    """Compiling takes until the end of the block."""
+    may_go_on = threading.Event()
+    compile_grammar = server.engine.compile_grammar
+
+    def stuck(source: Any) -> Any:
+        may_go_on.wait()
+        return compile_grammar(source)
+
+    server.engine.compile_grammar = stuck
+    try:
+        yield
+    finally:
+        may_go_on.set()
+
+
 # Keys
 
 
@@ -154,14 +223,14 @@ def test_every_route_there_is_wants_a_key() -> None:
 # Other sites
 
 
-def preflight(server: Running, origin: str) -> httpx.Response:
+def preflight(server: Running, origin: str, path: str = TEXT) -> httpx.Response:
     with server.client() as client:
         headers = {
             "origin": origin,
             "access-control-request-method": "POST",
             "access-control-request-headers": "authorization,content-type",
         }
-        return client.options(TEXT, headers=headers)
+        return client.options(server.url + path, headers=headers)
 
 
 @pytest.mark.parametrize("keys", [(), ("some-key",)])
@@ -181,6 +250,27 @@ def test_pages_of_other_sites_are_let_in_only_if_named(keys: tuple[str, ...]) ->
         assert refused.status_code == (200 if keys else 403)
         rebound = server.post(TEXT, HI, headers={"host": "app.example", **headers})
         assert rebound.status_code == (200 if keys else 403)
+
+
+def test_a_preflight_needs_no_key_and_tells_nothing() -> None:
+    """Browsers send it without one. Its answer is the same for whatever is there, and for what is not."""
+    with serving(ScriptedEngine(), api_keys=("some-key",), allowed_origins=("https://app.example",)) as server:
+        for origin, status in (("https://app.example", 200), ("https://evil.example", 400), ("null", 400)):
+            answers = {
+                (answer.status_code, answer.content, tuple(h for h in answer.headers.items() if h[0] != "date"))
+                for answer in (preflight(server, origin, path) for path in (TEXT, "/metrics", "/nothing", "//x"))
+            }
+            ((found, _, headers),) = answers
+            assert found == status
+            assert ("access-control-allow-origin" in dict(headers)) == (status == 200)
+            assert "access-control-allow-credentials" not in dict(headers)
+        with server.client() as client:
+            # No preflight: browsers say which method they mean to use.
+            for headers in ({}, {"origin": "https://app.example"}):
+                assert client.options(TEXT, headers=headers).status_code == 401
+            refused = client.get("/v1/models", headers={"origin": "https://app.example"})
+            assert refused.status_code == 401
+            assert refused.headers["access-control-allow-origin"] == "https://app.example"
 
 
 def test_without_being_asked_nobody_is_let_in() -> None:

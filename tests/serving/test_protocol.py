@@ -108,7 +108,11 @@ def test_bad_prompts(prompt: Any) -> None:
 
 
 @pytest.mark.parametrize(
-    "bad", [{"best_of": 2}, {"best_of": 3, "n": 2}, {"suffix": "x"}, {"logprobs": True}, {"logprobs": -1}]
+    "bad",
+    [
+        *({"best_of": 2}, {"best_of": 3, "n": 2}, {"suffix": "x"}, {"logprobs": True}, {"logprobs": -1}),
+        {"reasoning_effort": "high"},
+    ],
 )
 def test_bad_completion_fields(bad: dict[str, Any]) -> None:
     refusal(text, **bad)
@@ -128,10 +132,9 @@ UNSUPPORTED = [
     {"mm_processor_kwargs": {}},
     {"audio": {"voice": "alloy"}},
     {"modalities": ["text", "audio"]},
-    {"prompt_logprobs": -1},
+    {"prompt_logprobs": 1},
     {"use_beam_search": True},
     {"logits_processors": ["x"]},
-    {"reasoning_effort": "high"},
 ]
 
 

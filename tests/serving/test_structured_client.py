@@ -13,14 +13,13 @@ import openai
 import pytest
 from pydantic import BaseModel, Field
 
-from qengine.config import EngineConfig
-from qengine.engine import Engine
 from qengine.errors import GrammarError
 from qengine.grammars.compiler import CompiledGrammar
 from qengine.grammars.sources import GrammarSource
 from tests.grammars.schemas import SCHEMAS
 from tests.serving.chat_templates import HERMES
-from tests.serving.running import Running, serving
+from tests.serving.openai_client import bundled_server, connected
+from tests.serving.running import Running
 
 WAIT_SECONDS = 120.0
 MESSAGES: list[Any] = [{"role": "user", "content": "Describe Rome as JSON."}]
@@ -42,22 +41,14 @@ WEATHER: Any = {
 
 @pytest.fixture(scope="module")
 def server() -> Iterator[Running]:
-    options = {"max_model_len": 1024, "max_num_seqs": 24, "kv_cache_memory_bytes": 256 * 2**20}
-    engine = Engine.start(EngineConfig.from_options(options))
-    with serving(engine, served_model_names=("smol",), max_queue=32) as running:
+    with bundled_server(max_num_seqs=24, kv_cache_memory_bytes=256 * 2**20) as running:
         yield running
 
 
 @pytest.fixture
 def client(server: Running) -> Iterator[openai.OpenAI]:
-    """A client; afterwards nothing may be left in the engine."""
-    tokenizer = server.engine.tokenizer
-    with openai.OpenAI(base_url=f"{server.url}/v1", api_key="none", max_retries=0, timeout=WAIT_SECONDS) as opened:
+    with connected(server, WAIT_SECONDS) as opened:
         yield opened
-    server.engine.tokenizer = tokenizer
-    server.wait_until_quiet()
-    assert server.engine.num_free_blocks == server.engine.info.num_blocks
-    server.engine.check_integrity()
 
 
 def chat(client: openai.OpenAI, **more: Any) -> Any:

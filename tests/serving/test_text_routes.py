@@ -8,6 +8,7 @@ import threading
 import time
 from array import array
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import openai
@@ -16,7 +17,7 @@ import pytest
 from qengine import LLM
 from tests.engine.fixtures import path as fixture
 from tests.serving.chat_templates import HERMES
-from tests.serving.running import WAIT_SECONDS, Running, serving
+from tests.serving.running import WAIT_SECONDS, Running, serving, wait_until
 from tests.serving.scripted_engine import NAN_PROMPT, NEVER_FITS_PROMPT, ScriptedEngine
 from tests.serving.test_http import assert_error
 from tests.serving.tiny import small_server
@@ -164,6 +165,38 @@ def test_the_event_loop_goes_on_while_a_megabyte_is_tokenized(server: Running) -
     # Held up by the whole of it, the loop would have come round once.
     assert len(lags) > 10
     assert max(lags) < max(0.5, seconds / 2)
+
+
+def test_calls_for_tokens_do_not_pile_up(monkeypatch: pytest.MonkeyPatch) -> None:
+    engine = ScriptedEngine()
+    engine.tokenizer = engine.tokenizer.with_chat_template(HERMES)
+    with serving(engine) as running, ThreadPoolExecutor(2) as pool:
+        assert running.async_engine is not None
+        running.post("/v1/completions", {"model": "scripted", "prompt": "a", "max_tokens": 1})
+        text_calls, loop = running.async_engine.text_calls, running.async_engine._loop
+        assert loop is not None
+        monkeypatch.setattr(text_calls, "capacity", 2)
+        may_go_on = threading.Event()
+        # Both of the tokenizer's threads.
+        busy = [asyncio.run_coroutine_threadsafe(running.async_engine.offload(may_go_on.wait), loop) for _ in range(2)]
+        try:
+            waiting = [pool.submit(running.post, TOKENIZE, {"prompt": "a"}) for _ in range(2)]
+            wait_until(lambda: text_calls.num_in_flight == 2)
+            for path, body in (
+                (TOKENIZE, {"prompt": "a"}),
+                (TOKENIZE, {"messages": MESSAGES}),
+                (DETOKENIZE, {"tokens": [5]}),
+                ("/v1/messages/count_tokens", {"model": "scripted", "messages": MESSAGES}),
+            ):
+                refused = running.post(path, body)
+                assert refused.status_code == 429
+                assert int(refused.headers["retry-after"]) >= 1
+        finally:
+            may_go_on.set()
+        assert [future.result().status_code for future in waiting] == [200, 200]
+        assert all(future.result() for future in busy)
+        wait_until(lambda: text_calls.num_in_flight == 0)
+        assert running.post(TOKENIZE, {"prompt": "a"}).status_code == 200
 
 
 def test_a_long_text_gives_the_ids_that_short_calls_give(server: Running) -> None:

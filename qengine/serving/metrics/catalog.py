@@ -38,7 +38,10 @@ LOWR_BOUNDS = (0.1, 0.5, 1.0)
 
 #: "repetition" is vLLM's and does not happen here; rules that name it find a zero.
 FINISH_REASONS = ("stop", "length", "abort", "error", "repetition")
-REJECTIONS = ("queue_full", "queue_timeout", "key_concurrency", "draining", "loading", "dead", "stopped", "other")
+REJECTIONS = (
+    *("queue_full", "queue_timeout", "key_concurrency", "bodies_full", "connections_full"),
+    *("draining", "loading", "dead", "stopped", "other"),
+)
 DEATHS = ("step",)
 STEP_PHASES = ("schedule", "execute", "finish")
 PHASES = ("loading", "ready", "draining", "stopped", "dead")
