@@ -98,13 +98,16 @@ def assert_dead(server: RankServer, streams: Streams, when: float, seconds: floa
 
 
 def test_a_rank_that_is_killed_ends_every_stream_and_the_server(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Before that: ranks listen on this machine alone, and do not know the key."""
+    """Before that: ranks listen on this machine alone, do not know the key, and have half of the threads each."""
     monkeypatch.setenv("QENGINE_API_KEY", KEY)
+    monkeypatch.setenv("OMP_NUM_THREADS", "2")
     with rank_server("-tp", "2") as server:
         assert server.complete().status_code == 200
         for rank in server.ranks:
             assert listening_addresses(rank) <= {LOOPBACK}
-            assert b"QENGINE_API_KEY" not in Path(f"/proc/{rank}/environ").read_bytes()
+            variables = Path(f"/proc/{rank}/environ").read_bytes().split(b"\0")
+            assert b"OMP_NUM_THREADS=1" in variables
+            assert not any(variable.startswith(b"QENGINE_API_KEY") for variable in variables)
         streams, when = with_streams(server, lambda: os.kill(server.ranks[1], signal.SIGKILL))
         assert_dead(server, streams, when, 5.0)
     assert any("was killed by SIGKILL" in line for line in server.errors)
