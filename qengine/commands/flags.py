@@ -241,7 +241,7 @@ SERVER_FLAGS = Group(
             "--drain-timeout", "seconds that running requests get to finish at SIGTERM", "SECONDS", number, default="30"
         ),
         Flag("--queue-timeout", "a request that waits longer gets status 503", "SECONDS", number),
-        Flag("--request-timeout", "a request that takes longer from queue to end is stopped", "SECONDS", number),
+        Flag("--request-timeout", "a request that takes longer, from arrival to end, is stopped", "SECONDS", number),
         Flag("--max-concurrency-per-key", "requests under way with one key; more get status 429", "N", count),
         Flag(
             "--allowed-origins",

@@ -33,7 +33,7 @@ class ServerOptions:
         ssl_keyfile, ssl_certfile: serve HTTPS.
         drain_timeout: seconds that requests in flight get when the server is told to stop.
         queue_timeout: seconds that a request may wait to be begun; None for any time.
-        request_timeout: seconds that a request may take from the queue to its end; None for any time.
+        request_timeout: seconds that a request may take from its arrival to its end; None for any time.
         max_concurrency_per_key: requests that may be under way with one key; None for any number.
         allowed_origins: web sites whose pages may use the server, such as "https://example.org"; "*" is any.
         metrics_prefix: of the metrics' names; "vllm:" makes dashboards for vLLM work.

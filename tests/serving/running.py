@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import asyncio
+import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -57,6 +59,29 @@ def wait_until(condition: Callable[[], bool]) -> None:
     while not condition():
         assert time.monotonic() < deadline, "it did not come true in time"
         time.sleep(0.005)
+
+
+@contextmanager
+def watched_loop(server: Running) -> Iterator[list[float]]:
+    """How many seconds the server's event loop took, each time, to come back to somebody who waits 2 ms."""
+    server.post("/v1/completions", {"model": server.service.model_names[0], "prompt": "a", "max_tokens": 1})
+    loop = server.async_engine._loop if server.async_engine is not None else None
+    assert loop is not None
+    lags: list[float] = []
+    ended = threading.Event()
+
+    async def watch() -> None:
+        while not ended.is_set():
+            began = time.monotonic()
+            await asyncio.sleep(0.002)
+            lags.append(time.monotonic() - began)
+
+    watching = asyncio.run_coroutine_threadsafe(watch(), loop)
+    try:
+        yield lags
+    finally:
+        ended.set()
+        watching.result(WAIT_SECONDS)
 
 
 @contextmanager

@@ -26,7 +26,7 @@ from qengine.serving.limits import Limits
 from qengine.serving.open_files import NUM_OTHER_FILES, make_room
 from tests.serving.quiet import assert_quiet, num_open_files, scrape
 from tests.serving.raw import connect, is_closed, open_request, read_all, read_events, request_bytes, reset
-from tests.serving.running import WAIT_SECONDS, Running, serving, wait_until
+from tests.serving.running import WAIT_SECONDS, Running, serving, wait_until, watched_loop
 from tests.serving.scripted_engine import ScriptedEngine
 from tests.serving.tiny import TEXT, body, small_server
 
@@ -215,6 +215,52 @@ def test_the_system_sends_at_once_and_notices_a_peer_that_vanishes() -> None:
             assert accepted.getsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY)
             assert accepted.getsockopt(socket.IPPROTO_TCP, socket.TCP_USER_TIMEOUT) == 30_000
             assert accepted.getsockopt(socket.IPPROTO_TCP, socket.TCP_KEEPIDLE) == 30
+
+
+# Requests that want much
+
+
+#: Rendered, it would take a minute.
+NESTED_RANGES = "{% for i in range(9999) %}{% for j in range(9999) %}{% endfor %}{% endfor %}"
+
+
+@pytest.mark.parametrize(
+    ("path", "fields"),
+    [
+        ("/v1/chat/completions", {"messages": [{"role": "user", "content": "hi"}], "chat_template": NESTED_RANGES}),
+        (TEXT, {"prompt": "hi", "n": 10**9}),
+        (TEXT, {"prompt": "hi", "logprobs": 10**9}),
+        (TEXT, {"prompt": "hi", "max_tokens": 10**9, "n": 8, "logprobs": 20}),
+    ],
+    ids=["templates", "choices", "log-probabilities", "tokens"],
+)
+def test_what_asks_for_much_is_refused_for_little(path: str, fields: dict[str, Any]) -> None:
+    """At once, that is: the bounds are generous where others use the machine too."""
+    with serving(ScriptedEngine(), max_logprobs=20) as server, assert_quiet(server):
+        asked = {"model": "scripted", **fields}
+        assert server.post(path, asked).status_code == 400
+        before = resident_bytes()
+        with watched_loop(server) as lags:
+            for _ in range(20):
+                assert server.post(path, asked).status_code == 400
+        assert max(lags) < 0.5
+        assert resident_bytes() - before < 5 * 2**20
+
+
+def test_heads_that_are_too_large_are_not_kept() -> None:
+    head = b"GET /health HTTP/1.1\r\nHost: localhost\r\nX-Long: " + b"a" * 2**20 + b"\r\n\r\n"
+
+    def send_it() -> None:
+        with connect(server) as connection, suppress(ConnectionError):
+            connection.sendall(head)
+            read_all(connection)
+
+    with serving(ScriptedEngine()) as server, assert_quiet(server):
+        send_it()
+        before = resident_bytes()
+        for _ in range(20):
+            send_it()
+        assert resident_bytes() - before < 5 * 2**20
 
 
 # Clients that do not send

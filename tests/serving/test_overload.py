@@ -12,13 +12,15 @@ from typing import Any
 
 import httpx
 import pytest
+from fastapi import FastAPI
 
 from qengine.errors import ConfigError
 from qengine.serving import async_engine
-from qengine.serving.app import ROUTERS
+from qengine.serving.app import ROUTERS, make_app
 from qengine.serving.auth import OPEN_PATHS
 from qengine.serving.limits import Limits
 from qengine.serving.options import ServerOptions
+from qengine.serving.service import Service
 from tests.serving.chat_templates import HERMES
 from tests.serving.quiet import assert_quiet, scrape
 from tests.serving.running import WAIT_SECONDS, Running, serving, wait_until
@@ -218,6 +220,33 @@ def test_every_route_there_is_wants_a_key() -> None:
                 # Whole, since a client takes what follows two slashes for a host.
                 status = client.request(method, server.url + spelled.replace("{name:path}", "x")).status_code
                 assert status in (expected if spelled == path else {401}), (method, spelled)
+
+
+#: Every route there is. A new one belongs here, and in OPEN_PATHS only if strangers may ask it.
+ROUTE_SNAPSHOT = {
+    *("GET,HEAD /", "GET,HEAD /health", "GET,HEAD /metrics", "GET /version", "GET /docs", "GET /openapi.json"),
+    *("GET /v1/models", "GET /v1/models/{name:path}", "POST /tokenize", "POST /detokenize", "POST /v1/embeddings"),
+    *("POST /v1/chat/completions", "POST /v1/completions", "POST /v1/responses", "POST /v1/messages"),
+    *("POST /v1/messages/count_tokens",),
+}
+OPEN_SNAPSHOT = {"/", "/health"}
+
+
+def test_there_are_no_routes_but_these() -> None:
+    layer: Any = make_app(Service(), ServerOptions(api_keys=("some-key",)))
+    while not isinstance(layer, FastAPI):
+        layer = layer._app
+    methods: dict[str, set[str]] = {}
+    for entry in layer.routes:
+        # Newer versions of the framework keep routers as they were included.
+        router = getattr(entry, "original_router", None)
+        for route in [entry] if router is None else router.routes:
+            methods.setdefault(route.path, set()).update(route.methods)
+    files = {path for path in methods if path.startswith("/web/")}
+    found = {f"{','.join(sorted(methods[path]))} {path}" for path in methods.keys() - files}
+    assert found == ROUTE_SNAPSHOT
+    assert OPEN_PATHS - files == OPEN_SNAPSHOT
+    assert all(methods[path] == {"GET", "HEAD"} for path in files)
 
 
 # Other sites

@@ -17,7 +17,7 @@ import pytest
 from qengine import LLM
 from tests.engine.fixtures import path as fixture
 from tests.serving.chat_templates import HERMES
-from tests.serving.running import WAIT_SECONDS, Running, serving, wait_until
+from tests.serving.running import WAIT_SECONDS, Running, serving, wait_until, watched_loop
 from tests.serving.scripted_engine import NAN_PROMPT, NEVER_FITS_PROMPT, ScriptedEngine
 from tests.serving.test_http import assert_error
 from tests.serving.tiny import small_server
@@ -137,27 +137,11 @@ def test_while_loading_there_is_nothing_to_tokenize() -> None:
 
 def test_the_event_loop_goes_on_while_a_megabyte_is_tokenized(server: Running) -> None:
     """A generous bound here, where others use the machine too; benchmarks measure it."""
-    loop = server.async_engine._loop  # type: ignore[union-attr]
-    if loop is None:
-        server.post("/v1/completions", {"model": "scripted", "prompt": "a", "max_tokens": 1})
-        loop = server.async_engine._loop  # type: ignore[union-attr]
-    assert loop is not None
-    lags: list[float] = []
-    ended = threading.Event()
-
-    async def watch() -> None:
-        while not ended.is_set():
-            began = time.monotonic()
-            await asyncio.sleep(0.002)
-            lags.append(time.monotonic() - began)
-
-    watching = asyncio.run_coroutine_threadsafe(watch(), loop)
     text = "the quick brown fox " * (2**20 // 20)
-    began = time.monotonic()
-    answer = server.post(TOKENIZE, {"prompt": text, "return_token_strs": True}, timeout=120)
-    seconds = time.monotonic() - began
-    ended.set()
-    watching.result()
+    with watched_loop(server) as lags:
+        began = time.monotonic()
+        answer = server.post(TOKENIZE, {"prompt": text, "return_token_strs": True}, timeout=120)
+        seconds = time.monotonic() - began
     assert answer.status_code == 200
     found = answer.json()
     assert found["count"] == len(found["tokens"]) == len(found["token_strs"]) > 100_000
