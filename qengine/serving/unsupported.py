@@ -49,6 +49,7 @@ _FIELDS: dict[str, _Harmless] = {
     "media_io_kwargs": _is_null,
     "documents": _is_empty,
     "logits_processors": _is_empty,
+    "prompt_logprobs": _is_null,
     "bad_words": _is_empty,
     "truncate_prompt_tokens": _is_null,
     "use_beam_search": _is_empty,
