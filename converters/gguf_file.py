@@ -23,7 +23,7 @@ from typing import Any
 import numpy as np
 
 from converters.errors import CheckpointError
-from converters.files import DataFile, shown
+from converters.files import DataFile, is_inside, shown
 from converters.report import shape_text
 
 MAGIC = b"GGUF"
@@ -165,6 +165,8 @@ def _join_parts(opened: GGUFFile, count: int) -> GGUFFile:
         path = opened.path.with_name(f"{match[1]}-{number:05d}-of-{count:05d}.gguf")
         if not path.is_file():
             raise CheckpointError(f"{path}: missing; it is part {number} of {count} of this model")
+        if path != opened.path and not (is_inside(path) or path.resolve().parent == opened.path.resolve().parent):
+            raise CheckpointError(f"{path}: a link to a file that does not lie beside the others; put the file there")
         part = opened if path == opened.path else _parse(path)
         if part.metadata.get("split.no") != number - 1 or part.metadata.get("split.count") != count:
             raise CheckpointError(f"{path}: does not say that it is part {number} of {count}; another model's file?")
