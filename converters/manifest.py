@@ -1,8 +1,8 @@
 """manifest.json: the size and SHA-256 of every file of an exported checkpoint, and the comparison of a folder with it.
 
 It finds what a disk, a copy or a download has changed, a flipped bit included. It proves nothing about who wrote the
-folder: whoever can change a file can change the manifest too. Invariant: a folder that passes has exactly the files that
-were written, as far as loading reads them, with exactly their bytes. Reads every byte once, through DataFile.
+folder: whoever can change a file can change the manifest too. Invariant: a folder that passes has exactly the files
+that were written, as far as loading reads them, with exactly their bytes. Reads every byte once, through DataFile.
 """
 
 from __future__ import annotations

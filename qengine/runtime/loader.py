@@ -180,9 +180,7 @@ def _one_thread_less() -> Iterator[None]:
         torch.set_num_threads(num_threads)
 
 
-def _progress_bar(
-    num_bytes: int, num_weights: int, *, shown: bool, what: str = "Loading weights"
-) -> tqdm[NoReturn]:
+def _progress_bar(num_bytes: int, num_weights: int, *, shown: bool, what: str = "Loading weights") -> tqdm[NoReturn]:
     """Bytes with their rate; weights where there are no bytes to read."""
     unit = (
         {"total": num_bytes, "unit": "B", "unit_scale": True}

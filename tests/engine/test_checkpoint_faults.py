@@ -97,7 +97,9 @@ def test_without_tokenizer_files(folder: Path) -> None:
         with_tokenizer(folder)
 
 
-@pytest.mark.parametrize("content", [b"", b"{}", b"[]", b'{"model": {"type": "Evil"}}', b"\xff\xfe", b'{"version": "1.0"'])
+@pytest.mark.parametrize(
+    "content", [b"", b"{}", b"[]", b'{"model": {"type": "Evil"}}', b"\xff\xfe", b'{"version": "1.0"']
+)
 def test_a_tokenizer_that_is_corrupt(folder: Path, content: bytes) -> None:
     (folder / "tokenizer.json").write_bytes(content)
     with pytest.raises(LoadError, match=r"tokenizer"):
