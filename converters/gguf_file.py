@@ -37,12 +37,12 @@ MAX_STRING_BYTES = 2**20
 #: Metadata and tensor table; a vocabulary of 260,000 with merges takes about 16 MB.
 MAX_HEAD_BYTES = 2**25
 #: What all values may take in memory, by the two costs below. Some 260,000 tokens with two numbers each and 500,000
-#: merges, as much as the largest vocabularies have, count as 125 MB.
+#: merges, as much as the largest vocabularies have, count as 146 MB.
 MAX_VALUE_BYTES = 5 * 2**25
 #: Bytes of a str in a list, beside four (the widest character of Python's) for each byte of it and of its length.
 _STRING_BYTES = 56
-#: Bytes of an int or float in a list.
-_NUMBER_BYTES = 40
+#: Bytes of an int or float in a list, twice: there is also what it is read from.
+_NUMBER_BYTES = 80
 _MAX_DIMS = 4
 _READ_BYTES = 2**20
 _STRING, _ARRAY = 8, 9

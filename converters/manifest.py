@@ -47,7 +47,7 @@ class Listed:
         with file.open() as opened:
             for start in range(0, file.num_bytes, _PART_BYTES):
                 part = opened.read(start, min(_PART_BYTES, file.num_bytes - start))
-                digest.update(part)
+                digest.update(part.data)
                 if after_part is not None:
                     after_part(len(part))
         if digest.hexdigest() != self.sha256:
