@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import Any
 
 from converters.errors import CheckpointError
-from converters.files import DataFile, list_folder, parse_json_object, read_json_object, shown
+from converters.files import DataFile, is_inside, list_folder, parse_json_object, read_json_object, shown
 from converters.report import shape_text
 
 #: A header of 30,000 tensors, or an index of 100,000; the format itself allows 100 MB.
@@ -142,8 +142,7 @@ def _open_files(folder: Path, names: list[str], named_by: str | None = None) -> 
     tensors: dict[str, TensorInfo] = {}
     metadata: dict[str, str] = {}
     for name in names:
-        if named_by is not None:
-            _check_inside(folder, name, named_by)
+        _check_inside(folder, name, named_by)
         infos, strings = read_header(DataFile.at(folder / name))
         metadata.update(strings)
         if sum(len(key) + len(value) for key, value in metadata.items()) > MAX_METADATA_CHARS:
@@ -158,20 +157,15 @@ def _open_files(folder: Path, names: list[str], named_by: str | None = None) -> 
     return Checkpoint(folder, tensors, metadata)
 
 
-def _check_inside(folder: Path, name: str, named_by: str) -> None:
-    """A name out of an index must mean a file of the folder itself, also after following links.
-
-    The hub's cache is the one exception: a snapshot's files are links into the ``blobs`` folder beside ``snapshots``.
-    """
-    where = f"{folder / named_by} names the shard '{shown(name)}'"
+def _check_inside(folder: Path, name: str, named_by: str | None) -> None:
+    """A file, by itself or as an index names it, must be one of the folder itself, also after following links."""
+    where = shown(folder / name) if named_by is None else f"{folder / named_by} names the shard '{shown(name)}'"
     if name in ("", ".", "..") or "\0" in name or Path(name).name != name:
         raise CheckpointError(f"{where}, expected the plain name of a file in the same folder")
     if not os.path.exists(folder / name):
         raise CheckpointError(f"{where}, which is not there; download the missing file")
-    root = Path(os.path.realpath(folder))
-    allowed = [root, *([root.parent.parent / "blobs"] if root.parent.name == "snapshots" else [])]
-    if Path(os.path.realpath(folder / name)).parent not in allowed:
-        raise CheckpointError(f"{where}, a link to a file outside the folder; put the file itself there")
+    if not is_inside(folder / name):
+        raise CheckpointError(f"{where}: it is a link to a file outside the folder; put the file itself there")
 
 
 # One header

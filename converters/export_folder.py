@@ -21,9 +21,9 @@ import torch
 
 from converters.errors import CheckpointError, WriteError
 from converters.files import DataFile, read_json_object
+from converters.manifest import MANIFEST
 from converters.safetensors_writer import Written, sync_folder, write_file, write_safetensors
 
-MANIFEST = "manifest.json"
 SUFFIX = ".partial"
 #: Names a folder as ours, so that only such a one is ever removed.
 _MARK = ".qengine-export"

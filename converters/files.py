@@ -193,6 +193,16 @@ def list_folder(folder: Path) -> list[str]:
         raise CheckpointError(f"cannot read {folder}: {_reason(error)}") from error
 
 
+def is_inside(path: Path) -> bool:
+    """Whether a file lies in the folder of its path after links are followed too.
+
+    The hub's cache is the one exception: a snapshot's files are links into the ``blobs`` folder beside ``snapshots``.
+    """
+    root = Path(os.path.realpath(path.parent))
+    allowed = [root, *([root.parent.parent / "blobs"] if root.parent.name == "snapshots" else [])]
+    return Path(os.path.realpath(path)).parent in allowed
+
+
 def _refuse_repeated_keys(pairs: Sequence[tuple[str, Any]]) -> dict[str, Any]:
     result = dict(pairs)
     if len(result) != len(pairs):

@@ -23,7 +23,7 @@ from typing import Any
 import numpy as np
 
 from converters.errors import CheckpointError
-from converters.files import DataFile, shown
+from converters.files import DataFile, is_inside, shown
 from converters.report import shape_text
 
 MAGIC = b"GGUF"
@@ -36,13 +36,13 @@ MAX_NAME_BYTES = 2**16
 MAX_STRING_BYTES = 2**20
 #: Metadata and tensor table; a vocabulary of 260,000 with merges takes about 16 MB.
 MAX_HEAD_BYTES = 2**25
-#: What all values may take in memory, by the two costs below. The largest vocabularies have some 260,000 tokens with two
-#: numbers each, and 500,000 merges; they count as 120 MB.
-MAX_VALUE_BYTES = 2**27
+#: What all values may take in memory, by the two costs below. Some 260,000 tokens with two numbers each and 500,000
+#: merges, as much as the largest vocabularies have, count as 146 MB.
+MAX_VALUE_BYTES = 5 * 2**25
 #: Bytes of a str in a list, beside four (the widest character of Python's) for each byte of it and of its length.
 _STRING_BYTES = 56
-#: Bytes of an int or float in a list.
-_NUMBER_BYTES = 40
+#: Bytes of an int or float in a list, twice: there is also what it is read from.
+_NUMBER_BYTES = 80
 _MAX_DIMS = 4
 _READ_BYTES = 2**20
 _STRING, _ARRAY = 8, 9
@@ -165,6 +165,8 @@ def _join_parts(opened: GGUFFile, count: int) -> GGUFFile:
         path = opened.path.with_name(f"{match[1]}-{number:05d}-of-{count:05d}.gguf")
         if not path.is_file():
             raise CheckpointError(f"{path}: missing; it is part {number} of {count} of this model")
+        if path != opened.path and not (is_inside(path) or path.resolve().parent == opened.path.resolve().parent):
+            raise CheckpointError(f"{path}: a link to a file that does not lie beside the others; put the file there")
         part = opened if path == opened.path else _parse(path)
         if part.metadata.get("split.no") != number - 1 or part.metadata.get("split.count") != count:
             raise CheckpointError(f"{path}: does not say that it is part {number} of {count}; another model's file?")

@@ -375,7 +375,7 @@ def _merges_of_scores(vocabulary: _Vocabulary, scores: list[float]) -> list[tupl
         for cut in range(1, len(text)):
             left = ids.get(text[:cut])
             right = ids.get(text[cut:]) if left is not None else None
-            if right is not None:
+            if left is not None and right is not None:
                 results.append(token_id)
                 cuts.append(cut)
                 lefts.append(left)
@@ -384,10 +384,10 @@ def _merges_of_scores(vocabulary: _Vocabulary, scores: list[float]) -> list[tupl
         if len(results) > MAX_MERGES or merged_chars > MAX_MERGED_CHARS:
             found = f"a list with {len(results)} merges or more, of {merged_chars} characters"
             raise _bad("tokens", found, f"at most {MAX_MERGES}, of {MAX_MERGED_CHARS}")
-    result, cut = np.asarray(results), np.asarray(cuts)
-    score = np.asarray(scores, dtype=np.float64)[result]
-    rest = np.asarray([*map(len, vocabulary.tokens)])[result] - cut
-    order = np.lexsort((result, -rest, -cut, -score)).tolist()
+    by_result, left_chars = np.asarray(results), np.asarray(cuts)
+    score = np.asarray(scores, dtype=np.float64)[by_result]
+    right_chars = np.asarray([*map(len, vocabulary.tokens)])[by_result] - left_chars
+    order = np.lexsort((by_result, -right_chars, -left_chars, -score)).tolist()
     tokens = vocabulary.tokens
     return [(tokens[lefts[place]], tokens[rights[place]]) for place in order]
 

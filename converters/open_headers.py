@@ -15,7 +15,7 @@ from typing import Generic, TypeVar
 
 from converters.checkpoint import has_safetensors, pickled_weights
 from converters.errors import CheckpointError
-from converters.files import DataFile, list_folder, shown
+from converters.files import DataFile, is_inside, list_folder, shown
 from converters.gguf_file import MAGIC
 from converters.gguf_headers import GGUFHeaders
 from converters.safetensors_headers import SafetensorsHeaders
@@ -81,7 +81,10 @@ def _open_folder(folder: Path, openers: Openers[S]) -> S:
             f"{folder} holds {len(first_parts)} GGUF models; name the file to load: {shown(', '.join(first_parts))}"
         )
     if models:
-        return openers.gguf(folder / (first_parts or models)[0])
+        path = folder / (first_parts or models)[0]
+        if not is_inside(path):
+            raise CheckpointError(f"{path} is a link to a file outside the folder; name that file, or put it there")
+        return openers.gguf(path)
     pickles = pickled_weights(names)
     if pickles:
         raise CheckpointError(f"{folder} holds no safetensors but {shown(', '.join(pickles))}; {_CONVERT_HINT}")

@@ -127,6 +127,7 @@ class LoadConfig:
     bits: int | None = None
     group_size: int | None = None
     skip_check: bool = False
+    verify: bool = False
     device: str = "auto"
     chat_template: str | None = None
     generation_config: str = "auto"
@@ -140,6 +141,9 @@ class LoadConfig:
         object.__setattr__(self, "dtype", DTYPES[self.dtype])
         _one_of("load_format", self.load_format, LOAD_FORMATS)
         _one_of("skip_check", self.skip_check, (True, False))
+        _one_of("verify", self.verify, (True, False))
+        if self.verify and self.load_format == "dummy":
+            raise ConfigError("verify compares files with their digests, and load_format dummy reads no weights")
         self._check_dummy_scheme()
         _one_of("device", self.device, DEVICES)
         for name in ("model", "tokenizer", "chat_template"):

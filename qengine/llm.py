@@ -50,6 +50,7 @@ class LLM:
         kv_cache_memory_bytes: size of the KV cache; an int is bytes, "4GiB" works too.
         load_format: "auto", or "dummy" for random weights of the right shapes.
         skip_check: start even if the weights compute NaN or infinity.
+        verify: compare every file with the SHA-256 in the folder's manifest.json before weights are read.
         bits, group_size: how dummy weights are quantized; None is what the config says, else 4 and 128.
 
     Raises:
@@ -81,6 +82,7 @@ class LLM:
         bits: int | None = None,
         group_size: int | None = None,
         skip_check: bool = False,
+        verify: bool = False,
         **more_options: Any,
     ) -> None:
         options = {
@@ -106,6 +108,7 @@ class LLM:
             "bits": bits,
             "group_size": group_size,
             "skip_check": skip_check,
+            "verify": verify,
             **more_options,
         }
         self.engine = Engine.start(EngineConfig.from_options(options))

@@ -24,7 +24,7 @@ from qengine.parallel.peer_check import choose_route
 from qengine.parallel.verdicts import Route, VerdictFile
 from qengine.runtime.executors import Executor, UniprocExecutor
 from qengine.runtime.links import check_split
-from qengine.runtime.loader import OpenedModel, open_model
+from qengine.runtime.loader import OpenedModel, open_model, verify_files
 from qengine.runtime.planner import MemoryPlan
 from qengine.runtime.platform import Platform, choose_device, choose_dtype
 from qengine.runtime.rank_planning import plan_ranks, replan_ranks
@@ -95,6 +95,7 @@ def start_parts(
     watch = StartTimes(import_seconds)
     device = choose_device(config.load.device)
     opened = open_model(config.load)
+    verify_files(opened, config.load, show_progress=show_progress)
     dtype = choose_dtype(config.load.dtype, device, opened.config.torch_dtype)
     if config.parallel.world_size > 1:
         platform = Platform.of(device, dtype, enforce_eager=True)  # Nothing is recorded in this process.

@@ -109,7 +109,7 @@ UNSAFE_CALLS = {
 }
 UNSAFE_CALLS |= {"yaml.load", "yaml.load_all", "yaml.unsafe_load", "yaml.unsafe_load_all", "yaml.full_load"}
 UNSAFE_CALLS |= {"np.load", "numpy.load", "np.fromregex", "numpy.fromregex"}
-#: The same whatever they are called on: torch's collectives of objects, sockets and streams of pickles, sandboxes' holes.
+#: The same whatever they are called on: torch's collectives of objects, sockets and streams of pickles, import hooks.
 UNSAFE_METHODS = {
     *("broadcast_object_list", "all_gather_object", "gather_object", "scatter_object_list"),
     *("send_object_list", "recv_object_list", "recv_pyobj", "send_pyobj"),
@@ -441,23 +441,32 @@ def nothing_runs_foreign_code(modules: Sequence[Module]) -> Iterator[str]:
     for module in modules:
         if module.name in POOL_USERS:
             module = Module(module.name, module.text.replace("ProcessPoolExecutor", "a_pool"))
-        for node, target in imports(module):
-            is_unsafe = target.partition(".")[0] in UNSAFE_MODULES or within(target, *UNSAFE_PARTS)
-            if is_unsafe or target in UNSAFE_CALLS or target.rpartition(".")[2] in UNSAFE_METHODS:
-                yield module.violation(node, f"imports {target}")
-        for node in ast.walk(module.tree):
-            if isinstance(node, ast.Attribute) and within(ast.unparse(node), *UNSAFE_PARTS):
-                yield module.violation(node, f"uses {ast.unparse(node)}")
+        yield from _unsafe_imports(module)
         for node, name in calls(module):
-            method = name.rpartition(".")[2]
-            if name in UNSAFE_CALLS or method in UNSAFE_METHODS:
-                yield module.violation(node, f"calls {name}")
-            needed = NEEDED_ARGUMENTS.get(method)
-            if needed and needed not in [(given.arg, ast.unparse(given.value)) for given in node.keywords]:
-                yield module.violation(node, f"calls {name} without {needed[0]}={needed[1]}")
-            for given in node.keywords:
-                if (given.arg, ast.unparse(given.value)) in UNSAFE_ARGUMENTS:
-                    yield module.violation(node, f"calls {name} with {given.arg}={ast.unparse(given.value)}")
+            yield from (module.violation(node, f"calls {name}{why}") for why in _unsafe_about(node, name))
+
+
+def _unsafe_imports(module: Module) -> Iterator[str]:
+    for node, target in imports(module):
+        top, last = target.partition(".")[0], target.rpartition(".")[2]
+        if top in UNSAFE_MODULES or within(target, *UNSAFE_PARTS) or target in UNSAFE_CALLS or last in UNSAFE_METHODS:
+            yield module.violation(node, f"imports {target}")
+    for part in ast.walk(module.tree):
+        if isinstance(part, ast.Attribute) and within(ast.unparse(part), *UNSAFE_PARTS):
+            yield module.violation(part, f"uses {ast.unparse(part)}")
+
+
+def _unsafe_about(node: ast.Call, name: str) -> Iterator[str]:
+    """What is wrong with a call, as words to follow its name."""
+    method = name.rpartition(".")[2]
+    arguments = {(given.arg, ast.unparse(given.value)) for given in node.keywords}
+    if name in UNSAFE_CALLS or method in UNSAFE_METHODS:
+        yield ""
+    for argument, value in sorted(UNSAFE_ARGUMENTS & arguments):
+        yield f" with {argument}={value}"
+    needed = NEEDED_ARGUMENTS.get(method)
+    if needed and needed not in arguments:
+        yield f" without {needed[0]}={needed[1]}"
 
 
 def only_commands_print(modules: Sequence[Module]) -> Iterator[str]:
@@ -581,7 +590,10 @@ RULES: dict[Rule, tuple[tuple[str, str], ...]] = {
         ("converters.open", "import torch\ntorch.serialization.load('x')"),
         ("converters.open", "import torch\ntorch.export.load('x')"),
         ("converters.open", "import pandas\npandas.read_pickle('x')"),
-        ("converters.open", "from importlib.machinery import SourceFileLoader\nSourceFileLoader('a', 'b').load_module()"),
+        (
+            "converters.open",
+            "from importlib.machinery import SourceFileLoader\nSourceFileLoader('a', 'b').load_module()",
+        ),
         ("converters.encoder", "AutoTokenizer.from_pretrained('x')"),
         ("converters.encoder", "AutoTokenizer.from_pretrained('x', trust_remote_code=flag)"),
         ("qengine.tokenizer.chat_template", "from jinja2 import FileSystemBytecodeCache"),

@@ -132,6 +132,7 @@ MODEL_FLAGS = Group(
         Flag("--load-format", "auto, or dummy: random weights of the right shapes", "FORMAT", default="auto"),
         Flag("--bits", "of dummy weights", "N", count, default="the config's, or 4"),
         Flag("--group-size", "of dummy weights; -1 for one group", "N", count, default="the config's, or 128"),
+        _switch("--verify", "compare every file with the folder's manifest.json (SHA-256) before it is loaded"),
         _switch("--skip-check", "serve even if the weights compute NaN or infinity at the start"),
         Flag("--chat-template", "Jinja file to use instead of the model's own template", "FILE"),
         Flag(
@@ -395,7 +396,7 @@ EVALUATE_FLAGS = Group(
         _JSON_INSTEAD,
     ),
 )
-_RUN_AS = ("--tokenizer", "--quantization", "--dtype", "--skip-check")
+_RUN_AS = ("--tokenizer", "--quantization", "--dtype", "--verify", "--skip-check")
 EVALUATE_MODEL_FLAGS = Group(
     "Model",
     (

@@ -25,7 +25,7 @@ from qengine.evaluation.scoring import Scores, compare, score
 from qengine.evaluation.texts import TokenText, load_text, tokenize
 from qengine.evaluation.windows import Window, cut
 from qengine.layers.linear import Linear
-from qengine.runtime.loader import OpenedModel, open_model
+from qengine.runtime.loader import OpenedModel, open_model, verify_files
 from qengine.startup import EngineInfo, model_tokenizer
 from qengine.tokenizer import Tokenizer
 
@@ -44,8 +44,9 @@ class _Candidate:
     tokenizer: Tokenizer
 
     @classmethod
-    def open(cls, config: EngineConfig) -> _Candidate:
+    def open(cls, config: EngineConfig, *, show_progress: bool) -> _Candidate:
         opened = open_model(config.load)
+        verify_files(opened, config.load, show_progress=show_progress)
         return cls(config, opened, model_tokenizer(config, opened))
 
 
@@ -81,11 +82,11 @@ def evaluate(
     _require_positive(window=window, stride=stride, max_tokens=max_tokens)
     config = EngineConfig.from_options({**options, "model": model})
     texts = load_text(text)
-    candidate = _Candidate.open(config)
+    candidate = _Candidate.open(config, show_progress=show_progress)
     original = None
     if against is not None:
-        load = replace(config.load, model=against, quantization=None)
-        original = _Candidate.open(replace(config, load=load))
+        load = replace(config.load, model=against, quantization=None, verify=False)
+        original = _Candidate.open(replace(config, load=load), show_progress=show_progress)
         _require_same_tokens(original, candidate)
     window = window or _default_window(candidate, original)
     stride = window if stride is None else stride

@@ -7,6 +7,7 @@ The only place, with `opening`, where qengine meets converters.
 
 from __future__ import annotations
 
+import logging
 import time
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -17,6 +18,7 @@ import torch
 from tqdm import tqdm
 
 from converters.dummy_source import DummySource
+from converters.manifest import Manifest
 from converters.open import open_checkpoint
 from converters.read_ahead import ReadAhead
 from converters.source import LinearKind, TensorSlot, WeightSource
@@ -29,6 +31,8 @@ from qengine.runtime.locate import ModelLocation, locate_model
 from qengine.runtime.opening import OpenedHeaders, check_source, linear_slot, load_errors, slot_of
 from quant_kernels.linear.dispatch import Target
 from quant_kernels.packed_weight import DenseWeight
+
+logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True, slots=True)
@@ -55,6 +59,21 @@ def open_model(load: LoadConfig) -> OpenedModel:
         source = _open_source(location, load)
     found = check_source(location, source, load)
     return OpenedModel(location, source, found.config, found.tied, found.eos_token_ids, found.default_sampling)
+
+
+def verify_files(opened: OpenedModel, load: LoadConfig, *, show_progress: bool = False) -> None:
+    """Compare the model's files with its manifest, if that was asked for. Reads all of them.
+
+    Raises:
+        LoadError: if it has no manifest, or a file is not what the manifest says.
+    """
+    if not load.verify:
+        return
+    with load_errors(opened.location):
+        manifest = Manifest.read(opened.location.path)
+        with _progress_bar(manifest.num_bytes, 0, shown=show_progress, what="Verifying files") as bar:
+            manifest.check(lambda num_bytes: bar.update(num_bytes) and None)
+    logger.info("%s: all %d files are what manifest.json says", opened.location.name, len(manifest.files))
 
 
 def _open_source(location: ModelLocation, load: LoadConfig) -> WeightSource:
@@ -161,14 +180,14 @@ def _one_thread_less() -> Iterator[None]:
         torch.set_num_threads(num_threads)
 
 
-def _progress_bar(num_bytes: int, num_weights: int, *, shown: bool) -> tqdm[NoReturn]:
+def _progress_bar(num_bytes: int, num_weights: int, *, shown: bool, what: str = "Loading weights") -> tqdm[NoReturn]:
     """Bytes with their rate; weights where there are no bytes to read."""
     unit = (
         {"total": num_bytes, "unit": "B", "unit_scale": True}
         if num_bytes
         else {"total": num_weights, "unit": " weights"}
     )
-    return tqdm(desc="Loading weights", disable=not shown, leave=False, **unit)
+    return tqdm(desc=what, disable=not shown, leave=False, **unit)
 
 
 def linear_kind(opened: OpenedModel, shape: LinearShape) -> LinearKind:

@@ -254,3 +254,21 @@ def test_a_file_that_shrinks_after_it_was_opened(tmp_path: Path) -> None:
     os.truncate(path, len(content) - 64)
     with pytest.raises(CheckpointError, match=r"model\.gguf"):
         source.read_tensor(TensorSlot("model.layers.0.input_layernorm.weight", (32,)))
+
+
+def test_a_folder_whose_model_is_a_link_out_of_it(tmp_path: Path) -> None:
+    """Whoever wrote the folder does not choose which of the user's files is opened; a user who names a link does."""
+    (tmp_path / "folder").mkdir()
+    path = write(tmp_path, SOUND.to_bytes())
+    link = tmp_path / "folder" / "model.gguf"
+    link.symlink_to(path)
+    assert "outside the folder" in refusal(link.parent, NORM)
+    read_everything(link, NORM)
+
+
+@pytest.mark.parametrize("head_dim", [0, 2**14 + 2, 2**31 - 2])
+def test_head_sizes_that_are_none(tmp_path: Path, head_dim: int) -> None:
+    pairs = [u32_pair(f"llama.{key}", head_dim) for key in ("attention.key_length", "rope.dimension_count")]
+    infos = (ONE, tensor_info("rope_freqs.weight", (max(1, head_dim // 2),), offset=128))
+    file = replace(SOUND.plus(*pairs), infos=infos, data=bytes(256))
+    assert "model.gguf" in refusal(write(tmp_path, file.to_bytes()), NORM)

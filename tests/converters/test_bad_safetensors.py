@@ -198,6 +198,15 @@ def test_links_out_of_the_folder_are_refused(folder: Path) -> None:  # C10
     assert files[0].name in refusal(folder, SLOTS)
 
 
+def test_weights_that_are_a_link_out_of_the_folder_are_refused(folder: Path) -> None:  # C10
+    outside = (folder / FILE).rename(folder.parent / "outside.safetensors")
+    (folder / FILE).symlink_to(outside)
+    assert "outside the folder" in refusal(folder, SLOTS)
+    (folder / FILE).unlink()
+    (folder / FILE).symlink_to(outside.rename(folder / "other.name"))
+    read_everything(folder, SLOTS)
+
+
 def test_links_of_the_hub_cache_are_followed(folder: Path) -> None:
     """huggingface_hub keeps the files under blobs/ and links to them from snapshots/<revision>/."""
     shard(folder)

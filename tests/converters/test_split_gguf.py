@@ -72,3 +72,20 @@ def test_a_folder_in_the_place_of_a_part_is_refused(parts: list[Path]) -> None:
     parts[1].mkdir()
     with pytest.raises(CheckpointError, match=r"m-00002-of-00003\.gguf: missing"):
         open_gguf(parts[0])
+
+
+def test_a_part_that_is_a_link_out_of_the_folder(parts: list[Path]) -> None:
+    outside = parts[0].parent.parent / "outside.gguf"
+    parts[1].rename(outside)
+    parts[1].symlink_to(outside)
+    with pytest.raises(CheckpointError, match=r"m-00002-of-00003\.gguf: a link to a file that does not lie beside"):
+        open_gguf(parts[0])
+
+
+def test_parts_that_are_all_links_into_one_folder(parts: list[Path], tmp_path: Path) -> None:
+    """As people keep large files on another disk."""
+    links = tmp_path / "links"
+    links.mkdir()
+    for part in parts:
+        (links / part.name).symlink_to(part)
+    assert len(open_gguf(links / parts[0].name).tensors) == 3

@@ -22,17 +22,20 @@ from tests.engine.fixtures import path
 FIXTURE = Path(path("llama-gptq-sym-g128"))
 PROGRAM = """
 import json, resource, sys, time
+from pathlib import Path
 from qengine.config import EngineConfig
 from qengine.errors import QEngineError
 from qengine.runtime.loader import open_model
 from qengine.startup import model_tokenizer
 
-def size():
-    return int(open("/proc/self/statm").read().split()[0]) * resource.getpagesize()
+def size(name):
+    lines = Path("/proc/self/status").read_text().splitlines()
+    return next(int(line.split()[1]) * 1024 for line in lines if line.startswith(name + ":"))
 
-resource.setrlimit(resource.RLIMIT_AS, (size() + 2**29, resource.RLIM_INFINITY))
+resource.setrlimit(resource.RLIMIT_AS, (size("VmSize") + 2**29, resource.RLIM_INFINITY))
 for folder in json.loads(sys.stdin.read()):
-    started, before = time.process_time(), resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    Path("/proc/self/clear_refs").write_text("5")  # The peak, "VmHWM", begins anew.
+    started, before = time.process_time(), size("VmRSS")
     try:
         config = EngineConfig.from_options({"model": folder, "device": "cpu"})
         tokenizer = model_tokenizer(config, open_model(config.load))
@@ -43,9 +46,9 @@ for folder in json.loads(sys.stdin.read()):
         outcome = "read"
     except QEngineError as error:
         outcome = str(error)
-    grew = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before
+    grew = size("VmHWM") - before
     own = [name for name in sys.modules if "evil" in name or "transformers_modules" in name]
-    print(json.dumps([folder, time.process_time() - started, grew * 1024, outcome, own]), flush=True)
+    print(json.dumps([folder, time.process_time() - started, grew, outcome, own]), flush=True)
 """
 EVIL_CODE = "open(__file__ + '.was_run', 'w').close()\nclass EvilModel: pass\nclass EvilTokenizer: pass\n"
 AUTO_MAP = {
@@ -112,6 +115,20 @@ def _regex(pattern: str) -> Callable[[Path], None]:
 
 
 DEEP = "[" * 200_000
+
+
+def _many_rules(folder: Path) -> None:
+    """Each of its patterns is allowed; together they would take a quarter of an hour."""
+    config = json.loads((folder / "config.json").read_text())
+    patterns: dict[str, Any] = {f"-:.*.*.*.*.*.*!{n}": {} for n in range(4096)}
+    config["quantization_config"]["dynamic"] = patterns
+    (folder / "config.json").write_text(json.dumps(config))
+
+
+def _digits(name: str) -> Callable[[Path], None]:
+    return _write(name, '{"a": ' + "9" * 2_000_000 + "}")
+
+
 #: name -> (what is changed, what the refusal says; "read" where the evil is ignored).
 CASES: Mapping[str, tuple[Callable[[Path], None], str]] = {
     "nothing": (lambda folder: None, "read"),
@@ -162,7 +179,18 @@ CASES: Mapping[str, tuple[Callable[[Path], None], str]] = {
     "a pipe in the place of config.json": (_pipe("config.json"), "not a regular file"),
     "a pipe in the place of tokenizer.json": (_pipe("tokenizer.json"), "not a regular file|no tokenizer"),
     "a pipe in the place of the template": (_pipe("chat_template.jinja"), "read|not a regular file"),
+    "4,096 patterns of modules": (_many_rules, "too costly"),
+    "a number of two million digits": (_digits("config.json"), "not valid JSON"),
+    "generation_config.json with such a number": (_digits("generation_config.json"), "not valid JSON"),
     # Memory
+    "config.json of a million objects": (
+        _write("config.json", '{"a":[' + "{}," * 1_000_000 + "{}]}"),
+        "brackets and commas",
+    ),
+    "generation_config.json of a million objects": (
+        _write("generation_config.json", '{"a":[' + "{}," * 1_000_000 + "{}]}"),
+        "brackets and commas",
+    ),
     "config.json of a terabyte": (_huge("config.json"), "at most"),
     "tokenizer.json of a terabyte": (_huge("tokenizer.json"), "at most"),
     "tokenizer_config.json of a terabyte": (_huge("tokenizer_config.json"), "at most"),
@@ -179,7 +207,8 @@ CASES: Mapping[str, tuple[Callable[[Path], None], str]] = {
     "no heads": (_config(num_attention_heads=0), "num_attention_heads"),
     "an epsilon that is no number": (_config(rms_norm_eps=float("nan")), "rms_norm_eps"),
     "a rope of 10**9 factors": (_config(rope_scaling={"rope_type": "llama3", "factor": 1e308}), "rope|read"),
-    "a million end tokens": (_config(eos_token_id=list(range(10**6))), "read|eos"),
+    "a million end tokens": (_config(eos_token_id=list(range(10**6))), "at most"),
+    "100,000 end tokens": (_config(eos_token_id=list(range(10**5))), "read|eos"),
     "token ids of 2**62": (
         _write("tokenizer_config.json", json.dumps({"added_tokens_decoder": {str(2**62): {"content": "<x>"}}})),
         "read|added_tokens|token",
@@ -224,7 +253,8 @@ def test_a_hostile_folder(outcomes: dict[str, tuple[float, int, str, list[str], 
     seconds, grew, said, own, folder = outcomes[name]
     assert any(part in said for part in CASES[name][1].split("|")), said
     assert len(said) < 3000
-    assert seconds < 10
-    assert grew < 256 * 2**20
+    # A template may use up its own five seconds, at a request.
+    assert seconds < (6 if "template" in name else 5)
+    assert grew < 100 * 2**20
     assert not own
     assert not list(folder.glob("*.was_run"))
