@@ -251,7 +251,7 @@ def _round(budget: Budget, value: Any, args: tuple[Any, ...], kwargs: Mapping[st
 
 
 def _sum(budget: Budget, value: Any, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> None:
-    if not isinstance(_given(args, kwargs, 1, "start") or 0, int | float):
+    if not isinstance(_given(args, kwargs, 1, "start"), int | float | None):
         raise SecurityError("'sum' adds numbers alone")
 
 
