@@ -65,7 +65,7 @@ def read_bytes(path: Path, max_bytes: int) -> bytes:
                 raise LoadError(f"{_shown(path)} is not a regular file")
             if status.st_size > max_bytes:
                 raise LoadError(
-                    f"{_shown(path)} has {status.st_size} bytes, at most {max_bytes} are expected; download the file again"
+                    f"{_shown(path)} has {status.st_size} bytes, at most {max_bytes} are expected; download it again"
                 )
             data = file.read(status.st_size + 1)
     except (OSError, ValueError) as error:

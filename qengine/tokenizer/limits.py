@@ -63,7 +63,9 @@ def check_backend(backend: tokenizers.Tokenizer) -> float:
         require_few_steps(_state(part), f"the tokenizer's {name}")
     num_around = backend.num_special_tokens_to_add(False)
     if num_around > MAX_TOKENS_AROUND:
-        raise LoadError(f"the tokenizer puts {num_around} tokens around a text, at most {MAX_TOKENS_AROUND} are allowed")
+        raise LoadError(
+            f"the tokenizer puts {num_around} tokens around a text, at most {MAX_TOKENS_AROUND} are allowed"
+        )
     return require_small_stretch(_state(backend.normalizer), "the tokenizer")
 
 

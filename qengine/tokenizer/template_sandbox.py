@@ -90,7 +90,11 @@ class TemplateEnvironment(ImmutableSandboxedEnvironment):
         budget = _budget(context)
         check_operator(budget, operator, left, right)
         value = super().call_binop(context, operator, left, right)
-        return budget.added(left, right, value) if isinstance(value, list | tuple) and operator == "+" else budget.made(value)
+        return (
+            budget.added(left, right, value)
+            if isinstance(value, list | tuple) and operator == "+"
+            else budget.made(value)
+        )
 
     def call(__self, __context: Context, __obj: Any, *args: Any, **kwargs: Any) -> Any:  # noqa: N805  (as in Jinja)
         """Call a function or method from a template."""
