@@ -37,12 +37,9 @@ class HubEncoder:
         """
         if isinstance(source, GGUFSource):
             found = read_tokenizer(source.metadata)
+            make = import_transformers().PreTrainedTokenizerFast
             with _failures(path):
-                return cls(
-                    import_transformers().PreTrainedTokenizerFast(
-                        tokenizer_object=found.backend, **found.special_tokens
-                    )
-                )
+                return cls(make(tokenizer_object=found.backend, **found.special_tokens))
         _require_sound_files(path)
         with _failures(path):
             tokenizer = import_transformers().AutoTokenizer.from_pretrained(

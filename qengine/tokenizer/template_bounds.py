@@ -205,9 +205,9 @@ def check_operator(budget: Budget, operator: str, left: Any, right: Any) -> None
     for number in (left, right):
         if isinstance(number, int) and number.bit_length() > MAX_INT_BITS:
             raise SecurityError(f"'{operator}' is given a number of {number.bit_length()} bits")
-    if operator == "**" and isinstance(left, int) and isinstance(right, int):
-        if left.bit_length() * right > MAX_INT_BITS:
-            raise SecurityError(f"the result of '**' is larger than {MAX_INT_BITS} bits")
+    is_power = operator == "**" and isinstance(left, int) and isinstance(right, int)
+    if is_power and left.bit_length() * right > MAX_INT_BITS:
+        raise SecurityError(f"the result of '**' is larger than {MAX_INT_BITS} bits")
 
 
 # Filters
@@ -283,8 +283,10 @@ TEXT_FILTERS = frozenset(
 )
 #: Filters that follow an attribute's name, and its place among the arguments.
 ATTRIBUTE_FILTERS = {
-    **{"groupby": 0, "join": 1, "map": None, "max": 1, "min": 1, "rejectattr": 0, "selectattr": 0, "sort": 2},
-    **{"sum": 0, "unique": 1},
+    **dict.fromkeys(("groupby", "rejectattr", "selectattr", "sum"), 0),
+    **dict.fromkeys(("join", "max", "min", "unique"), 1),
+    "sort": 2,
+    "map": None,  # By name alone.
 }
 FILTERS: dict[str, Bound] = {
     **dict.fromkeys(("abs", "attr", "count", "d", "default", "first", "items", "last", "length"), _unbounded),

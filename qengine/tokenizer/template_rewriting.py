@@ -6,7 +6,7 @@ and macros, `~`, slices, literals of lists and dicts, the text of blocks, and ar
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, cast
 
 from jinja2 import nodes
 from jinja2.exceptions import SecurityError
@@ -22,7 +22,7 @@ class Counting(NodeTransformer):
     def visit_For(self, node: nodes.For) -> nodes.Node:  # noqa: N802  (as Jinja calls it)
         stepping = self._with_step(node)
         if node.test is not None:
-            node.test = _filtered(node.test, TESTED)
+            node.test = _filtered(cast(nodes.Expr, node.test), TESTED)
         return stepping
 
     def visit_Macro(self, node: nodes.Macro) -> nodes.Node:  # noqa: N802
