@@ -34,7 +34,6 @@ def convert_slow(root: Path) -> tokenizers.Tokenizer:
         LoadError: if a file is broken or too large, or transformers cannot make a tokenizer of them.
         ConfigError: transformers is not installed.
     """
-    transformers = import_late("transformers", needed_for=f"converting the tokenizer of {root}")
 
     def failed(reason: str) -> LoadError:
         return LoadError(
@@ -44,6 +43,7 @@ def convert_slow(root: Path) -> tokenizers.Tokenizer:
 
     with tempfile.TemporaryDirectory(prefix="qengine-tokenizer-") as copies:
         _copy(root, Path(copies))
+        transformers = import_late("transformers", needed_for=f"converting the tokenizer of {root}")
         with library_errors(failed):
             # An explicit False: unset, transformers may ask on the terminal whether to run the folder's code.
             slow = transformers.AutoTokenizer.from_pretrained(copies, local_files_only=True, trust_remote_code=False)
