@@ -68,7 +68,7 @@ def test_normalizers_of_published_tokenizers_pass(normalizer: Any, stretch: floa
         _replace({"Regex": "a{0,}"}, "b" * 64),
         {"type": "Prepend", "prepend": "b" * 64},
         {"type": "Precompiled", "precompiled_charsmap": _charsmap("a", "b" * 65)},
-        {"type": "Precompiled", "precompiled_charsmap": _charsmap("a", "b" * 65)[:-4]},
+        {"type": "Precompiled", "precompiled_charsmap": _charsmap("a", "b" * 80)[:-4]},
         {"type": "Sequence", "normalizers": [{"type": "NFKD"}, {"type": "NFKD"}]},
         {"type": "Sequence", "normalizers": [{"type": "Sequence", "normalizers": [LLAMA[0]] * 4}]},
     ],
@@ -123,7 +123,7 @@ def _json(**parts: Any) -> bytes:
 
 def test_a_part_is_found_however_its_key_is_spelled() -> None:
     data = _json(normalizer=_replace({"String": "a"}, "b" * 100))
-    for spelled in (rb'"\u006eormalizer"', rb'"\u006E\u006formalizer"', b'"normalizer" \n\t'):
+    for spelled in (rb'"\u006eormalizer"', rb'"\u006E\u006frmalizer"', b'"normalizer" \n\t'):
         with pytest.raises(LoadError, match="grows a text"):
             check_tokenizer_json(data.replace(b'"normalizer"', spelled), "it")
     with pytest.raises(LoadError, match="grows a text"):
@@ -190,7 +190,7 @@ def test_a_conversion_reads_nothing_beside_the_folder(tmp_path: Path) -> None:
     )
     tokenizer = load_tokenizer(str(inside))
     assert tokenizer.vocab_size >= len(whole["vocab"])
-    assert not tokenizer.encode("evil") == [0]
+    assert tokenizer.encode("evil") != [0]
 
 
 def test_a_reason_is_cut_before_it_is_taken_apart() -> None:
