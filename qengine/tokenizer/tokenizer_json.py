@@ -32,7 +32,10 @@ _MAX_WORD_CHARS = 1000
 _KEYS = frozenset((*_PARTS, *_AFFIXES, "added_tokens", "max_input_chars_per_word"))
 #: A key also stands in the vocabulary, if it is a token.
 _MAX_TIMES = 16
-#: Any spelling of a key of these letters: JSON allows each to be written as \u00xx.
+#: JSON allows a letter to be written as \u00xx. No program that writes JSON does so.
+_ESCAPED_LETTER = re.compile(rb"\\u00(?:5[fF]|6[0-9a-fA-F]|7[0-9aA])")
+_COLON = re.compile(rb"[ \t\n\r]*:[ \t\n\r]*")
+#: Any spelling of a key of these letters.
 _KEY = re.compile(rb'"((?:[a-z_]|\\u00[0-9a-fA-F]{2}){7,160})"[ \t\n\r]*:[ \t\n\r]*')
 
 
@@ -56,7 +59,7 @@ def check_tokenizer_json(data: bytes, where: object) -> None:
             added_bytes += _added_bytes(value, where)
         elif key in _AFFIXES and isinstance(value, str) and len(value) > _MAX_AFFIX_CHARS:
             raise LoadError(f"{where}: its {key} has {len(value)} characters, at most {_MAX_AFFIX_CHARS} are allowed")
-        elif key == "max_input_chars_per_word" and value > _MAX_WORD_CHARS:
+        elif key == "max_input_chars_per_word" and isinstance(value, int | float) and value > _MAX_WORD_CHARS:
             raise LoadError(f"{where}: its {key} is {value}, at most {_MAX_WORD_CHARS} is allowed")
     if added_bytes * stretch > MAX_NORMALIZED_BYTES:
         raise LoadError(f"{where}: its normalizer makes {added_bytes * stretch:.0f} bytes of its added tokens")
@@ -65,17 +68,35 @@ def check_tokenizer_json(data: bytes, where: object) -> None:
 def _values(data: bytes, where: object) -> Iterator[tuple[str, Any]]:
     """(key, value) wherever one of _KEYS has a value that is no plain number of a vocabulary."""
     num_found = 0
-    for match in _KEY.finditer(data):
-        key = match[1].decode() if b"\\" not in match[1] else str(json.loads(b'"' + match[1] + b'"'))
-        if key not in _KEYS:
-            continue
-        start, most = match.end(), _MAX_ADDED_BYTES if key == "added_tokens" else _MAX_PART_BYTES
+    for key, start in _spelled(data) if _ESCAPED_LETTER.search(data) else _plain(data):
         if data[start : start + 1].isdigit() and key != "max_input_chars_per_word":
             continue
         num_found += 1
         if num_found > _MAX_TIMES:
             raise LoadError(f"{where} has its parts, such as {key}, more than {_MAX_TIMES} times")
+        most = _MAX_ADDED_BYTES if key == "added_tokens" else _MAX_PART_BYTES
         yield key, _decoded(data[start : start + most], f"{where}: its {key}")
+
+
+def _plain(data: bytes) -> Iterator[tuple[str, int]]:
+    """(key, where its value begins) of keys written as they are."""
+    for key in sorted(_KEYS):
+        quoted = f'"{key}"'.encode()
+        position = data.find(quoted)
+        while position >= 0:
+            position += len(quoted)
+            colon = _COLON.match(data, position)
+            if colon is not None:
+                yield key, colon.end()
+            position = data.find(quoted, position)
+
+
+def _spelled(data: bytes) -> Iterator[tuple[str, int]]:
+    """The same of keys in any spelling, which takes longer."""
+    for match in _KEY.finditer(data):
+        key = match[1].decode() if b"\\" not in match[1] else str(json.loads(b'"' + match[1] + b'"'))
+        if key in _KEYS:
+            yield key, match.end()
 
 
 def _decoded(data: bytes, what: str) -> Any:

@@ -285,6 +285,7 @@ CASES: Mapping[str, tuple[Callable[[Path], None], str]] = {
     "the same for the template": (_link("chat_template.jinja", "/proc/self/pagemap"), "gives others"),
     "a link to a device": (_link("tokenizer.json", "/dev/zero"), "not a regular file"),
     "a link to a long name": (_link("tokenizer.json", "x" * 300), "cannot read"),
+    "generation_config.json that links to a long name": (_link("generation_config.json", "x" * 300), "cannot look for"),
     "a link to itself": (_link("special_tokens_map.json", "special_tokens_map.json"), "cannot read"),
     "a SentencePiece model of a terabyte": (_without_json(_huge("tokenizer.model")), "at most"),
     "a SentencePiece model without end": (
