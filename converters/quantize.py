@@ -13,7 +13,7 @@ import logging
 import os
 import sys
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -51,6 +51,9 @@ from converters.skeleton import EMBEDDING, HEAD, OpenedModel
 from converters.source import LinearSlot, TensorSlot, WeightSource
 
 logger = logging.getLogger(__name__)
+
+#: Makes the tokenizer of a source that was opened at a path.
+OpenEncoder = Callable[[WeightSource, Path], TextEncoder]
 
 #: Tokens of a batch, unless a single sample has more.
 _BATCH_TOKENS = 4096
@@ -123,6 +126,7 @@ def quantize(
     lm_head: bool = False,
     name: str | None = None,
     encoder: TextEncoder | None = None,
+    open_encoder: OpenEncoder = HubEncoder.open,
     observer: Observer | None = None,
     show_progress: bool = False,
 ) -> Quantized:
@@ -140,7 +144,8 @@ def quantize(
         skip: a regular expression; modules in whose full name it is found stay dense.
         lm_head: quantize the head too.
         name: of the model, for the card; None takes the path's last part.
-        encoder: the tokenizer; None opens the model's own.
+        encoder: the tokenizer; None opens the model's own, if calibration needs one.
+        open_encoder: how to open it; the engine gives its own, which also runs chat templates.
         observer: is told what will be and what has been done.
 
     Raises:
@@ -165,7 +170,8 @@ def quantize(
     chosen = _device(device)
     samples = None
     if request.needs_calibration:
-        samples = _calibrate(source, path, opened, calibration, encoder, num_samples, seq_len)
+        found = encoder if encoder is not None else open_encoder(source, path)
+        samples = _calibrate(path, opened, calibration, found, num_samples, seq_len)
     batches = [] if samples is None else _batches(samples)
     memory = plan_memory(
         opened.skeleton,
@@ -241,11 +247,10 @@ def _device(name: str) -> torch.device:
 
 
 def _calibrate(
-    source: WeightSource,
     path: Path,
     opened: OpenedModel,
     calibration: str,
-    encoder: TextEncoder | None,
+    encoder: TextEncoder,
     num_samples: int,
     seq_len: int,
 ) -> CalibrationSet:
@@ -254,8 +259,6 @@ def _calibrate(
     if seq_len > longest:
         logger.warning("samples are cut to %d tokens, the model's longest context, and not to %d", longest, seq_len)
         seq_len = longest
-    if encoder is None:
-        encoder = HubEncoder.open(source, path)
     samples = calibration_set(calibration, encoder, num_samples=num_samples, seq_len=seq_len)
     most = max(int(sample.max()) for sample in samples.samples)
     if most >= config.vocab_size:

@@ -13,12 +13,15 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from converters.export_files import add_section
+from converters.gguf_source import GGUFSource
 from converters.quantize import Observer, Preview, Quantized, quantize
 from converters.quantizers import LinearReport
+from converters.source import WeightSource
 from qengine.commands.evaluate import as_text
 from qengine.commands.making import find_model, making_errors
 from qengine.commands.quantize_settings import QuantizeSettings
 from qengine.evaluation import evaluate
+from qengine.tokenizer import Tokenizer, load_tokenizer, tokenizer_from_gguf
 
 _GIB = 2**30
 
@@ -41,6 +44,7 @@ def run(settings: QuantizeSettings) -> int:
                 device=settings.device,
                 resume=settings.resume,
                 name=name,
+                open_encoder=_open_tokenizer,
                 observer=shown,
                 show_progress=sys.stderr.isatty(),
             )
@@ -54,6 +58,11 @@ def run(settings: QuantizeSettings) -> int:
     if settings.evaluate:
         _evaluate(done, location.path, settings.device)
     return 0
+
+
+def _open_tokenizer(source: WeightSource, path: Path) -> Tokenizer:
+    """The model's own, as the engine runs it: its template is a stranger's program, and here it has bounds."""
+    return tokenizer_from_gguf(source.metadata) if isinstance(source, GGUFSource) else load_tokenizer(str(path))
 
 
 def _evaluate(done: Quantized, original: Path, device: str) -> None:

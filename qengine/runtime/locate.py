@@ -35,6 +35,7 @@ _EXAMPLES = {
     "compressed-tensors": "RedHatAI/Meta-Llama-3.1-8B-Instruct-quantized.w4a16",
 }
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[\w.-]+")
+_MAX_SHOWN_PATH = 300
 
 
 @dataclass(frozen=True, slots=True)
@@ -54,11 +55,18 @@ def locate_model(load: LoadConfig) -> ModelLocation:
     if load.model is None:
         return _locate_bundled(load)
     path = Path(load.model).expanduser()
-    if path.exists():
+    if _exists(path):
         return ModelLocation(path, load.model)
     if _HUB_ID.fullmatch(load.model):
         return ModelLocation(_download(load.model, with_weights=load.load_format != "dummy"), load.model)
     raise LoadError(f"no model at '{load.model}'; give a folder, a .gguf file, or a hub id such as organization/name")
+
+
+def _exists(path: Path) -> bool:
+    try:
+        return path.exists()
+    except OSError as error:  # a name that is too long, or a folder that may not be read
+        raise LoadError(f"cannot look for a model at '{str(path)[:_MAX_SHOWN_PATH]}': {error.strerror}") from error
 
 
 def _locate_bundled(load: LoadConfig) -> ModelLocation:

@@ -135,12 +135,14 @@ def _read_generation_config(path: Path, choice: str) -> Mapping[str, Any]:
         return {}
     folder = path if choice == "auto" else Path(choice).expanduser()
     file = folder if folder.suffix == ".json" else folder / "generation_config.json"
-    if not file.is_file():
-        if choice != "auto":
-            raise LoadError(f"no generation_config.json at '{choice}'")
-        return {}
     try:
+        if not file.is_file():
+            if choice != "auto":
+                raise LoadError(f"no generation_config.json at '{choice}'")
+            return {}
         return read_json_object(file)
+    except OSError as error:  # a link to a name that is too long, or into a folder that may not be read
+        raise LoadError(f"cannot look for {file}: {error.strerror}") from error
     except CheckpointError as error:
         raise LoadError(str(error)) from error
 

@@ -7,7 +7,8 @@
 from qengine.tokenizer.detokenizer import IncrementalDetokenizer
 from qengine.tokenizer.gguf import tokenizer_from_gguf
 from qengine.tokenizer.ids_only import IdsOnlyTokenizer
-from qengine.tokenizer.tokenizer import Tokenizer, has_tokenizer, load_tokenizer
+from qengine.tokenizer.loading import has_tokenizer, load_tokenizer
+from qengine.tokenizer.tokenizer import Tokenizer
 
 __all__ = [
     "IdsOnlyTokenizer",

@@ -11,22 +11,25 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from datetime import datetime
 from functools import cached_property
 from typing import Any
 
-from jinja2 import Template, TemplateError, TemplateSyntaxError, meta, nodes
+from jinja2 import Template, TemplateSyntaxError, nodes
 from jinja2.exceptions import SecurityError
 
 from qengine.errors import RequestError
 from qengine.tokenizer.library import shorten
+from qengine.tokenizer.template_reading import count_nodes, loops_over_content, options_of, reads
 from qengine.tokenizer.template_sandbox import RaisedByTemplate, TemplateEnvironment
 
 DEFAULT_MAX_CHARS = 2**24
 MAX_OPTION_CHARS = 4096
 #: The longest template of a published model has some 20,000 characters.
-MAX_TEMPLATE_CHARS = 2**20
+MAX_TEMPLATE_CHARS = 2**17
+#: Nodes of its syntax tree, of which such a template has some 5,000; compiling this many takes a second.
+MAX_TEMPLATE_NODES = 20_000
 #: Names that a template is given by us, or that mean something to other engines: never a client's to set.
 RESERVED_OPTIONS = frozenset(
     (
@@ -59,19 +62,20 @@ class ChatTemplate:
     def option_names(self) -> frozenset[str]:
         """The template's own variables: what it reads and nobody but a client gives."""
         tree = self._syntax_tree
-        # A variable that the template sets itself is an option only if it is set in case nobody gave it.
-        own = {name for name, _ in _assignments(tree)} - _names_with_default(tree)
-        return frozenset(meta.find_undeclared_variables(tree)) - RESERVED_OPTIONS - own
+        try:
+            return options_of(tree) - RESERVED_OPTIONS
+        except Exception as error:  # it compiles the template, see `_compiled`
+            raise _invalid(error) from error
 
     @cached_property
     def accepts_content_parts(self) -> bool:
         """Whether the template loops over a message's content, so that it wants parts and not only a string."""
-        return _loops_over_content(self._syntax_tree)
+        return loops_over_content(self._syntax_tree)
 
     @cached_property
     def reads_tools(self) -> bool:
         """Whether the template can show tools to the model."""
-        return any(name.name == "tools" and name.ctx == "load" for name in self._syntax_tree.find_all(nodes.Name))
+        return reads(self._syntax_tree, "tools")
 
     def render(
         self,
@@ -113,23 +117,24 @@ class ChatTemplate:
 
     @cached_property
     def _syntax_tree(self) -> nodes.Template:
+        if len(self.text) > MAX_TEMPLATE_CHARS:
+            raise _invalid(ValueError(f"it has {len(self.text)} characters, at most {MAX_TEMPLATE_CHARS} are read"))
         try:
-            return self._environment.parse(self._checked_text)
-        except (TemplateSyntaxError, RecursionError, MemoryError) as error:
+            tree = self._environment.parse(self.text)
+        except Exception as error:  # also ValueError and OverflowError, of what stands in it as numbers
             raise _invalid(error) from error
+        num_nodes = count_nodes(tree)
+        if num_nodes > MAX_TEMPLATE_NODES:
+            raise _invalid(ValueError(f"it has {num_nodes} parts, at most {MAX_TEMPLATE_NODES} are compiled"))
+        return tree
 
     @cached_property
     def _compiled(self) -> Template:
+        _ = self._syntax_tree  # Checks the text; the environment changes the tree that it compiles.
         try:
-            return self._environment.from_string(self._checked_text)
-        except (TemplateError, RecursionError, SyntaxError, MemoryError) as error:
+            return self._environment.from_string(self.text)
+        except Exception as error:  # Jinja's, and those of Python's own compiler
             raise _invalid(error) from error
-
-    @property
-    def _checked_text(self) -> str:
-        if len(self.text) > MAX_TEMPLATE_CHARS:
-            raise _invalid(ValueError(f"it has {len(self.text)} characters, at most {MAX_TEMPLATE_CHARS} are read"))
-        return self.text
 
     def _run(self, variables: Mapping[str, Any], max_chars: int) -> str:
         pieces, num_chars = [], 0
@@ -271,54 +276,3 @@ def _cut_at_mark(text: str) -> str:
 
 class _TooLongError(Exception):
     """The result passed its bound."""
-
-
-# What a template reads
-
-
-def _loops_over_content(tree: nodes.Template) -> bool:
-    """Whether a {% for %} runs over a message's content: itself, a variable set to it, or a macro's argument."""
-    names = _names_of_content(tree)
-    return any(_is_content(loop.iter, names) for loop in tree.find_all(nodes.For))
-
-
-def _names_of_content(tree: nodes.Template) -> set[str]:
-    names: set[str] = set()
-    while True:
-        found = {name for name, value in _bindings(tree) if _is_content(value, names)}
-        if found <= names:
-            return names
-        names |= found
-
-
-def _bindings(tree: nodes.Template) -> Iterator[tuple[str, nodes.Node]]:
-    """(name, value) of every {% set name = value %} and every macro argument given by position."""
-    macros = {macro.name: macro for macro in tree.find_all(nodes.Macro)}
-    yield from _assignments(tree)
-    for call in tree.find_all(nodes.Call):
-        macro = macros.get(call.node.name) if isinstance(call.node, nodes.Name) else None
-        if macro is not None:
-            yield from zip((argument.name for argument in macro.args), call.args, strict=False)
-
-
-def _assignments(tree: nodes.Template) -> Iterator[tuple[str, nodes.Node]]:
-    for assignment in tree.find_all(nodes.Assign):
-        if isinstance(assignment.target, nodes.Name):
-            yield assignment.target.name, assignment.node
-
-
-def _names_with_default(tree: nodes.Template) -> set[str]:
-    """Names that the template asks about: `is defined`, `is undefined`, `| default(...)`."""
-    asked = [node.node for node in tree.find_all(nodes.Test) if node.name in ("defined", "undefined")]
-    asked += [node.node for node in tree.find_all(nodes.Filter) if node.name in ("default", "d") and node.node]
-    return {node.name for node in asked if isinstance(node, nodes.Name)}
-
-
-def _is_content(node: nodes.Node, names: set[str]) -> bool:
-    if isinstance(node, nodes.Filter):
-        return node.node is not None and _is_content(node.node, names)
-    if isinstance(node, nodes.Getattr):
-        return node.attr == "content"
-    if isinstance(node, nodes.Getitem):
-        return isinstance(node.arg, nodes.Const) and node.arg.value == "content"
-    return isinstance(node, nodes.Name) and node.name in names

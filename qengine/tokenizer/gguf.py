@@ -12,7 +12,8 @@ from typing import Any
 from converters.errors import CheckpointError
 from converters.gguf_tokenizer import read_tokenizer
 from qengine.errors import LoadError
-from qengine.tokenizer.tokenizer import Tokenizer, templates_from
+from qengine.tokenizer.loading import templates_from
+from qengine.tokenizer.tokenizer import Tokenizer
 
 
 def tokenizer_from_gguf(metadata: Mapping[str, Any]) -> Tokenizer:

@@ -30,5 +30,5 @@ def library_errors(make_error: Callable[[str], QEngineError]) -> Iterator[None]:
 
 def shorten(text: str) -> str:
     """`text` on one line, cut at MAX_REASON_LEN characters."""
-    line = " ".join(text.split())
+    line = " ".join(text[: 4 * MAX_REASON_LEN].split())
     return line if len(line) <= MAX_REASON_LEN else line[: MAX_REASON_LEN - 3] + "..."

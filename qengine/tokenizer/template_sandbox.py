@@ -1,8 +1,8 @@
 """The sandbox that chat templates run in: Jinja's own, with transformers' names, and an end to time and memory.
 
 Jinja's sandbox keeps a template from Python's internals, but not from running for hours or asking for a terabyte. Here
-every iteration, call, filter and operator is counted against the `Budget` of its rendering, together with the size of
-what it makes; what could make something huge in one go (replace, join, widths, repetition) is computed beforehand.
+a template has the methods and filters of `template_bounds` alone; every iteration, call, filter and operator is counted
+against the `Budget` of its rendering; and what could make something huge in one go is bounded before it is made.
 Invariant: a rendering ends within its budget, or with a SecurityError. Processes would bound more, and cost more.
 """
 
@@ -11,95 +11,63 @@ from __future__ import annotations
 import functools
 import json
 import re
-import time
-from collections.abc import Callable, Iterable, Mapping
+import sys
+from collections.abc import Callable, Mapping
 from datetime import datetime
 from typing import Any
 
 from jinja2 import TemplateError, nodes, pass_context
 from jinja2.exceptions import SecurityError
 from jinja2.ext import Extension, loopcontrols
+from jinja2.filters import make_attrgetter
 from jinja2.parser import Parser
-from jinja2.runtime import Context
-from jinja2.sandbox import ImmutableSandboxedEnvironment
-from jinja2.utils import Namespace
-from jinja2.visitor import NodeTransformer
+from jinja2.runtime import BlockReference, Context, LoopContext, Macro, TemplateReference, Undefined
+from jinja2.sandbox import ImmutableSandboxedEnvironment, safe_range
+from jinja2.utils import Cycler, Joiner, Namespace
 
-#: Longest string or list that `*`, and largest bit length that `*` and `**`, may make inside a template.
-MAX_PRODUCT = 2**20
-#: Longest string that one operation may make.
-MAX_VALUE_CHARS = 2**24
-#: Characters of all strings that a rendering makes, and 8 for each item of a list.
-MAX_MADE = 2**28
-MAX_STEPS = 5_000_000
-#: Of this thread's processor time: a busy machine refuses no template.
-MAX_SECONDS = 5.0
-_MAX_INDENT = 64
+from qengine.tokenizer import template_rewriting as rewriting
+from qengine.tokenizer.template_bounds import FILTERS, TEXT_FILTERS, attribute_bound, check_filter, check_operator
+from qengine.tokenizer.template_budget import PIECE_BYTES, Budget
+
+#: Arguments of one call that come from a list.
+MAX_ARGUMENTS = 1024
+MAX_DATE_FORMAT = 256
 #: Not a name that a template could write.
 _BUDGET = "the budget"
-#: They run regular expressions or formatters over whole texts, and no chat template needs them.
-_REMOVED_FILTERS = ("filesizeformat", "pprint", "random", "striptags", "urlize", "wordwrap", "xmlattr")
-#: Arguments of these are widths or counts.
-_SIZED = frozenset(("batch", "center", "expandtabs", "indent", "ljust", "rjust", "slice", "truncate", "zfill"))
-_LONG_NUMBER = re.compile(r"\d{7}")
+_DATE_WIDTH = re.compile(r"%[-_0^#+]*[1-9]")
 
 
 class RaisedByTemplate(TemplateError):  # noqa: N818  (an error of the template's making, not a kind of ours)
     """`raise_exception` was called."""
 
 
-class Budget:
-    """What one rendering may still use."""
-
-    def __init__(self) -> None:
-        self._steps = MAX_STEPS
-        self._made = MAX_MADE
-        self._end = time.thread_time() + MAX_SECONDS
-
-    def step(self) -> None:
-        """Count one iteration, call or operation.
-
-        Raises:
-            SecurityError: if there were too many, or they took too long.
-        """
-        self._steps -= 1
-        if self._steps < 0:
-            raise SecurityError(f"it takes more than {MAX_STEPS} steps")
-        if time.thread_time() > self._end:
-            raise SecurityError(f"it takes more than {MAX_SECONDS:g} seconds")
-
-    def make(self, value: Any) -> Any:
-        """Count what an operation has made, and hand it on.
-
-        Raises:
-            SecurityError: if it is too long, or all together is too much.
-        """
-        self.step()
-        if isinstance(value, str):
-            _require_length(len(value))
-            self._made -= len(value)
-        elif isinstance(value, list | tuple | dict | set):
-            self._made -= 8 * len(value)
-        if self._made < 0:
-            raise SecurityError(f"it makes texts of more than {MAX_MADE} characters on its way")
-        return value
-
-
 class TemplateEnvironment(ImmutableSandboxedEnvironment):
     """The environment of one template."""
 
-    intercepted_binops = frozenset(("+", "*", "**", "%"))
+    intercepted_binops = frozenset(("+", "-", "*", "/", "//", "**", "%"))
 
     def __init__(self, now: Callable[[], datetime]) -> None:
-        super().__init__(trim_blocks=True, lstrip_blocks=True, extensions=[_GenerationTag, loopcontrols])
-        del self.globals["lipsum"]
-        self.globals["namespace"] = _SafeNamespace
-        self.globals["raise_exception"] = _raise_exception
-        self.globals["strftime_now"] = lambda form: now().strftime(form)
-        self.filters["tojson"] = _tojson
-        for name in _REMOVED_FILTERS:
-            del self.filters[name]
-        self.filters = {name: _counted(self, name, function) for name, function in self.filters.items()}
+        extensions: list[str | type[Extension]] = [_GenerationTag, loopcontrols]
+        super().__init__(trim_blocks=True, lstrip_blocks=True, extensions=extensions, finalize=_shown)
+        self.globals = {
+            "cycler": Cycler,
+            "dict": _make_dict,
+            "joiner": Joiner,
+            "namespace": _SafeNamespace,
+            "raise_exception": _raise_exception,
+            "range": safe_range,
+            "strftime_now": lambda form: _format_date(now(), form),
+        }
+        self._functions = frozenset(map(id, self.globals.values()))
+        known = {**self.filters, "join": _join, "tojson": _tojson}
+        self.filters = {name: _counted(self, name, known[name]) for name in FILTERS}
+        self.filters |= {
+            rewriting.ARGUMENTS: _arguments,
+            rewriting.CONCATENATED: _concatenated,
+            rewriting.MADE: _made,
+            rewriting.STEP: _step,
+            rewriting.TESTED: _tested,
+        }
 
     @staticmethod
     def budgeted(variables: Mapping[str, Any]) -> dict[str, Any]:
@@ -109,40 +77,48 @@ class TemplateEnvironment(ImmutableSandboxedEnvironment):
     # Hooks of Jinja's
 
     def _generate(self, source: nodes.Template, *args: Any, **kwargs: Any) -> str:
-        return super()._generate(_Counting().visit(source), *args, **kwargs)
+        return super()._generate(rewriting.Counting().visit(source), *args, **kwargs)
+
+    def is_safe_attribute(self, obj: Any, attr: str, value: Any) -> bool:
+        """Whether a template may have the attribute."""
+        if attr.startswith("_"):
+            return False
+        return isinstance(obj, Namespace | TemplateReference) or attribute_bound(obj, attr) is not None
 
     def call_binop(self, context: Context, operator: str, left: Any, right: Any) -> Any:
         """Compute `left operator right`."""
-        _check_operator(operator, left, right)
-        return _budget(context).make(super().call_binop(context, operator, left, right))
+        budget = _budget(context)
+        check_operator(budget, operator, left, right)
+        value = super().call_binop(context, operator, left, right)
+        return (
+            budget.added(left, right, value)
+            if isinstance(value, list | tuple) and operator == "+"
+            else budget.made(value)
+        )
 
     def call(__self, __context: Context, __obj: Any, *args: Any, **kwargs: Any) -> Any:  # noqa: N805  (as in Jinja)
         """Call a function or method from a template."""
-        method = getattr(__obj, "__wrapped__", __obj)  # Jinja's sandbox wraps str.format.
-        owner = getattr(method, "__self__", None)
-        if isinstance(owner, str):
-            _check_sizes(getattr(method, "__name__", ""), owner, args, kwargs)
-        return _budget(__context).make(super().call(__context, __obj, *args, **kwargs))
+        budget = _budget(__context)
+        if isinstance(__obj, Undefined):
+            return super().call(__context, __obj, *args, **kwargs)  # It raises what it stands for.
+        budget.weigh_arguments(args, kwargs)
+        owner = __self._check_call(budget, __obj, args, kwargs)
+        made = budget.made(super().call(__context, __obj, *args, **kwargs), PIECE_BYTES)
+        if isinstance(owner, str) and isinstance(made, list | tuple):
+            budget.charge(sys.getsizeof(owner))  # It was cut in pieces.
+        return made
 
-    # What `_Counting` writes into templates
-
-    @pass_context
-    def counted_step(self, context: Context) -> str:
-        """An iteration of a loop, or the start of a macro."""
-        _budget(context).step()
-        return ""
-
-    @pass_context
-    def counted(self, context: Context, value: Any) -> Any:
-        """A value that no call made, such as a slice; `call` counts it."""
-        return value
-
-    @pass_context
-    def concatenated(self, context: Context, *parts: Any) -> str:
-        """`a ~ b ~ c`."""
-        texts = [str(part) for part in parts]
-        _require_length(sum(map(len, texts)))
-        return "".join(texts)
+    def _check_call(self, budget: Budget, called: Any, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Any:
+        """The object whose method is called; None for a function."""
+        if isinstance(called, Macro | BlockReference | LoopContext | Joiner) or id(called) in self._functions:
+            return None
+        method = getattr(called, "__wrapped__", called)  # Jinja's sandbox wraps str.format, which is safe only so.
+        owner, name = getattr(method, "__self__", None), getattr(method, "__name__", "")
+        bound = attribute_bound(owner, name)
+        if bound is None or (name == "format" and method is called):
+            raise SecurityError(f"a template may not call {type(owner).__name__}.{name}")
+        bound(budget, owner, args, kwargs)
+        return owner
 
 
 def _budget(context: Context) -> Budget:
@@ -152,38 +128,7 @@ def _budget(context: Context) -> Budget:
     return budget
 
 
-class _Counting(NodeTransformer):
-    """Writes the counting into a template's tree."""
-
-    def visit_For(self, node: nodes.For) -> nodes.Node:  # noqa: N802  (as Jinja calls it)
-        return self._with_step(node)
-
-    def visit_Macro(self, node: nodes.Macro) -> nodes.Node:  # noqa: N802
-        return self._with_step(node)
-
-    def visit_CallBlock(self, node: nodes.CallBlock) -> nodes.Node:  # noqa: N802
-        return self._with_step(node)
-
-    def visit_Concat(self, node: nodes.Concat) -> nodes.Node:  # noqa: N802
-        self.generic_visit(node)
-        return _call("concatenated", node.nodes, node.lineno)
-
-    def visit_Getitem(self, node: nodes.Getitem) -> nodes.Node:  # noqa: N802
-        self.generic_visit(node)
-        return _call("counted", [node], node.lineno) if isinstance(node.arg, nodes.Slice) else node
-
-    def _with_step(self, node: nodes.For | nodes.Macro | nodes.CallBlock) -> nodes.Node:
-        self.generic_visit(node)
-        node.body.insert(0, nodes.ExprStmt(_call("counted_step", [], node.lineno), lineno=node.lineno))
-        return node
-
-
-def _call(name: str, arguments: list[nodes.Expr], lineno: int) -> nodes.Call:
-    # An attribute of the environment, which a template cannot write and so not replace.
-    return nodes.Call(nodes.EnvironmentAttribute(name), arguments, [], None, None, lineno=lineno)
-
-
-# Sizes, before they are made
+# What counts
 
 
 def _counted(environment: TemplateEnvironment, name: str, function: Callable[..., Any]) -> Callable[..., Any]:
@@ -193,82 +138,64 @@ def _counted(environment: TemplateEnvironment, name: str, function: Callable[...
     @functools.wraps(function)
     def counted(context: Context, value: Any, *args: Any, **kwargs: Any) -> Any:
         budget = _budget(context)
-        budget.step()
-        if name == "join" and not isinstance(value, str):
-            value = list(value)
-        _check_sizes(name, value, args, kwargs)
+        if name in TEXT_FILTERS:
+            value = budget.text(value)
+        check_filter(budget, name, value, args, kwargs)
         known = {"context": context, "eval_context": context.eval_ctx, "environment": environment}
         first = () if passes is None else (known[passes],)
-        return budget.make(function(*first, value, *args, **kwargs))
+        return budget.made(function(*first, value, *args, **kwargs), PIECE_BYTES)
 
     return pass_context(counted)
 
 
-def _require_length(length: int) -> None:
-    if length > MAX_VALUE_CHARS:
-        raise SecurityError(f"it makes a text of {length} characters, at most {MAX_VALUE_CHARS} are allowed")
+@pass_context
+def _shown(context: Context, value: Any) -> str:
+    """What `{{ value }}` writes."""
+    budget = _budget(context)
+    text = budget.text(value)
+    budget.charge(len(text))
+    return text
 
 
-def _check_operator(operator: str, left: Any, right: Any) -> None:
-    is_bounded = True
-    if operator == "*":
-        repeated, times = (right, left) if isinstance(left, int) else (left, right)
-        if isinstance(repeated, str | list | tuple):
-            is_bounded = not isinstance(times, int) or len(repeated) * times <= MAX_PRODUCT
-        elif isinstance(repeated, int) and isinstance(times, int):
-            is_bounded = repeated.bit_length() + times.bit_length() <= MAX_PRODUCT
-    elif operator == "**":
-        is_integral = isinstance(left, int) and isinstance(right, int)
-        is_bounded = not is_integral or left.bit_length() * right <= MAX_PRODUCT
-    elif operator == "%" and isinstance(left, str):
-        _check_format(left, "%", right.values() if isinstance(right, dict) else right)
-    if not is_bounded:
-        raise SecurityError(f"the result of '{operator}' is larger than {MAX_PRODUCT}")
+@pass_context
+def _step(context: Context, num_chars: int) -> None:
+    """An iteration of a loop or the start of a macro, which writes so many characters of its own."""
+    budget = _budget(context)
+    budget.step()
+    budget.charge(4 * num_chars)
 
 
-def _check_sizes(name: str, value: Any, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> None:
-    """What a filter, or a method of a string, with this name would make of `value`."""
-    given = [*args, *kwargs.values()]
-    numbers = [number for number in given if isinstance(number, int)]
-    if name in _SIZED:
-        if any(number > MAX_PRODUCT for number in numbers):
-            raise SecurityError(f"'{name}' is given {max(numbers)}, at most {MAX_PRODUCT} is allowed")
-        if name in ("expandtabs", "indent") and isinstance(value, str):
-            pieces = value.count("\t" if name == "expandtabs" else "\n") + 1
-            texts = [len(text) for text in given if isinstance(text, str)]
-            _require_length(len(value) + pieces * max([8, *numbers, *texts]))
-    elif name == "tojson" and any(number > _MAX_INDENT for number in numbers):
-        raise SecurityError(f"'tojson' is given an indent of {max(numbers)}, at most {_MAX_INDENT} is allowed")
-    elif name == "replace" and len(given) >= 2:
-        old, new = str(given[0]), str(given[1])
-        text = str(value)
-        _require_length(len(text) + text.count(old) * len(new))
-    elif name == "join":
-        _check_join(value, given)
-    elif name in ("format", "format_map"):
-        flat = [item for part in given for item in (part.values() if isinstance(part, dict) else (part,))]
-        _check_format(str(value), "%{", flat)
-    elif name == "sum" and any(not isinstance(number, int | float | str) for number in given):
-        raise SecurityError("'sum' adds numbers alone")
-    elif name == "translate":
-        raise SecurityError("'translate' is not for templates")
+@pass_context
+def _tested(context: Context, value: Any) -> Any:
+    """The condition of a loop, asked for each of its items; Jinja may keep those that pass."""
+    budget = _budget(context)
+    budget.step()
+    budget.charge(PIECE_BYTES)
+    return value
 
 
-def _check_join(value: Any, given: list[Any]) -> None:
-    """As a filter the items are joined, as a method the text joins what it is given."""
-    items: Any = value
-    separator = str(given[0]) if given else ""
-    if not isinstance(value, list):
-        separator, items = str(value), given[0] if given and isinstance(given[0], list | tuple) else []
-    _require_length(sum(len(item) if isinstance(item, str) else 1 for item in items) + len(separator) * len(items))
+@pass_context
+def _made(context: Context, value: Any) -> Any:
+    """A list, dict, slice or block."""
+    return _budget(context).made(value)
 
 
-def _check_format(form: str, marks: str, given: Any) -> None:
-    values: Iterable[Any] = given if isinstance(given, list | tuple | type({}.values())) else (given,)
-    longest = max((len(value) for value in values if isinstance(value, str | list | tuple | dict)), default=0)
-    if _LONG_NUMBER.search(form) or "*" in form:
-        raise SecurityError("a format with a width of that size is not allowed")
-    _require_length(len(form) + sum(form.count(mark) for mark in marks) * (longest + 2**10))
+@pass_context
+def _concatenated(context: Context, parts: list[Any]) -> str:
+    """`a ~ b ~ c`."""
+    budget = _budget(context)
+    texts = [budget.text(part) for part in parts]
+    budget.allow_text(sum(map(len, texts)))
+    made: str = budget.made("".join(texts))
+    return made
+
+
+@pass_context
+def _arguments(context: Context, given: Any) -> Any:
+    """What follows `*` or `**` in a call."""
+    if not isinstance(given, list | tuple | dict | range) or len(given) > MAX_ARGUMENTS:
+        raise SecurityError(f"arguments given with * are no list or dict of at most {MAX_ARGUMENTS}")
+    return given
 
 
 # Names
@@ -291,7 +218,7 @@ class _SafeNamespace(Namespace):
     def __init__(*args: Any, **kwargs: Any) -> None:
         # As in Jinja, so that a template may store a name "self".
         self, *rest = args
-        attributes = dict(*rest, **kwargs)
+        attributes = _make_dict(*rest, **kwargs)
         for name in attributes:
             _check_stored_name(name)
         Namespace.__init__(self, attributes)
@@ -300,14 +227,46 @@ class _SafeNamespace(Namespace):
         _check_stored_name(name)
         super().__setitem__(name, value)
 
+    def __repr__(self) -> str:
+        # Not what it holds, which may be itself.
+        return "<Namespace>"
+
 
 def _check_stored_name(name: object) -> None:
     if not isinstance(name, str) or name.startswith("_"):
-        raise SecurityError(f"a namespace cannot hold the name {name!r}")
+        raise SecurityError(f"a namespace cannot hold the name {str(name)[:100]!r}")
 
 
-def _raise_exception(message: object) -> None:
-    raise RaisedByTemplate(str(message))
+def _make_dict(*args: Any, **kwargs: Any) -> dict[Any, Any]:
+    """`dict`, of few pairs: many keys with one hash would take the square of their number."""
+    if any(not isinstance(given, dict) and len(given) > MAX_ARGUMENTS for given in args):
+        raise SecurityError(f"'dict' is given more than {MAX_ARGUMENTS} pairs")
+    return dict(*args, **kwargs)
+
+
+def _format_date(now: datetime, form: str) -> str:
+    """`strftime`; the system's own knows widths, and fills them with spaces."""
+    if isinstance(form, str) and (len(form) > MAX_DATE_FORMAT or _DATE_WIDTH.search(form)):
+        raise SecurityError(f"'strftime_now' is given a width, or more than {MAX_DATE_FORMAT} characters")
+    return now.strftime(form)
+
+
+@pass_context
+def _raise_exception(context: Context, message: object) -> None:
+    raise RaisedByTemplate(_budget(context).text(message))
+
+
+@pass_context
+def _join(context: Context, value: Any, d: Any = "", attribute: str | int | None = None) -> str:
+    """Jinja's filter, which would join what it has not measured."""
+    budget = _budget(context)
+    items = budget.made(iter(value) if isinstance(value, str | dict | range) else value, PIECE_BYTES)
+    if attribute is not None:
+        items = budget.made(map(make_attrgetter(context.environment, attribute), items))
+    separator = budget.text(d)
+    texts = [budget.text(item) for item in items]
+    budget.allow_text(sum(map(len, texts)) + len(separator) * len(texts))
+    return separator.join(texts)
 
 
 def _tojson(
@@ -318,8 +277,4 @@ def _tojson(
     sort_keys: bool = False,
 ) -> str:
     """JSON as a model was trained on it: unlike Jinja's filter, nothing is escaped for HTML."""
-    if isinstance(indent, str) and len(indent) > _MAX_INDENT:
-        raise SecurityError(
-            f"'tojson' is given an indent of {len(indent)} characters, at most {_MAX_INDENT} are allowed"
-        )
     return json.dumps(value, ensure_ascii=ensure_ascii, indent=indent, separators=separators, sort_keys=sort_keys)

@@ -23,6 +23,7 @@ from tokenizers.decoders import Decoder
 
 from qengine.errors import LoadError
 from qengine.tokenizer.library import library_errors
+from qengine.tokenizer.limits import MAX_DECODED_STRETCH, replaced_stretch
 
 _FIRST_UNPRINTABLE = 256
 _BYTE_TOKEN_LEN = len("<0x00>")
@@ -159,7 +160,19 @@ def decoding_rule(decoder: Decoder | None) -> DecodingRule:
         raise _unsupported("Strip of every token")
     if {"ByteLevel", "ByteFallback"} <= kinds:
         raise _unsupported("ByteLevel with ByteFallback")
+    _require_small_stretch(rule)
     return rule
+
+
+def _require_small_stretch(rule: DecodingRule) -> None:
+    stretch = 1.0
+    for old, new in rule.replacements:
+        stretch *= replaced_stretch(old, new)
+        if stretch > MAX_DECODED_STRETCH:
+            raise LoadError(
+                f"the tokenizer's decoder makes a token more than {MAX_DECODED_STRETCH} times longer; a published "
+                "tokenizer does nothing of the kind, so get the model from a source that you trust"
+            )
 
 
 def _unsupported(found: str) -> LoadError:

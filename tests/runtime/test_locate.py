@@ -42,6 +42,12 @@ def test_the_bundled_model_is_neither_awq_nor_gptq(quantization: str) -> None:
         locate_model(LoadConfig(quantization=quantization))
 
 
+def test_a_name_that_is_too_long_is_said() -> None:
+    with pytest.raises(LoadError, match=r"cannot look for a model at 'aaa.*File name too long") as caught:
+        locate_model(LoadConfig(model="a" * 4000))
+    assert len(str(caught.value)) < 500
+
+
 @pytest.mark.parametrize("model", ["/no/such/folder", "no-such-folder", "a/b/c", "../x", "org/na me"])
 def test_no_model_there(model: str) -> None:
     with pytest.raises(LoadError, match="no model at"):
