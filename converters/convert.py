@@ -38,6 +38,7 @@ from converters.export_tensors import (
 )
 from converters.open import open_checkpoint
 from converters.quantize_fit import dense_dtype
+from converters.quantize_identity import model_name
 from converters.skeleton import HEAD, OpenedModel
 from converters.source import LinearSlot, Slot, TensorSlot, WeightSource
 from quant_kernels.packed_weight import DenseWeight
@@ -99,7 +100,7 @@ def convert(
     opened = OpenedModel.check(source)
     chosen = _DTYPES[dtype] if dtype else None
     plan = _plan(source, opened, format, chosen, show_progress)
-    producer = Producer(PROJECT_VERSION, name or path.resolve().stem, "convert", {"source_format": source.description})
+    producer = Producer(PROJECT_VERSION, name or model_name(path), "convert", {"source_format": source.description})
     config = opened.skeleton.exported_config(source.config, source.path)
     if plan.dtype is not None and (chosen is not None or format == "dense"):
         config["torch_dtype"] = str(plan.dtype).removeprefix("torch.")

@@ -14,13 +14,12 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-from converters.export_folder import OutputFolder, replace_text
+from converters.export_folder import PROJECT, OutputFolder, replace_text
 from converters.export_tensors import ExportScheme
 from converters.gguf_source import GGUFSource
 from converters.gguf_tokenizer import read_tokenizer
 from converters.skeleton import HEAD
 
-PROJECT = "qengine"
 PROJECT_VERSION = version(PROJECT)
 #: What is copied of a folder: text and tokenizers, never code and never other weights.
 _COPIED = (

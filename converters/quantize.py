@@ -42,11 +42,13 @@ from converters.hidden_states import HiddenStates
 from converters.layers import LayerRunner, full_name, load_head, load_layer, unload, view_head, view_layer
 from converters.open import open_checkpoint
 from converters.quantize_fit import check_model, dense_dtype, export_scheme, quantizer_settings
+from converters.quantize_identity import machine, model_identity, model_name
 from converters.quantize_memory import MemoryPlan, PeakMemory, plan_memory
 from converters.quantize_request import FORMATS, QuantRequest, make_request
+from converters.quantize_report import QuantReport, as_plain, complete_report, notes
 from converters.quantize_state import FinishedPart, RunState, has_finished_layers
 from converters.quantizers import LayerView, LinearReport, QuantizationError, quantize_layer
-from converters.safetensors_writer import write_error
+from converters.safetensors_writer import make_folder
 from converters.skeleton import EMBEDDING, HEAD, OpenedModel
 from converters.source import LinearSlot, TensorSlot, WeightSource
 
@@ -175,13 +177,16 @@ def quantize(
         on_gpu=chosen.type == "cuda",
     )
     peak = PeakMemory(chosen)
+    producer = _producer(request, samples, name or model_name(path))
+    asked = as_plain({**request.as_json(), "model": producer.made_from, **producer.details, "by": PROJECT_VERSION})
     with _output(Path(out), path, resume) as folder:
-        if not folder.work.is_dir():
+        if not folder.work.is_dir() and not folder.is_complete:
             require_space(folder.out, memory.disk)
-            _make(folder.work)
-        asked = {**request.as_json(), "model": _identity(path), "by": PROJECT_VERSION}
-        asked["calibration"] = None if samples is None else samples.sha256
-        state = RunState.begin(folder.work, asked)
+            make_folder(folder.work)
+        state = RunState.begin(folder.work, {**asked, "files": model_identity(path)}, machine(chosen))
+        complete = complete_report(folder, asked)
+        if complete is not None:
+            state.finished, state.report = opened.skeleton.num_layers + request.lm_head, list(complete.linears)
         watcher = observer or Observer()
         watcher.begins(
             Preview(
@@ -195,12 +200,14 @@ def quantize(
                 chosen,
             )
         )
-        run = _Run(request, opened, source, chosen, batches, state, watcher, show_progress)
-        run.all_parts()
-        producer = _producer(request, samples, name or path.resolve().stem)
-        num_bytes = _assemble(folder, run, producer, path, memory.shard)
+        if complete is None:
+            run = _Run(request, opened, source, chosen, batches, state, watcher, show_progress)
+            run.all_parts()
+            complete = _assemble(folder, run, producer, path, memory.shard, asked)
+        else:
+            folder.publish()
     return Quantized(
-        folder.out, tuple(state.report), state.seconds, num_bytes, memory, peak.host, peak.on_device, samples
+        folder.out, complete.linears, state.seconds, complete.weight_bytes, memory, peak.host, peak.on_device, samples
     )
 
 
@@ -290,20 +297,6 @@ def _batches(samples: CalibrationSet) -> list[_Batch]:
             numbers = tuple(alike[start : start + step])
             batches.append(_Batch(torch.stack([samples.samples[number] for number in numbers]), numbers))
     return batches
-
-
-def _identity(path: Path) -> list[list[Any]]:
-    """Names, sizes and times of a model's files: enough to notice another model."""
-    files = [path] if path.is_file() else sorted(path.iterdir())
-    facts = [(file.name, file.stat()) for file in files if file.suffix in (".safetensors", ".gguf", ".json")]
-    return [[name, status.st_size, status.st_mtime_ns] for name, status in facts]
-
-
-def _make(folder: Path) -> None:
-    try:
-        folder.mkdir()
-    except OSError as error:
-        raise write_error(folder, 0, 0, error) from error
 
 
 # Layer by layer
@@ -492,8 +485,10 @@ def _producer(request: QuantRequest, samples: CalibrationSet | None, name: str) 
     return Producer(PROJECT_VERSION, name, request.method, details)
 
 
-def _assemble(folder: OutputFolder, run: _Run, producer: Producer, path: Path, shard_bytes: int) -> int:
-    """Put the finished parts and what was not touched into one checkpoint; returns the bytes of its weights."""
+def _assemble(
+    folder: OutputFolder, run: _Run, producer: Producer, path: Path, shard_bytes: int, asked: dict[str, Any]
+) -> QuantReport:
+    """Put the finished parts and what was not touched into one checkpoint."""
     opened, source, request = run.opened, run.source, run.request
     parts = [run.state.read(part) for part in range(run.num_parts)]
     records = {name: part for part in parts for name in part.records}
@@ -522,9 +517,11 @@ def _assemble(folder: OutputFolder, run: _Run, producer: Producer, path: Path, s
     quantization = quantization_config(scheme, dense, producer, head_is_quantized=request.lm_head)
     write_configs(folder, config, quantization)
     write_companions(folder, source, path)
+    report = QuantReport(asked, shards.num_bytes, tuple(run.state.report))
+    report.write(folder)
     folder.write_text(CARD, model_card(producer, scheme, shards.num_bytes))
     folder.finish(producer.entries())
-    return shards.num_bytes
+    return report
 
 
 def _untouched(

@@ -14,9 +14,10 @@ from pathlib import Path
 
 from converters.export_files import add_section
 from converters.quantize import Observer, Preview, Quantized, quantize
+from converters.quantize_report import notes
 from converters.quantizers import LinearReport
 from qengine.commands.evaluate import as_text
-from qengine.commands.making import find_model, making_errors
+from qengine.commands.making import find_model, making_errors, shown_name
 from qengine.commands.quantize_settings import QuantizeSettings
 from qengine.evaluation import evaluate
 
@@ -26,7 +27,7 @@ _GIB = 2**30
 def run(settings: QuantizeSettings) -> int:
     """Returns the exit code. Raises ConfigError, LoadError or QEngineError."""
     location = find_model(settings.model)
-    name = location.path.stem if settings.model is not None else location.name
+    name = shown_name(location)
     asked = settings.request
     shown = _Shown(f"{name} -> {settings.out}")
     try:
@@ -124,7 +125,7 @@ def _table(done: Quantized) -> list[str]:
             plain = sum(line.rtn_error for line in reports) / len(reports)
             lines.append(f"{kind:<12} {mean:>11.2e} {plain:>11.2e} {worst.error:>11.2e}  {worst.name}")
         lines += ["", "errors: of a linear's output on the calibration, mean square over that of the output"]
-    lines += [f"note: {line.name}: {note}" for line in done.report for note in line.notes]
+    lines += notes(done.report)
     took = f"{done.host_bytes / _GIB:.2f} GiB of memory ({done.planned.host / _GIB:.2f} foreseen)"
     if done.device_bytes:
         took += f", {done.device_bytes / _GIB:.2f} GiB on the GPU ({done.planned.device / _GIB:.2f} foreseen)"
