@@ -8,9 +8,10 @@ the reason before anything is written. Memory: the weights of one output file, a
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 from tqdm import tqdm
@@ -31,6 +32,7 @@ from converters.export_shards import ShardWriter
 from converters.export_tensors import (
     ExportScheme,
     LinearTraits,
+    cast,
     joined,
     linear_tensors,
     obstacle,
@@ -89,7 +91,7 @@ def convert(
         out: the folder to write, which must not exist.
         name: of the model, for the card; None takes the path's last part.
         dtype: "float16" or "bfloat16", of what is not quantized; None keeps it (and takes the config's type for what
-            is expanded).
+            is expanded; bfloat16 for float32 in "dense").
 
     Raises:
         CheckpointError: if the model cannot be read, or the format cannot express it.
@@ -130,7 +132,7 @@ def _plan(
     linears = [slot for slot in opened.skeleton.slots(tied=opened.tied) if isinstance(slot, LinearSlot)]
     names = tuple(slot.name for slot in linears)
     if format == "dense":
-        return _Plan(None, (), names, dtype or dense_dtype(source.config))
+        return _Plan(None, (), names, dtype or _narrowed(source.config))
     traits: list[LinearTraits] = []
     reasons: list[tuple[str, str]] = []
     for slot in tqdm(linears, "Checking", unit=" linears", disable=not show_progress, leave=False):
@@ -164,10 +166,15 @@ def _plan(
     return _Plan(scheme, packed, tuple(name for name in names if name not in set(packed)), kept)
 
 
+def _narrowed(config: Mapping[str, Any]) -> torch.dtype:
+    """The type of a dense checkpoint: the config's if it has 16 bits; of float32 the one with the same range."""
+    said = config.get("dtype") or config.get("torch_dtype")
+    return torch.bfloat16 if said == "float32" else dense_dtype(config)
+
+
 def _tensors(source: WeightSource, slot: Slot, plan: _Plan) -> dict[str, torch.Tensor]:
     if isinstance(slot, TensorSlot):
-        tensor = source.read_tensor(slot)
-        return {slot.name: tensor if plan.dtype is None else tensor.to(plan.dtype)}
+        return {slot.name: cast(slot.name, source.read_tensor(slot), plan.dtype)}
     scheme = plan.scheme if slot.name in plan.packed else None
     return linear_tensors(slot.name, source.read_linear(slot), scheme, plan.dtype)
 

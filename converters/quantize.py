@@ -37,73 +37,27 @@ from converters.export_files import (
 )
 from converters.export_folder import OutputFolder, require_space
 from converters.export_shards import ShardWriter
-from converters.export_tensors import linear_tensors
+from converters.export_tensors import cast, linear_tensors
 from converters.hidden_states import HiddenStates
 from converters.layers import LayerRunner, full_name, load_head, load_layer, unload, view_head, view_layer
 from converters.open import open_checkpoint
 from converters.quantize_fit import check_model, dense_dtype, export_scheme, quantizer_settings
 from converters.quantize_identity import machine, model_identity, model_name
-from converters.quantize_memory import MemoryPlan, PeakMemory, plan_memory
+from converters.quantize_memory import PeakMemory, plan_memory
+from converters.quantize_outcome import Observer, Preview, Quantized, plan_lines, result_lines
+from converters.quantize_report import QuantReport, as_plain, complete_report
 from converters.quantize_request import FORMATS, QuantRequest, make_request
-from converters.quantize_report import QuantReport, as_plain, complete_report, notes
 from converters.quantize_state import FinishedPart, RunState, has_finished_layers
-from converters.quantizers import LayerView, LinearReport, QuantizationError, quantize_layer
+from converters.quantizers import LayerView, QuantizationError, quantize_layer
 from converters.safetensors_writer import make_folder
 from converters.skeleton import EMBEDDING, HEAD, OpenedModel
 from converters.source import LinearSlot, TensorSlot, WeightSource
+from quant_kernels.packed_weight import PackedWeight
 
 logger = logging.getLogger(__name__)
 
 #: Tokens of a batch, unless a single sample has more.
 _BATCH_TOKENS = 4096
-
-
-@dataclass(frozen=True, slots=True)
-class Quantized:
-    """What came of it.
-
-    Attributes:
-        out: the folder.
-        report: a line for each linear.
-        seconds: over all runs.
-        num_bytes: of the weights.
-        planned: memory as predicted.
-        host_bytes, device_bytes: memory as measured.
-        calibration: name, samples and tokens; None if none was needed.
-    """
-
-    out: Path
-    report: tuple[LinearReport, ...]
-    seconds: float
-    num_bytes: int
-    planned: MemoryPlan
-    host_bytes: int
-    device_bytes: int
-    calibration: CalibrationSet | None
-
-
-@dataclass(frozen=True, slots=True)
-class Preview:
-    """What is known before the work begins, for whoever wants to say it."""
-
-    request: QuantRequest
-    description: str
-    num_layers: int
-    num_linears: int
-    num_finished: int
-    calibration: CalibrationSet | None
-    memory: MemoryPlan
-    device: torch.device
-
-
-class Observer:
-    """What a caller is told meanwhile; the methods do nothing."""
-
-    def begins(self, preview: Preview) -> None:
-        """Before the first layer is loaded."""
-
-    def finished(self, part: int, num_parts: int, report: Sequence[LinearReport], seconds: float) -> None:
-        """After each layer, whose state is saved."""
 
 
 def quantize(
@@ -327,18 +281,18 @@ class _Inputs:
         targets: HiddenStates | None,
         runner: LayerRunner,
         index: int | None,
-        num_batches: int,
+        batches: Sequence[_Batch],
         device: torch.device,
     ) -> None:
         self._streams = streams
         self._targets = targets
         self._runner = runner
         self._index = index
-        self._num_batches = num_batches
+        self._batches = batches
         self._device = device
 
     def __len__(self) -> int:
-        return self._num_batches
+        return len(self._batches)
 
     def hidden(self, index: int) -> torch.Tensor:
         return self._streams.hidden.read(index).to(self._device)
@@ -349,6 +303,9 @@ class _Inputs:
     def target(self, index: int) -> torch.Tensor:
         assert self._targets is not None, "logits are not kept: the head has no targets"
         return self._targets.read(index).to(self._device)
+
+    def sample(self, index: int, row: int) -> int:
+        return self._batches[index].numbers[row]
 
     def run(self, module: nn.Module, hidden: torch.Tensor) -> torch.Tensor:
         return self._runner.run(self._index, module, hidden)
@@ -408,7 +365,7 @@ class _Run:
                 # The last layer has targets too, though nobody comes after it.
                 targets = after.reference if after is not None else self._stream("target", part)
                 self._run_all(view, index, streams.reference, targets, "of the original model")
-            inputs = _Inputs(streams, targets, self.runner, index, len(self.batches), self.device)
+            inputs = _Inputs(streams, targets, self.runner, index, self.batches, self.device)
         result = quantize_layer(view, inputs, quantizer_settings(self.request, dense_dtype(self.source.config)))
         if streams is not None and after is not None and index is not None:
             self._run_all(view, index, streams.hidden, after.hidden, "of the quantized model")
@@ -532,23 +489,43 @@ def _untouched(
         changed = next((tensor for part in owners if (tensor := part.changed(slot.name)) is not None), None)
         if changed is not None:
             return {slot.name: changed}
-        tensor = source.read_tensor(slot)
-        return {slot.name: tensor if dtype is None else tensor.to(dtype)}
-    return linear_tensors(slot.name, source.read_linear(slot), None, dtype)
+        return {slot.name: cast(slot.name, source.read_tensor(slot), dtype)}
+    weight = source.read_linear(slot)
+    if isinstance(weight, PackedWeight):
+        dtype = dense_dtype(source.config)
+    return linear_tensors(slot.name, weight, None, dtype)
 
 
 # The script
 
 
+class _Plan(Observer):
+    """Says beforehand what it will take."""
+
+    def __init__(self, title: str) -> None:
+        self._title = title
+
+    def begins(self, preview: Preview) -> None:
+        sys.stdout.write("\n".join(plan_lines(self._title, preview)) + "\n")
+        sys.stdout.flush()
+
+
 def main(argv: Sequence[str] | None = None) -> int:
-    """`python -m converters.quantize`: the same without the engine. Returns the exit code."""
-    parser = argparse.ArgumentParser("python -m converters.quantize", description="Quantize a model, layer by layer.")
+    """`python -m converters.quantize`: the same without the engine, and so without what needs one. Returns the exit
+    code."""
+    parser = argparse.ArgumentParser(
+        "python -m converters.quantize",
+        description="Quantize a model, layer by layer: qengine quantize without the engine, which "
+        "knows hub ids, the bundled model and --evaluate besides.",
+    )
     parser.add_argument("model", help="a folder of safetensors, or a .gguf file")
     parser.add_argument("out", help="the folder to write")
     parser.add_argument("--method", default="gptq", choices=("awq", "gptq", "rtn", "auto"))
     parser.add_argument("--bits", type=int, default=4)
     parser.add_argument("--group-size", type=int, default=128)
-    parser.add_argument("--sym", action=argparse.BooleanOptionalAction, default=None)
+    symmetry = parser.add_mutually_exclusive_group()
+    symmetry.add_argument("--sym", action="store_true", default=None, help="the zero point is the middle of the range")
+    symmetry.add_argument("--asym", dest="sym", action="store_false", help="each group has a zero point")
     parser.add_argument("--act-order", action="store_true")
     parser.add_argument("--format", choices=FORMATS)
     parser.add_argument("--calibration", default="builtin", help="builtin, FILE.txt, FILE.jsonl or a hub id")
@@ -559,14 +536,16 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--skip", metavar="REGEX")
     parser.add_argument("--lm-head", action="store_true")
     try:
-        done = quantize(**vars(parser.parse_args(argv)), show_progress=sys.stderr.isatty())
+        asked = vars(parser.parse_args(argv))
+        title = _Plan(f"{model_name(Path(asked['model']))} -> {asked['out']}")
+        done = quantize(**asked, observer=title, show_progress=sys.stderr.isatty())
     except (CheckpointError, QuantizationError, WriteError) as error:
         sys.stderr.write(f"error: {error}\n")
         return 2 if isinstance(error, CheckpointError) else 1
     except KeyboardInterrupt:
         sys.stderr.write("stopped; --resume goes on with the finished layers\n")
         return 130
-    sys.stdout.write(f"{done.out}: {done.num_bytes} bytes of weights, {done.seconds:.0f} s\n")
+    sys.stdout.write("\n".join(result_lines(done)) + "\n")
     return 0
 
 

@@ -39,9 +39,7 @@ class QuantReport:
     def write(self, folder: OutputFolder) -> None:
         """Raises WriteError."""
         lines = [{key: _said(value) for key, value in asdict(line).items()} for line in self.linears]
-        folder.write_json(
-            REPORT, {"request": dict(self.request), "weight_bytes": self.weight_bytes, "linears": lines}
-        )
+        folder.write_json(REPORT, {"request": dict(self.request), "weight_bytes": self.weight_bytes, "linears": lines})
 
     @staticmethod
     def read(folder: Path) -> QuantReport:

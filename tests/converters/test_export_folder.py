@@ -270,7 +270,9 @@ def test_a_manifest_is_true_at_every_moment_of_a_change(tmp_path: Path, monkeypa
             else:
                 replace_text(out, "README.md", lambda text: f"{text} and new")
         files = json.loads((out / "manifest.json").read_text())["files"]
-        assert all(hashlib.sha256((out / name).read_bytes()).hexdigest() == line["sha256"] for name, line in files.items())
+        assert all(
+            hashlib.sha256((out / name).read_bytes()).hexdigest() == line["sha256"] for name, line in files.items()
+        )
         assert (out / "README.md").read_text() == ("old" if step < 2 else "old and new")
         assert ("README.md" in files) == (step in (0, 3))
         assert sorted(os.listdir(out)) == ["README.md", "manifest.json", "other"]
@@ -287,12 +289,12 @@ def test_hidden_states_that_cannot_be_kept_or_read(tmp_path: Path, monkeypatch: 
     with pytest.raises(WriteError, match=r"cannot write .*/no/such: No such file"):
         HiddenStates(tmp_path / "no" / "such", [(1, 2)], 4)
     states = HiddenStates(tmp_path / "x", [(1, 2)], 4)
-    with pytest.raises(CheckpointError, match="cannot read .*the file ends at byte 0 of 32"):
+    with pytest.raises(CheckpointError, match=r"cannot read .*the file ends at byte 0 of 32"):
         states.read(0)
     states.write(0, torch.zeros(1, 2, 4))
     with monkeypatch.context() as patched:
         patched.setattr(os, "preadv", _fails)
-        with pytest.raises(CheckpointError, match="cannot read .*quota"):
+        with pytest.raises(CheckpointError, match=r"cannot read .*quota"):
             states.read(0)
     states.remove()
 

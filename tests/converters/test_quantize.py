@@ -20,8 +20,9 @@ import converters.quantize
 from converters.convert import convert
 from converters.errors import CheckpointError, WriteError
 from converters.open import open_checkpoint
-from converters.quantize import Observer, Preview, Quantized, quantize
+from converters.quantize import quantize
 from converters.quantize_identity import model_identity, model_name
+from converters.quantize_outcome import Observer, Preview, Quantized
 from converters.quantize_report import QuantReport
 from converters.quantizers import LayerResult, LayerView, QuantizationError, quantize_layer
 from converters.skeleton import OpenedModel
@@ -297,9 +298,7 @@ def test_a_complete_result_that_lacks_its_name_is_kept(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("where", ["replace_file", "sync_folder"])
-def test_ctrl_c_at_the_very_end_loses_nothing(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, where: str
-) -> None:
+def test_ctrl_c_at_the_very_end_loses_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, where: str) -> None:
     model, out = tiny_folder(tmp_path / "model"), tmp_path / "out"
     run(model, tmp_path / "whole")
     with monkeypatch.context() as patched:
