@@ -62,8 +62,8 @@ class HiddenStates:
                 view, offset = view[count:], offset + count
         except OSError as error:
             raise CheckpointError(
-                f"cannot read {self.path}: {error.strerror} at byte {offset} of {self.num_bytes}; it was complete when it "
-                "was written: check the disk, and begin anew"
+                f"cannot read {self.path}: {error.strerror} at byte {offset} of {self.num_bytes}; it was whole when "
+                "it was written: check the disk, and begin anew"
             ) from error
         return torch.from_numpy(data)
 

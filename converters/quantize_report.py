@@ -54,7 +54,7 @@ class QuantReport:
 
 
 def complete_report(folder: OutputFolder, asked: Mapping[str, Any]) -> QuantReport | None:
-    """That of a checkpoint which only lacks its name, because a run ended just before it had one; None if there is none.
+    """That of a checkpoint which only lacks its name, as a run ended just before it had one; None if there is none.
 
     Raises:
         CheckpointError: if something else was asked for.

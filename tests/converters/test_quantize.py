@@ -14,6 +14,7 @@ import numpy as np
 import pytest
 import torch
 from safetensors import safe_open
+from transformers.models.llama.modeling_llama import LlamaMLP
 
 import converters.export_folder
 import converters.quantize
@@ -130,6 +131,33 @@ def test_activation_order(tmp_path: Path) -> None:
     said = config_of(tmp_path / "gptq")["quantization_config"]
     orders = [t for name, t in tensors_of(tmp_path / "gptq").items() if name.endswith(".g_idx")]
     assert said["desc_act"] == any(not torch.equal(order, order.sort().values) for order in orders)
+
+
+def test_one_group_has_no_activation_order(tmp_path: Path) -> None:
+    """compressed-tensors refuses strategy "channel" with an order, and so do the programs that read by it."""
+    run(tiny_folder(tmp_path / "model"), tmp_path / "out", format="compressed-tensors", act_order=True, group_size=-1)
+    weights = config_of(tmp_path / "out")["quantization_config"]["config_groups"]["group_0"]["weights"]
+    assert weights["strategy"] == "channel"
+    assert weights["actorder"] is None
+    assert not [name for name in tensors_of(tmp_path / "out") if name.endswith("g_idx")]
+
+
+def test_what_stays_dense_of_a_packed_source_has_16_bits(tmp_path: Path) -> None:
+    model = save_model(tmp_path / "model", make_model(), torch.bfloat16)
+    run(model, tmp_path / "packed", method="rtn", format="gptq", lm_head=True)
+    run(tmp_path / "packed", tmp_path / "out", method="rtn", skip=r"layers\.0\.|lm_head")
+    dense = weights_that_are_dense(tmp_path / "out")
+    assert len([name for name in dense if name.startswith("model.layers.0.")]) == 7
+    assert "lm_head" in dense
+    assert {tensor.dtype for tensor in dense.values()} == {torch.bfloat16}
+
+
+def weights_that_are_dense(folder: Path) -> dict[str, torch.Tensor]:
+    return {
+        name.removesuffix(".weight"): tensor
+        for name, tensor in tensors_of(folder).items()
+        if name.endswith(("proj.weight", "lm_head.weight"))
+    }
 
 
 def test_modules_that_are_skipped(tmp_path: Path) -> None:
@@ -373,6 +401,21 @@ def test_the_name_is_in_manifest_header_and_card(tmp_path: Path) -> None:
         assert file.metadata()["made_from"] == "Llama-3.1-8B"
 
 
+def test_named_chat_templates_are_carried_over(tmp_path: Path) -> None:
+    """As transformers saves them; nothing else of that folder is."""
+    model = tiny_folder(tmp_path / "model")
+    templates = model / "additional_chat_templates"
+    templates.mkdir()
+    (templates / "tool_use.jinja").write_text("{{ tools }}")
+    (templates / "code.py").write_text("raise SystemExit")
+    run(model, tmp_path / "out", method="rtn")
+    copied = tmp_path / "out" / "additional_chat_templates"
+    assert [file.name for file in copied.iterdir()] == ["tool_use.jinja"]
+    manifest = json.loads((tmp_path / "out" / "manifest.json").read_text())
+    expected = hashlib.sha256(b"{{ tools }}").hexdigest()
+    assert manifest["files"]["additional_chat_templates/tool_use.jinja"]["sha256"] == expected
+
+
 def test_what_became_of_each_linear_is_kept(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """A Hessian that no damping helps: the note is in the checkpoint, and the script prints it."""
     monkeypatch.setattr("converters.quantizers.linear.factorize", lambda *args: None)
@@ -467,6 +510,24 @@ def test_weights_that_are_nan_name_the_layer(tmp_path: Path) -> None:
     with pytest.raises(QuantizationError, match=r"model\.layers\.1\.input_layernorm\.weight"):
         run(model, tmp_path / "out")
     assert not list(tmp_path.glob("out*"))
+
+
+def test_what_overflows_between_linears_names_the_sample(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Samples of one length run side by side, in another order than they are numbered: number 5 is in batch 1, row 2."""
+    rows = [{"text": text} for text in ("abcd" * 5, "ab" * 6, "abce" * 5, "abcf" * 5, "ac" * 6, "ad" * 5 + "=<")]
+    texts = tmp_path / "own.jsonl"
+    texts.write_text("\n".join(map(json.dumps, rows)))
+
+    def overflowing(self: LlamaMLP, x: torch.Tensor) -> torch.Tensor:
+        gated = self.act_fn(self.gate_proj(x)) * self.up_proj(x)
+        if x.shape[:2] == (3, 12):
+            gated[2] = torch.inf
+        return self.down_proj(gated)
+
+    monkeypatch.setattr(LlamaMLP, "forward", overflowing)
+    monkeypatch.setattr(converters.quantize._Run, "_require_finite", lambda *args: None)
+    with pytest.raises(QuantizationError, match=r"layers\.0\.mlp\.down_proj: calibration sample 5 gives inputs"):
+        run(tiny_folder(tmp_path / "model"), tmp_path / "out", calibration=str(texts))
 
 
 def test_an_input_that_is_nan_names_layer_and_sample(tmp_path: Path) -> None:
