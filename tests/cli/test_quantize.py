@@ -95,13 +95,13 @@ def test_the_result_is_measured_on_the_gpu_that_made_it(monkeypatch: pytest.Monk
 
 def test_the_name_of_a_model(tmp_path: Path) -> None:
     snapshot = tmp_path / "models--Qwen--Qwen2.5-7B-Instruct" / "snapshots" / ("a" * 40)
-    for path, given, name in (
+    for place, given, name in (
         (snapshot, "Qwen/Qwen2.5-7B-Instruct", "Qwen2.5-7B-Instruct"),
         (Path("./Llama-3.1-8B-Instruct/"), "./Llama-3.1-8B-Instruct/", "Llama-3.1-8B-Instruct"),
         (Path("x/m-Q4_0.gguf"), "x/m-Q4_0.gguf", "m-Q4_0"),
         (Path("/site/smollm2-q8.gguf"), "SmolLM2-135M-Instruct", "SmolLM2-135M-Instruct"),
     ):
-        assert shown_name(ModelLocation(path, given)) == name
+        assert shown_name(ModelLocation(place, given)) == name
 
 
 @pytest.mark.parametrize(

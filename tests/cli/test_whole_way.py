@@ -1,4 +1,7 @@
-"""README's section on quantizing, as it stands there, on the bundled model: every command, with few samples."""
+"""README's section on quantizing, as it stands there, on the bundled model: every command, with few samples and layers.
+
+The other layers are run, and stay as they are: all thirty would take minutes.
+"""
 
 from __future__ import annotations
 
@@ -20,7 +23,7 @@ from converters.open import open_checkpoint
 ROOT = Path(__file__).parents[2]
 #: What makes each command small; the rest is README's.
 SMALL = {
-    "quantize": "--num-samples 2 --seq-len 64 --device cpu",
+    "quantize": r"--num-samples 2 --seq-len 64 --device cpu --skip layers\.([2-9]|[12]\d)\.",
     "evaluate": "--max-tokens 400 --device cpu --json",
     "serve": "--port 0 --device cpu --max-model-len 256 --max-num-seqs 2",
     "convert": "",
@@ -94,9 +97,9 @@ def test_quantize_evaluate_serve_convert(folder: Path) -> None:
     found = json.loads(run("evaluate", folder))
     assert found["original"]["name"] == "SmolLM2-135M-Instruct"
     assert found["original"]["dtype"] == found["model"]["dtype"]
-    # Far from a broken model, which has more than 3, and from one that was compared with itself.
-    assert 0.05 < found["comparison"]["mean_kl"] < 1.0
-    assert found["comparison"]["top1_agreement"] > 0.5
+    # Neither a broken model, which has more than 3, nor one that was compared with itself.
+    assert 1e-4 < found["comparison"]["mean_kl"] < 0.5
+    assert found["comparison"]["top1_agreement"] > 0.7
     with server(folder) as address:
         message = {"role": "user", "content": "What is the capital of France? Answer in one sentence."}
         answer = ask(address, "/v1/chat/completions", {"messages": [message], "max_tokens": 24, "temperature": 0.0})

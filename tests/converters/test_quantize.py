@@ -513,7 +513,7 @@ def test_weights_that_are_nan_name_the_layer(tmp_path: Path) -> None:
 
 
 def test_what_overflows_between_linears_names_the_sample(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Samples of one length run side by side, in another order than they are numbered: number 5 is in batch 1, row 2."""
+    """Samples of one length run side by side, in another order than they are numbered: 5 is row 2 of batch 1."""
     rows = [{"text": text} for text in ("abcd" * 5, "ab" * 6, "abce" * 5, "abcf" * 5, "ac" * 6, "ad" * 5 + "=<")]
     texts = tmp_path / "own.jsonl"
     texts.write_text("\n".join(map(json.dumps, rows)))
