@@ -28,9 +28,10 @@ from converters.safetensors_writer import Written, make_folder, replace_file, sy
 PROJECT = "qengine"
 MANIFEST = "manifest.json"
 SUFFIX = ".partial"
+#: Below it, what a later run needs to go on.
+WORK = "work"
 #: Names a folder as ours, so that only such a one is ever removed; when it has gone, the manifest does.
 _MARK = ".qengine-export"
-_WORK = "work"
 _PART_BYTES = 16 * 2**20
 _SLACK = 1.1
 #: Where the system lists what is mounted; a folder mounted from the same disk looks like any other to stat.
@@ -91,7 +92,7 @@ class OutputFolder:
     @property
     def work(self) -> Path:
         """Where a run keeps what a later one needs to go on; the caller makes it."""
-        return self.partial / _WORK
+        return self.partial / WORK
 
     # Writing
 
@@ -315,7 +316,7 @@ def _finished_files(partial: Path) -> Mapping[str, Any] | None:
 
 def _names(partial: Path) -> set[str]:
     """What lies in the folder but is not this module's own: files, also of folders below, by their relative name."""
-    own = {_MARK, MANIFEST, f"{MANIFEST}.new", _WORK}
+    own = {_MARK, MANIFEST, f"{MANIFEST}.new", WORK}
     paths = [path for path in partial.rglob("*") if path.relative_to(partial).parts[0] not in own]
     return {str(path.relative_to(partial)) for path in paths if path.is_symlink() or not path.is_dir()}
 

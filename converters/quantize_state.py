@@ -140,6 +140,14 @@ def has_finished_layers(folder: Path) -> bool:
     return (folder / _STATE).is_file()
 
 
+def num_finished(folder: Path) -> int:
+    """How many parts an ended run has left; 0 where nothing can be read."""
+    try:
+        return int(read_json_object(folder / _STATE)["finished"])
+    except (CheckpointError, KeyError, TypeError, ValueError):
+        return 0
+
+
 class FinishedPart:
     """Records and changed tensors of one part, read as they are asked for."""
 

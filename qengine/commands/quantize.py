@@ -6,7 +6,6 @@ quantized; 2 the model, the calibration or the request; 130 Ctrl-C.
 
 from __future__ import annotations
 
-import os
 import sys
 from collections.abc import Sequence
 from contextlib import nullcontext
@@ -15,8 +14,10 @@ from pathlib import Path
 import torch
 
 from converters.export_files import add_section
+from converters.export_folder import WORK
 from converters.quantize import quantize
 from converters.quantize_outcome import Observer, Preview, Quantized, minutes, plan_lines, result_lines
+from converters.quantize_state import num_finished
 from converters.quantizers import LinearReport
 from qengine.commands.evaluate import as_text
 from qengine.commands.making import find_model, making_errors, shown_name
@@ -46,9 +47,11 @@ def run(settings: QuantizeSettings) -> int:
                 show_progress=sys.stderr.isatty(),
             )
     except BaseException:
-        partial = f"{settings.out.rstrip('/')}.partial"
-        if shown.num_finished and os.path.isdir(partial):
-            done_so_far = f"{shown.num_finished} of {shown.num_parts} layers are done and kept in {partial}"
+        partial = Path(f"{settings.out.rstrip('/')}.partial")
+        # What is on the disk counts: a layer may have been saved just before, and not been announced.
+        finished = max(shown.num_finished, num_finished(partial / WORK))
+        if finished and partial.is_dir():
+            done_so_far = f"{finished} of {shown.num_parts} layers are done and kept in {partial}"
             print(f"\n{done_so_far}; the same command with --resume goes on with them", file=sys.stderr)
         raise
     print("\n".join([*result_lines(done), f"run it: qengine serve {done.out}"]))

@@ -78,8 +78,10 @@ def test_the_result_is_measured_on_the_gpu_that_made_it(monkeypatch: pytest.Monk
     @contextmanager
     def device(index: int) -> Iterator[None]:
         current.append(index)
-        yield
-        current.pop()
+        try:
+            yield
+        finally:
+            current.pop()
 
     def evaluate(*args: object, device: str, **more: object) -> None:
         seen.append(([*current], device))
