@@ -8,9 +8,10 @@ the reason before anything is written. Memory: the weights of one output file, a
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 from tqdm import tqdm
@@ -31,6 +32,7 @@ from converters.export_shards import ShardWriter
 from converters.export_tensors import (
     ExportScheme,
     LinearTraits,
+    cast,
     joined,
     linear_tensors,
     obstacle,
@@ -38,6 +40,7 @@ from converters.export_tensors import (
 )
 from converters.open import open_checkpoint
 from converters.quantize_fit import dense_dtype
+from converters.quantize_identity import model_name
 from converters.skeleton import HEAD, OpenedModel
 from converters.source import LinearSlot, Slot, TensorSlot, WeightSource
 from quant_kernels.packed_weight import DenseWeight
@@ -88,7 +91,7 @@ def convert(
         out: the folder to write, which must not exist.
         name: of the model, for the card; None takes the path's last part.
         dtype: "float16" or "bfloat16", of what is not quantized; None keeps it (and takes the config's type for what
-            is expanded).
+            is expanded; bfloat16 for float32 in "dense").
 
     Raises:
         CheckpointError: if the model cannot be read, or the format cannot express it.
@@ -99,7 +102,7 @@ def convert(
     opened = OpenedModel.check(source)
     chosen = _DTYPES[dtype] if dtype else None
     plan = _plan(source, opened, format, chosen, show_progress)
-    producer = Producer(PROJECT_VERSION, name or path.resolve().stem, "convert", {"source_format": source.description})
+    producer = Producer(PROJECT_VERSION, name or model_name(path), "convert", {"source_format": source.description})
     config = opened.skeleton.exported_config(source.config, source.path)
     if plan.dtype is not None and (chosen is not None or format == "dense"):
         config["torch_dtype"] = str(plan.dtype).removeprefix("torch.")
@@ -129,7 +132,7 @@ def _plan(
     linears = [slot for slot in opened.skeleton.slots(tied=opened.tied) if isinstance(slot, LinearSlot)]
     names = tuple(slot.name for slot in linears)
     if format == "dense":
-        return _Plan(None, (), names, dtype or dense_dtype(source.config))
+        return _Plan(None, (), names, dtype or _narrowed(source.config))
     traits: list[LinearTraits] = []
     reasons: list[tuple[str, str]] = []
     for slot in tqdm(linears, "Checking", unit=" linears", disable=not show_progress, leave=False):
@@ -163,10 +166,15 @@ def _plan(
     return _Plan(scheme, packed, tuple(name for name in names if name not in set(packed)), kept)
 
 
+def _narrowed(config: Mapping[str, Any]) -> torch.dtype:
+    """The type of a dense checkpoint: the config's if it has 16 bits; of float32 the one with the same range."""
+    said = config.get("dtype") or config.get("torch_dtype")
+    return torch.bfloat16 if said == "float32" else dense_dtype(config)
+
+
 def _tensors(source: WeightSource, slot: Slot, plan: _Plan) -> dict[str, torch.Tensor]:
     if isinstance(slot, TensorSlot):
-        tensor = source.read_tensor(slot)
-        return {slot.name: tensor if plan.dtype is None else tensor.to(plan.dtype)}
+        return {slot.name: cast(slot.name, source.read_tensor(slot), plan.dtype)}
     scheme = plan.scheme if slot.name in plan.packed else None
     return linear_tensors(slot.name, source.read_linear(slot), scheme, plan.dtype)
 

@@ -14,13 +14,12 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-from converters.export_folder import OutputFolder, replace_text
+from converters.export_folder import PROJECT, OutputFolder, replace_text
 from converters.export_tensors import ExportScheme
 from converters.gguf_source import GGUFSource
 from converters.gguf_tokenizer import read_tokenizer
 from converters.skeleton import HEAD
 
-PROJECT = "qengine"
 PROJECT_VERSION = version(PROJECT)
 #: What is copied of a folder: text and tokenizers, never code and never other weights.
 _COPIED = (
@@ -38,6 +37,8 @@ _COPIED = (
     "chat_template.jinja",
     "chat_template.json",
 )
+#: The folder in which transformers saves chat templates that have names.
+_TEMPLATES = "additional_chat_templates"
 _RUN = "```console\n$ qengine serve PATH\n```"
 _LICENSES = re.compile(r"(LICEN[SC]E|NOTICE|USE_POLICY)([._-].*)?", re.IGNORECASE)
 
@@ -171,6 +172,9 @@ def write_companions(folder: OutputFolder, source: object, path: Path) -> None:
     for file in sorted(path.iterdir()):
         if file.is_file() and (file.name in _COPIED or _LICENSES.fullmatch(file.name)):
             folder.copy(file)
+    for file in sorted((path / _TEMPLATES).glob("*.jinja")):
+        if file.is_file():
+            folder.copy(file, f"{_TEMPLATES}/{file.name}")
 
 
 def _write_gguf_companions(folder: OutputFolder, metadata: Mapping[str, Any]) -> None:

@@ -13,6 +13,7 @@ from math import gcd
 
 import torch
 
+from converters.errors import CheckpointError
 from converters.export_formats import MULTIPLES, ExportFormat
 from converters.formats.awq import pack_awq_codes, pack_awq_columns
 from converters.formats.bitfields import pack_columns
@@ -59,7 +60,9 @@ class LinearTraits:
         zeros = weight.zeros
         symmetric = weight.zero_const == middle or (zeros is not None and bool((zeros == middle).all()))
         size = min(weight.group_size, weight.in_features)
-        return LinearTraits(name, weight.bits, size, weight.in_features, symmetric, weight.perm is not None)
+        # An order says which inputs share a scale; in one group they all do.
+        has_order = weight.perm is not None and size < weight.in_features
+        return LinearTraits(name, weight.bits, size, weight.in_features, symmetric, has_order)
 
 
 def obstacle(weight: PackedWeight, format: ExportFormat) -> str | None:
@@ -156,10 +159,13 @@ def linear_tensors(
     Args:
         scheme: of the checkpoint; None writes the weight dense.
         dtype: of dense weights and of biases; None keeps what they have (float32 for what was packed).
+
+    Raises:
+        CheckpointError: if `dtype` is too narrow for a value.
     """
     if isinstance(weight, DenseWeight) or scheme is None or scheme.format == "dense":
-        dense = weight if isinstance(weight, DenseWeight) else to_dense(weight, dtype or torch.float32)
-        return {f"{name}.weight": _cast(dense.weight, dtype), **_bias(name, weight.bias, dtype)}
+        dense = weight if isinstance(weight, DenseWeight) else to_dense(weight, torch.float32)
+        return {f"{name}.weight": cast(f"{name}.weight", dense.weight, dtype), **_bias(name, weight.bias, dtype)}
     regular = regroup(weight, scheme.group_size)
     writer = {"awq": _awq, "gptq": _gptq, "compressed-tensors": _compressed}[scheme.format]
     return {**writer(name, regular, scheme), **_bias(name, weight.bias, dtype)}
@@ -213,11 +219,25 @@ def _in_layer_order(weight: PackedWeight) -> tuple[torch.Tensor, torch.Tensor]:
 
 
 def _bias(name: str, bias: torch.Tensor | None, dtype: torch.dtype | None) -> dict[str, torch.Tensor]:
-    return {} if bias is None else {f"{name}.bias": _cast(bias, dtype)}
+    return {} if bias is None else {f"{name}.bias": cast(f"{name}.bias", bias, dtype)}
 
 
-def _cast(tensor: torch.Tensor, dtype: torch.dtype | None) -> torch.Tensor:
-    return tensor if dtype is None else tensor.to(dtype)
+def cast(name: str, tensor: torch.Tensor, dtype: torch.dtype | None) -> torch.Tensor:
+    """Tensor `name` in another type; None keeps its own.
+
+    Raises:
+        CheckpointError: if a finite value would become infinite.
+    """
+    if dtype is None or tensor.dtype == dtype:
+        return tensor
+    found = tensor.to(dtype)
+    if bool((found.isinf() & tensor.isfinite()).any()):
+        largest = float(tensor[tensor.isfinite()].abs().max())
+        raise CheckpointError(
+            f"{name} holds values up to {largest:.6g}, and {str(dtype).removeprefix('torch.')} ends at "
+            f"{torch.finfo(dtype).max:.6g}; bfloat16 (qengine convert --dtype bfloat16) has room for them"
+        )
+    return found
 
 
 def joined(reasons: Iterable[tuple[str, str]], most: int = 3) -> str:

@@ -6,6 +6,7 @@ program that is killed finds them again. Invariant: a batch comes back bit for b
 
 from __future__ import annotations
 
+import errno
 import os
 from collections.abc import Sequence
 from pathlib import Path
@@ -13,6 +14,7 @@ from pathlib import Path
 import numpy as np
 import torch
 
+from converters.errors import CheckpointError
 from converters.safetensors_writer import write_error
 
 _BYTES = 4
@@ -24,6 +26,9 @@ class HiddenStates:
     Args:
         sizes: sequences and tokens of each batch.
         width: of the model.
+
+    Raises:
+        WriteError: if the file cannot be opened.
     """
 
     def __init__(self, path: Path, sizes: Sequence[tuple[int, int]], width: int) -> None:
@@ -31,7 +36,10 @@ class HiddenStates:
         self._shapes = [(count, length, width) for count, length in sizes]
         lengths = [count * length * width * _BYTES for count, length in sizes]
         self._offsets = [sum(lengths[:index]) for index in range(len(lengths) + 1)]
-        self._descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o644)
+        try:
+            self._descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o644)
+        except OSError as error:
+            raise write_error(path, self.num_bytes, 0, error) from error
 
     @property
     def num_bytes(self) -> int:
@@ -39,13 +47,24 @@ class HiddenStates:
         return self._offsets[-1]
 
     def read(self, index: int) -> torch.Tensor:
-        """float32 [B, T, width] on the CPU."""
+        """float32 [B, T, width] on the CPU.
+
+        Raises:
+            CheckpointError: if the disk does not give back what was written.
+        """
         data = np.empty(self._shapes[index], dtype=np.float32)
         view, offset = data.reshape(-1).view(np.uint8).data, self._offsets[index]
-        while len(view):
-            count = os.preadv(self._descriptor, [view], offset)
-            assert count, "a batch is read only after it was written"
-            view, offset = view[count:], offset + count
+        try:
+            while len(view):
+                count = os.preadv(self._descriptor, [view], offset)
+                if not count:
+                    raise OSError(errno.EIO, "the file ends")
+                view, offset = view[count:], offset + count
+        except OSError as error:
+            raise CheckpointError(
+                f"cannot read {self.path}: {error.strerror} at byte {offset} of {self.num_bytes}; it was whole when "
+                "it was written: check the disk, and begin anew"
+            ) from error
         return torch.from_numpy(data)
 
     def write(self, index: int, values: torch.Tensor) -> None:

@@ -37,18 +37,22 @@ from converters.export_files import (
 )
 from converters.export_folder import OutputFolder, require_space
 from converters.export_shards import ShardWriter
-from converters.export_tensors import linear_tensors
+from converters.export_tensors import cast, linear_tensors
 from converters.hidden_states import HiddenStates
 from converters.layers import LayerRunner, full_name, load_head, load_layer, unload, view_head, view_layer
 from converters.open import open_checkpoint
 from converters.quantize_fit import check_model, dense_dtype, export_scheme, quantizer_settings
-from converters.quantize_memory import MemoryPlan, PeakMemory, plan_memory
+from converters.quantize_identity import machine, model_identity, model_name
+from converters.quantize_memory import PeakMemory, plan_memory
+from converters.quantize_outcome import Observer, Preview, Quantized, plan_lines, result_lines
+from converters.quantize_report import QuantReport, as_plain, complete_report
 from converters.quantize_request import FORMATS, QuantRequest, make_request
 from converters.quantize_state import FinishedPart, RunState, has_finished_layers
-from converters.quantizers import LayerView, LinearReport, QuantizationError, quantize_layer
-from converters.safetensors_writer import write_error
+from converters.quantizers import LayerView, QuantizationError, quantize_layer
+from converters.safetensors_writer import make_folder
 from converters.skeleton import EMBEDDING, HEAD, OpenedModel
 from converters.source import LinearSlot, TensorSlot, WeightSource
+from quant_kernels.packed_weight import PackedWeight
 
 logger = logging.getLogger(__name__)
 
@@ -57,54 +61,6 @@ OpenEncoder = Callable[[WeightSource, Path], TextEncoder]
 
 #: Tokens of a batch, unless a single sample has more.
 _BATCH_TOKENS = 4096
-
-
-@dataclass(frozen=True, slots=True)
-class Quantized:
-    """What came of it.
-
-    Attributes:
-        out: the folder.
-        report: a line for each linear.
-        seconds: over all runs.
-        num_bytes: of the weights.
-        planned: memory as predicted.
-        host_bytes, device_bytes: memory as measured.
-        calibration: name, samples and tokens; None if none was needed.
-    """
-
-    out: Path
-    report: tuple[LinearReport, ...]
-    seconds: float
-    num_bytes: int
-    planned: MemoryPlan
-    host_bytes: int
-    device_bytes: int
-    calibration: CalibrationSet | None
-
-
-@dataclass(frozen=True, slots=True)
-class Preview:
-    """What is known before the work begins, for whoever wants to say it."""
-
-    request: QuantRequest
-    description: str
-    num_layers: int
-    num_linears: int
-    num_finished: int
-    calibration: CalibrationSet | None
-    memory: MemoryPlan
-    device: torch.device
-
-
-class Observer:
-    """What a caller is told meanwhile; the methods do nothing."""
-
-    def begins(self, preview: Preview) -> None:
-        """Before the first layer is loaded."""
-
-    def finished(self, part: int, num_parts: int, report: Sequence[LinearReport], seconds: float) -> None:
-        """After each layer, whose state is saved."""
 
 
 def quantize(
@@ -181,13 +137,16 @@ def quantize(
         on_gpu=chosen.type == "cuda",
     )
     peak = PeakMemory(chosen)
+    producer = _producer(request, samples, name or model_name(path))
+    asked = as_plain({**request.as_json(), "model": producer.made_from, **producer.details, "by": PROJECT_VERSION})
     with _output(Path(out), path, resume) as folder:
-        if not folder.work.is_dir():
+        if not folder.work.is_dir() and not folder.is_complete:
             require_space(folder.out, memory.disk)
-            _make(folder.work)
-        asked = {**request.as_json(), "model": _identity(path), "by": PROJECT_VERSION}
-        asked["calibration"] = None if samples is None else samples.sha256
-        state = RunState.begin(folder.work, asked)
+            make_folder(folder.work)
+        state = RunState.begin(folder.work, {**asked, "files": model_identity(path)}, machine(chosen))
+        complete = complete_report(folder, asked)
+        if complete is not None:
+            state.finished, state.report = opened.skeleton.num_layers + request.lm_head, list(complete.linears)
         watcher = observer or Observer()
         watcher.begins(
             Preview(
@@ -201,12 +160,14 @@ def quantize(
                 chosen,
             )
         )
-        run = _Run(request, opened, source, chosen, batches, state, watcher, show_progress)
-        run.all_parts()
-        producer = _producer(request, samples, name or path.resolve().stem)
-        num_bytes = _assemble(folder, run, producer, path, memory.shard)
+        if complete is None:
+            run = _Run(request, opened, source, chosen, batches, state, watcher, show_progress)
+            run.all_parts()
+            complete = _assemble(folder, run, producer, path, memory.shard, asked)
+        else:
+            folder.publish()
     return Quantized(
-        folder.out, tuple(state.report), state.seconds, num_bytes, memory, peak.host, peak.on_device, samples
+        folder.out, complete.linears, state.seconds, complete.weight_bytes, memory, peak.host, peak.on_device, samples
     )
 
 
@@ -295,20 +256,6 @@ def _batches(samples: CalibrationSet) -> list[_Batch]:
     return batches
 
 
-def _identity(path: Path) -> list[list[Any]]:
-    """Names, sizes and times of a model's files: enough to notice another model."""
-    files = [path] if path.is_file() else sorted(path.iterdir())
-    facts = [(file.name, file.stat()) for file in files if file.suffix in (".safetensors", ".gguf", ".json")]
-    return [[name, status.st_size, status.st_mtime_ns] for name, status in facts]
-
-
-def _make(folder: Path) -> None:
-    try:
-        folder.mkdir()
-    except OSError as error:
-        raise write_error(folder, 0, 0, error) from error
-
-
 # Layer by layer
 
 
@@ -337,18 +284,18 @@ class _Inputs:
         targets: HiddenStates | None,
         runner: LayerRunner,
         index: int | None,
-        num_batches: int,
+        batches: Sequence[_Batch],
         device: torch.device,
     ) -> None:
         self._streams = streams
         self._targets = targets
         self._runner = runner
         self._index = index
-        self._num_batches = num_batches
+        self._batches = batches
         self._device = device
 
     def __len__(self) -> int:
-        return self._num_batches
+        return len(self._batches)
 
     def hidden(self, index: int) -> torch.Tensor:
         return self._streams.hidden.read(index).to(self._device)
@@ -359,6 +306,9 @@ class _Inputs:
     def target(self, index: int) -> torch.Tensor:
         assert self._targets is not None, "logits are not kept: the head has no targets"
         return self._targets.read(index).to(self._device)
+
+    def sample(self, index: int, row: int) -> int:
+        return self._batches[index].numbers[row]
 
     def run(self, module: nn.Module, hidden: torch.Tensor) -> torch.Tensor:
         return self._runner.run(self._index, module, hidden)
@@ -418,7 +368,7 @@ class _Run:
                 # The last layer has targets too, though nobody comes after it.
                 targets = after.reference if after is not None else self._stream("target", part)
                 self._run_all(view, index, streams.reference, targets, "of the original model")
-            inputs = _Inputs(streams, targets, self.runner, index, len(self.batches), self.device)
+            inputs = _Inputs(streams, targets, self.runner, index, self.batches, self.device)
         result = quantize_layer(view, inputs, quantizer_settings(self.request, dense_dtype(self.source.config)))
         if streams is not None and after is not None and index is not None:
             self._run_all(view, index, streams.hidden, after.hidden, "of the quantized model")
@@ -495,8 +445,10 @@ def _producer(request: QuantRequest, samples: CalibrationSet | None, name: str) 
     return Producer(PROJECT_VERSION, name, request.method, details)
 
 
-def _assemble(folder: OutputFolder, run: _Run, producer: Producer, path: Path, shard_bytes: int) -> int:
-    """Put the finished parts and what was not touched into one checkpoint; returns the bytes of its weights."""
+def _assemble(
+    folder: OutputFolder, run: _Run, producer: Producer, path: Path, shard_bytes: int, asked: dict[str, Any]
+) -> QuantReport:
+    """Put the finished parts and what was not touched into one checkpoint."""
     opened, source, request = run.opened, run.source, run.request
     parts = [run.state.read(part) for part in range(run.num_parts)]
     records = {name: part for part in parts for name in part.records}
@@ -525,9 +477,11 @@ def _assemble(folder: OutputFolder, run: _Run, producer: Producer, path: Path, s
     quantization = quantization_config(scheme, dense, producer, head_is_quantized=request.lm_head)
     write_configs(folder, config, quantization)
     write_companions(folder, source, path)
+    report = QuantReport(asked, shards.num_bytes, tuple(run.state.report))
+    report.write(folder)
     folder.write_text(CARD, model_card(producer, scheme, shards.num_bytes))
     folder.finish(producer.entries())
-    return shards.num_bytes
+    return report
 
 
 def _untouched(
@@ -538,23 +492,43 @@ def _untouched(
         changed = next((tensor for part in owners if (tensor := part.changed(slot.name)) is not None), None)
         if changed is not None:
             return {slot.name: changed}
-        tensor = source.read_tensor(slot)
-        return {slot.name: tensor if dtype is None else tensor.to(dtype)}
-    return linear_tensors(slot.name, source.read_linear(slot), None, dtype)
+        return {slot.name: cast(slot.name, source.read_tensor(slot), dtype)}
+    weight = source.read_linear(slot)
+    if isinstance(weight, PackedWeight):
+        dtype = dense_dtype(source.config)
+    return linear_tensors(slot.name, weight, None, dtype)
 
 
 # The script
 
 
+class _Plan(Observer):
+    """Says beforehand what it will take."""
+
+    def __init__(self, title: str) -> None:
+        self._title = title
+
+    def begins(self, preview: Preview) -> None:
+        sys.stdout.write("\n".join(plan_lines(self._title, preview)) + "\n")
+        sys.stdout.flush()
+
+
 def main(argv: Sequence[str] | None = None) -> int:
-    """`python -m converters.quantize`: the same without the engine. Returns the exit code."""
-    parser = argparse.ArgumentParser("python -m converters.quantize", description="Quantize a model, layer by layer.")
+    """`python -m converters.quantize`: the same without the engine, and so without what needs one. Returns the exit
+    code."""
+    parser = argparse.ArgumentParser(
+        "python -m converters.quantize",
+        description="Quantize a model, layer by layer: qengine quantize without the engine, which "
+        "knows hub ids, the bundled model and --evaluate besides.",
+    )
     parser.add_argument("model", help="a folder of safetensors, or a .gguf file")
     parser.add_argument("out", help="the folder to write")
     parser.add_argument("--method", default="gptq", choices=("awq", "gptq", "rtn", "auto"))
     parser.add_argument("--bits", type=int, default=4)
     parser.add_argument("--group-size", type=int, default=128)
-    parser.add_argument("--sym", action=argparse.BooleanOptionalAction, default=None)
+    symmetry = parser.add_mutually_exclusive_group()
+    symmetry.add_argument("--sym", action="store_true", default=None, help="the zero point is the middle of the range")
+    symmetry.add_argument("--asym", dest="sym", action="store_false", help="each group has a zero point")
     parser.add_argument("--act-order", action="store_true")
     parser.add_argument("--format", choices=FORMATS)
     parser.add_argument("--calibration", default="builtin", help="builtin, FILE.txt, FILE.jsonl or a hub id")
@@ -565,14 +539,16 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--skip", metavar="REGEX")
     parser.add_argument("--lm-head", action="store_true")
     try:
-        done = quantize(**vars(parser.parse_args(argv)), show_progress=sys.stderr.isatty())
+        asked = vars(parser.parse_args(argv))
+        title = _Plan(f"{model_name(Path(asked['model']))} -> {asked['out']}")
+        done = quantize(**asked, observer=title, show_progress=sys.stderr.isatty())
     except (CheckpointError, QuantizationError, WriteError) as error:
         sys.stderr.write(f"error: {error}\n")
         return 2 if isinstance(error, CheckpointError) else 1
     except KeyboardInterrupt:
         sys.stderr.write("stopped; --resume goes on with the finished layers\n")
         return 130
-    sys.stdout.write(f"{done.out}: {done.num_bytes} bytes of weights, {done.seconds:.0f} s\n")
+    sys.stdout.write("\n".join(result_lines(done)) + "\n")
     return 0
 
 

@@ -75,6 +75,10 @@ def make_request(
     if group_size != -1 and (group_size < 8 or group_size % 8):
         raise CheckpointError(f"group_size is {group_size}, expected -1 (one group) or a multiple of 8 such as 128")
     own_format, own_sym = _DEFAULTS[method]
+    if act_order and method in ("rtn", "awq"):
+        raise CheckpointError(f"an activation order comes of gptq or auto, not of {method}; leave it out")
+    # An order says which inputs share a scale; with one group they all do.
+    act_order = act_order and group_size != -1
     if format is None:
         # AWQ's format has four bits and natural order; GPTQ's has room for both.
         format = "gptq" if own_format == "awq" and (bits == 8 or act_order or lm_head) else own_format
@@ -84,8 +88,6 @@ def make_request(
         raise CheckpointError(f"format '{format}' is not known; known: {', '.join(FORMATS)}{hint}")
     if chosen == "awq":
         _check_awq(bits=bits, act_order=act_order, lm_head=lm_head)
-    if act_order and method in ("rtn", "awq"):
-        raise CheckpointError(f"an activation order comes of gptq or auto, not of {method}; leave it out")
     if skip is not None:
         try:
             re.compile(skip)

@@ -8,13 +8,14 @@
     work/reference-00004.bin
 
 Invariant: everything that state.json counts is complete and synced; a run that goes on with it writes the same bytes as
-one that was never stopped. A state of another model, calibration or setting is refused, naming what differs.
+one that was never stopped. A state of another model, calibration or setting is refused, naming what differs; one of
+another device, torch or number of threads goes on, with a warning, as its sums differ in their last bits.
 """
 
 from __future__ import annotations
 
 import json
-import os
+import logging
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -26,7 +27,7 @@ from converters.checkpoint import read_header
 from converters.errors import CheckpointError
 from converters.files import DataFile, read_json_object
 from converters.quantizers import LayerResult, LinearReport
-from converters.safetensors_writer import sync_folder, write_file, write_safetensors
+from converters.safetensors_writer import replace_file, write_safetensors
 from converters.tensors import ReadableCheckpoint
 from quant_kernels.packed_weight import PackedWeight
 
@@ -34,6 +35,8 @@ _STATE = "state.json"
 _TENSORS = ("codes", "scales", "zeros", "perm", "bias")
 _NUMBERS = ("bits", "group_size", "in_features", "out_features", "zero_const")
 _RECORD, _CHANGED = "record:", "tensor:"
+
+logger = logging.getLogger(__name__)
 
 
 @dataclass(slots=True)
@@ -43,6 +46,7 @@ class RunState:
     Attributes:
         folder: the work folder.
         request: all that decides the result, in JSON's types.
+        machine: what decides its last bits, in the same.
         finished: parts that are done: the layers, then the head if it is quantized.
         report: of all finished parts.
         seconds: that they took, over all runs.
@@ -50,25 +54,36 @@ class RunState:
 
     folder: Path
     request: Mapping[str, Any]
+    machine: Mapping[str, Any]
     finished: int = 0
     report: list[LinearReport] = field(default_factory=list)
     seconds: float = 0.0
 
     @staticmethod
-    def begin(folder: Path, request: Mapping[str, Any]) -> RunState:
+    def begin(folder: Path, request: Mapping[str, Any], machine: Mapping[str, Any]) -> RunState:
         """The state that an earlier run left in `folder`, or a fresh one.
 
         Raises:
             CheckpointError: if it is of another request, with what differs.
         """
-        request = json.loads(json.dumps(request))
-        state = RunState(folder, request)
+        request, machine = json.loads(json.dumps([request, machine]))
+        state = RunState(folder, request, machine)
         if not (folder / _STATE).is_file():
             return state
         found = read_json_object(folder / _STATE)
         earlier = found.get("request")
         if not isinstance(earlier, dict) or earlier != request:
-            raise CheckpointError(_difference(folder, earlier if isinstance(earlier, dict) else {}, request))
+            changes = differences(earlier if isinstance(earlier, dict) else {}, request)
+            raise CheckpointError(
+                f"{folder.parent} holds the work of another run ({changes}); ask for the same to go on with it, or "
+                "remove that folder to begin anew"
+            )
+        if found.get("machine") != machine:
+            logger.warning(
+                "the finished layers were computed elsewhere (%s): the result is as good, but not the same bytes as "
+                "that of one run",
+                differences(found.get("machine") or {}, machine),
+            )
         state.finished, state.seconds = found["finished"], found["seconds"]
         state.report = [LinearReport(**{**line, "notes": tuple(line["notes"])}) for line in found["report"]]
         return state
@@ -102,15 +117,12 @@ class RunState:
         """Replace state.json. Raises WriteError."""
         value = {
             "request": self.request,
+            "machine": self.machine,
             "finished": self.finished,
             "seconds": self.seconds,
             "report": [asdict(line) for line in self.report],
         }
-        data = json.dumps(value).encode()
-        fresh = self.folder / f"{_STATE}.new"
-        write_file(fresh, [data], len(data))
-        os.replace(fresh, self.folder / _STATE)
-        sync_folder(self.folder)
+        replace_file(self.folder / _STATE, json.dumps(value).encode())
 
     def records_path(self, part: int) -> Path:
         """Where the records of a part lie."""
@@ -126,6 +138,14 @@ class RunState:
 def has_finished_layers(folder: Path) -> bool:
     """Whether a run has left anything that is worth keeping."""
     return (folder / _STATE).is_file()
+
+
+def num_finished(folder: Path) -> int:
+    """How many parts an ended run has left; 0 where nothing can be read."""
+    try:
+        return int(read_json_object(folder / _STATE)["finished"])
+    except (CheckpointError, KeyError, TypeError, ValueError):
+        return 0
 
 
 class FinishedPart:
@@ -155,15 +175,12 @@ class FinishedPart:
         return self._file.read(key) if key in self._file.tensors else None
 
 
-def _difference(folder: Path, earlier: Mapping[str, Any], request: Mapping[str, Any]) -> str:
+def differences(earlier: Mapping[str, Any], request: Mapping[str, Any]) -> str:
+    """Which entries of a request changed, and how, for a message."""
     keys = [key for key in {**earlier, **request} if earlier.get(key) != request.get(key)]
 
     def said(values: Mapping[str, Any], key: str) -> str:
         text = json.dumps(values.get(key))
         return text if len(text) <= 60 else text[:57] + "..."
 
-    changes = "; ".join(f"{key} was {said(earlier, key)}, now {said(request, key)}" for key in keys)
-    return (
-        f"{folder.parent} holds the work of another run ({changes}); ask for the same to go on with it, or remove that "
-        "folder to begin anew"
-    )
+    return "; ".join(f"{key} was {said(earlier, key)}, now {said(request, key)}" for key in keys)

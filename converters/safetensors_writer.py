@@ -7,6 +7,7 @@ whoever must not be seen half written writes into a folder that nobody reads (se
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import hashlib
 import json
@@ -101,6 +102,37 @@ def write_file(path: Path, parts: Iterable[bytes | memoryview], num_bytes: int) 
     except OSError as error:
         raise write_error(path, num_bytes, done, error) from error
     return Written(done, digest.hexdigest())
+
+
+def replace_file(path: Path, data: bytes) -> Written:
+    """Write a small file, or replace it: whatever happens, the old or the new one is there, and whole.
+
+    Raises:
+        WriteError: if it cannot be done.
+    """
+    fresh = path.with_name(f"{path.name}.new")
+    try:
+        written = write_file(fresh, [data], len(data))
+        os.replace(fresh, path)
+    except OSError as error:
+        raise write_error(path, len(data), 0, error) from error
+    finally:
+        with contextlib.suppress(OSError):
+            fresh.unlink(missing_ok=True)
+    sync_folder(path.parent)
+    return written
+
+
+def make_folder(path: Path) -> None:
+    """Make a folder, if it is not there.
+
+    Raises:
+        WriteError: if it cannot be done.
+    """
+    try:
+        path.mkdir(exist_ok=True)
+    except OSError as error:
+        raise write_error(path, 0, 0, error) from error
 
 
 def write_error(path: Path, num_bytes: int, done: int, error: OSError) -> WriteError:

@@ -112,6 +112,10 @@ def _positive(name: str, value: object) -> None:
         raise ConfigError(f"{name} is {value!r}, expected a whole number of at least 1")
 
 
+#: What means the bundled model where a MODEL cannot be left out.
+DEMO = "demo"
+
+
 @dataclass(frozen=True, slots=True)
 class LoadConfig:
     """Which model, and how it is read. `model` None is the bundled one.

@@ -141,6 +141,9 @@ class LayerInputs(Protocol):
     def target(self, index: int) -> torch.Tensor:
         """What the original layer makes of `reference(index)`: the next layer's reference."""
 
+    def sample(self, index: int, row: int) -> int:
+        """The number in the calibration of what is row `row` of batch `index`, for errors."""
+
     def run(self, module: nn.Module, hidden: torch.Tensor) -> torch.Tensor:
         """The layer's output for hidden states of one batch, with positions and mask as the model gives them.
 
@@ -156,7 +159,8 @@ class LinearReport:
         name: with the layer's name in front.
         method: what chose the codes: "gptq", "awq", "rtn" ...
         error: of the written weight.
-        rtn_error: of plain rounding to nearest of the original weight, for comparison. Both are NaN without inputs.
+        rtn_error: of plain rounding to nearest of the original weight, before factors are folded into it, for
+            comparison. Both are NaN without inputs.
         notes: what the user should know, such as a fall back to rounding.
     """
 

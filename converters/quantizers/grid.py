@@ -61,8 +61,11 @@ def range_grid(low: torch.Tensor, high: torch.Tensor, settings: QuantSettings) -
         scales = round_scales(half * (2 / top), settings)
         return Grid(scales, torch.full_like(scales, 2 ** (settings.bits - 1)), top)
     scales = round_scales((high - low) / top, settings)
-    zeros = torch.round(-low / scales).clamp_(settings.min_zero, top)
-    return Grid(scales, zeros, top)
+    zeros = torch.round(-low / scales)
+    # A zero point that has to be raised takes codes from the positive side.
+    above = round_scales(high / (top - settings.min_zero), settings)
+    scales = torch.where(zeros < settings.min_zero, torch.maximum(scales, above), scales)
+    return Grid(scales, zeros.clamp_(settings.min_zero, top), top)
 
 
 def round_scales(scales: torch.Tensor, settings: QuantSettings) -> torch.Tensor:

@@ -60,16 +60,12 @@ def collect(
         weigh: positions count by 1 / mean square of the layer's input, where a group's output is added to it.
 
     Raises:
-        QuantizationError: naming layer and batch, if inputs are not finite.
+        QuantizationError: naming layer and sample, if inputs are not finite.
     """
     sums = [_empty(layer, group, original is not None) for group in groups]
     for index in range(len(inputs)):
         hidden = inputs.hidden(index)
-        if not bool(torch.isfinite(hidden).all()):
-            raise QuantizationError(
-                f"{layer.name}: calibration sample {index} gives inputs that are not finite; expected finite hidden "
-                "states; leave the sample out, or check the model's weights in the layers before"
-            )
+        _require_finite(hidden, layer.name, inputs, index, len(hidden))
         found = _group_inputs(layer.module, groups, inputs, hidden)
         wanted = None if original is None else _group_inputs(original, groups, inputs, inputs.reference(index))
         stream = hidden.reshape(-1, hidden.shape[-1]).square().mean(dim=1)
@@ -77,17 +73,26 @@ def collect(
             x = found[place]
             if x is None:
                 continue
-            if not bool(torch.isfinite(x).all()):
-                raise QuantizationError(
-                    f"{layer.name}.{group.names[0]}: calibration sample {index} gives inputs that are not finite; "
-                    "expected finite activations; leave the sample out, or check the layer's weights"
-                )
+            _require_finite(x, f"{layer.name}.{group.names[0]}", inputs, index, len(hidden))
             y = None if wanted is None else wanted[place]
             weights = stream.clamp(min=1e-12).reciprocal() if weigh and _adds(layer, group, hidden) else None
             # An expert sees some positions only, and not the same ones in both streams.
             aligned = len(x) == len(stream)
             sums[place].add(x, y if aligned else None, weights if aligned else None)
     return sums
+
+
+def _require_finite(values: torch.Tensor, where: str, inputs: LayerInputs, index: int, num_samples: int) -> None:
+    if bool(values.isfinite().all()):
+        return
+    which = "a calibration sample"
+    if len(values) % num_samples == 0:
+        finite = values.reshape(num_samples, -1).isfinite().all(dim=1)
+        which = f"calibration sample {inputs.sample(index, int((~finite).nonzero()[0]))}"
+    raise QuantizationError(
+        f"{where}: {which} gives inputs that are not finite; expected finite numbers; leave the sample out, or check "
+        "the model's weights in this layer and those before"
+    )
 
 
 def _empty(layer: LayerView, group: LinearGroup, with_cross: bool) -> Moments:

@@ -7,6 +7,7 @@ what the records and tensors of the result say, so that running it gives the nex
 from __future__ import annotations
 
 import copy
+from dataclasses import replace
 
 import torch
 
@@ -20,7 +21,7 @@ from converters.quantizers.base import (
     QuantSettings,
 )
 from converters.quantizers.hessian import collect
-from converters.quantizers.linear import make_problem, quantize_linear
+from converters.quantizers.linear import make_problem, quantize_linear, rounding_errors
 from converters.quantizers.recipe import RECIPES, Recipe
 from quant_kernels.packed_weight import PackedWeight
 from quant_kernels.reference import dequantize
@@ -44,7 +45,8 @@ def quantize_with(layer: LayerView, inputs: LayerInputs | None, settings: QuantS
     """The same with steps of one's own."""
     if recipe.calibrated and (inputs is None or not len(inputs)):
         raise QuantizationError(f"{layer.name}: method '{settings.method}' needs calibration texts, and there are none")
-    tensors = _smooth(layer, inputs, settings, recipe) if recipe.smooth and inputs is not None else {}
+    plain: dict[str, float] = {}
+    tensors = _smooth(layer, inputs, settings, recipe, plain) if recipe.smooth and inputs is not None else {}
     original = copy.deepcopy(layer.module) if recipe.correction else None
     weights: dict[str, PackedWeight] = {}
     report: list[LinearReport] = []
@@ -59,21 +61,29 @@ def quantize_with(layer: LayerView, inputs: LayerInputs | None, settings: QuantS
             linear.weight.data = dequantize(weights[name]).t().contiguous()
             if linear.bias is not None:
                 linear.bias.data = linear.bias.to(settings.dense_dtype).float()
-            report.append(line)
+            report.append(replace(line, rtn_error=plain.get(name, line.rtn_error)))
     return LayerResult(weights, tensors, report)
 
 
-def _smooth(layer: LayerView, inputs: LayerInputs, settings: QuantSettings, recipe: Recipe) -> dict[str, torch.Tensor]:
+def _smooth(
+    layer: LayerView, inputs: LayerInputs, settings: QuantSettings, recipe: Recipe, plain: dict[str, float]
+) -> dict[str, torch.Tensor]:
     """Fold AWQ's factors wherever a group has a producer; returns the dense tensors that changed.
 
     All inputs are collected first: a factor may change a weight that is quantized before its group is reached.
+
+    Args:
+        plain: is given the error of rounding each linear as it was.
     """
     groups = tuple(group for group in layer.groups if group.producer is not None)
     if not groups:
         return {}
     quantized = {name for group in layer.groups for name in group.names}
     changed: dict[str, torch.Tensor] = {}
-    for group, moments in zip(groups, collect(layer, groups, inputs, None, recipe.weigh), strict=True):
+    found = collect(layer, groups, inputs, None, recipe.weigh)
+    for group, moments in zip(groups, found, strict=True):
+        plain |= rounding_errors(layer, group, moments, settings)
+    for group, moments in zip(groups, found, strict=True):
         if moments.weight_sum > 0:
             changed |= fold(layer, group, search_factors(layer, group, moments, settings), settings)
     return {name: tensor for name, tensor in changed.items() if name.rpartition(".")[0] not in quantized}

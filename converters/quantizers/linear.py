@@ -12,7 +12,14 @@ from dataclasses import dataclass, replace
 import torch
 from torch import nn
 
-from converters.quantizers.base import LinearReport, Method, QuantizationError, QuantSettings
+from converters.quantizers.base import (
+    LayerView,
+    LinearGroup,
+    LinearReport,
+    Method,
+    QuantizationError,
+    QuantSettings,
+)
 from converters.quantizers.descent import descend
 from converters.quantizers.gptq import Factor, condition_, factorize, gptq_codes
 from converters.quantizers.grid import Grid, find_grid, group_index, pack, search_grid
@@ -93,6 +100,19 @@ def quantize_linear(
     error = relative_error(ordered, grid.per_weight(index).values(codes), problem.hessian, problem.ridge)
     rtn_error = relative_error(ordered, plain, problem.hessian, problem.ridge)
     return record, LinearReport(name, method.value, error, rtn_error, problem.notes)
+
+
+def rounding_errors(
+    layer: LayerView, group: LinearGroup, moments: Moments, settings: QuantSettings
+) -> dict[str, float]:
+    """What plain rounding to nearest would make of each linear of a group, by `relative_error`."""
+    errors = {}
+    for name in group.names:
+        weight = layer.linear(name).weight.data.float()
+        index = group_index(weight.shape[1], settings, weight.device)
+        plain = find_grid(weight, settings).per_weight(index).nearest(weight)
+        errors[name] = relative_error(weight, plain, moments.hessian)
+    return errors
 
 
 def _choose(

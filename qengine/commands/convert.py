@@ -9,7 +9,7 @@ from __future__ import annotations
 import sys
 
 from converters.convert import convert
-from qengine.commands.making import find_model, making_errors
+from qengine.commands.making import find_model, making_errors, shown_name
 from qengine.commands.quantize_settings import ConvertSettings
 
 
@@ -21,7 +21,7 @@ def run(settings: ConvertSettings) -> int:
             location.path,
             settings.out,
             settings.format,
-            name=location.path.stem if settings.model is not None else location.name,
+            name=shown_name(location),
             dtype=settings.dtype,
             show_progress=sys.stderr.isatty(),
         )

@@ -12,11 +12,9 @@ from converters.errors import CheckpointError
 from converters.export_formats import EXPORT_FORMATS, ExportFormat
 from converters.quantize_request import QuantRequest, make_request
 from qengine.commands.parsing import Invocation
-from qengine.config import nearest
+from qengine.config import DEMO, nearest
 from qengine.errors import ConfigError
 
-#: The MODEL that means the bundled one, where a MODEL cannot be left out.
-DEMO = "demo"
 _REQUEST = ("method", "bits", "group_size", "act_order", "format", "skip", "lm_head")
 _DTYPES = ("float16", "bfloat16")
 

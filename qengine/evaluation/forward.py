@@ -33,17 +33,17 @@ class Forward:
     Attributes:
         info: what it runs as.
         max_rows: tokens of one step.
-        max_windows: windows that the KV cache holds at once.
+        num_blocks: of the KV cache; each window takes as many as its tokens fill.
     """
 
     info: EngineInfo
     executor: UniprocExecutor
     max_rows: int
-    max_windows: int
+    num_blocks: int
 
     @classmethod
     def load(cls, config: EngineConfig, opened: OpenedModel, window: int, *, show_progress: bool = False) -> Forward:
-        """Load the model, with a KV cache for a few windows and no more.
+        """Load the model, with a KV cache for the windows of one step and no more.
 
         Raises:
             ConfigError, LoadError: as the engine's start.
@@ -53,9 +53,9 @@ class Forward:
         device = choose_device(config.load.device)
         dtype = choose_dtype(config.load.dtype, device, opened.config.torch_dtype)
         max_rows = _CPU_ROWS if device.type == "cpu" else _GPU_ROWS
-        max_windows = max(1, max_rows // window)
         block_size = config.cache.block_size
-        slots = max_windows * -(-window // block_size) * block_size
+        num_blocks = max(-(-window // block_size), -(-max_rows // block_size))
+        slots = num_blocks * block_size
         own = replace(
             config,
             cache=replace(
@@ -64,14 +64,14 @@ class Forward:
                 kv_cache_memory_bytes=slots * opened.config.kv_values_per_token * dtype.itemsize,
             ),
             scheduler=replace(
-                config.scheduler, max_model_len=window, max_num_batched_tokens=max_rows, max_num_seqs=max_windows
+                config.scheduler, max_model_len=window, max_num_batched_tokens=max_rows, max_num_seqs=num_blocks
             ),
             enforce_eager=True,
         )
         platform = Platform.of(device, dtype, enforce_eager=True)
         parts = start_on(platform, own, opened, show_progress=show_progress)
         assert isinstance(parts.executor, UniprocExecutor), "one device"
-        return cls(parts.info, parts.executor, max_rows, max_windows)
+        return cls(parts.info, parts.executor, max_rows, num_blocks)
 
     @property
     def _runner(self) -> ModelRunner:
@@ -90,12 +90,16 @@ class Forward:
         """Release the model."""
         self.executor.shutdown()
 
+    def _blocks(self, num_tokens: int) -> int:
+        return -(-num_tokens // self.info.block_size)
+
     def _groups(self, windows: Iterable[Window]) -> Iterator[list[Window]]:
         """Windows that run in one step; one alone may need several."""
         group: list[Window] = []
         for window in windows:
-            num_rows = sum(len(member.token_ids) for member in (*group, window))
-            if group and (num_rows > self.max_rows or len(group) == self.max_windows):
+            lengths = [len(member.token_ids) for member in (*group, window)]
+            is_full = sum(lengths) > self.max_rows or sum(map(self._blocks, lengths)) > self.num_blocks
+            if group and is_full:
                 yield group
                 group = []
             group.append(window)
@@ -104,9 +108,8 @@ class Forward:
 
     @torch.inference_mode()
     def _run(self, group: Sequence[Window]) -> Iterator[torch.Tensor]:
-        block_size = self._runner.cache.block_size
-        num_blocks = -(-self.info.max_model_len // block_size)
-        tables = [tuple(range(index * num_blocks, (index + 1) * num_blocks)) for index in range(len(group))]
+        ends = [0, *itertools.accumulate(self._blocks(len(window.token_ids)) for window in group)]
+        tables = [tuple(range(start, end)) for start, end in itertools.pairwise(ends)]
         found: list[list[torch.Tensor]] = [[] for _ in group]
         for start in itertools.count(0, self.max_rows):
             entries = [

@@ -17,7 +17,7 @@ from typing import Any
 import torch
 from tqdm import tqdm
 
-from qengine.config import EngineConfig
+from qengine.config import DEMO, EngineConfig
 from qengine.errors import ConfigError, QEngineError
 from qengine.evaluation.figures import Evaluation, ModelFigures, Protocol, comparison, perplexity
 from qengine.evaluation.forward import Forward
@@ -26,6 +26,7 @@ from qengine.evaluation.texts import TokenText, load_text, tokenize
 from qengine.evaluation.windows import Window, cut
 from qengine.layers.linear import Linear
 from qengine.runtime.loader import OpenedModel, open_model, verify_files
+from qengine.runtime.platform import choose_device, choose_dtype
 from qengine.startup import EngineInfo, model_tokenizer
 from qengine.tokenizer import Tokenizer
 
@@ -64,8 +65,8 @@ def evaluate(
     """Measure `model`, and compare it with `against`, if given.
 
     Args:
-        model: a folder, a .gguf file, a hub id, or None for the bundled model.
-        against: the original; computed in the same dtype and on the same device.
+        model: a folder, a .gguf file, a hub id; None or "demo" for the bundled model.
+        against: the original, by the same names; computed in the same dtype and on the same device.
         text: "builtin", a .txt file (one sequence), a .jsonl file (a sequence per row, with "text" or "messages"), or a
             dataset of the hub.
         window: tokens read together; None is 2048, or the model's context where that is shorter.
@@ -80,14 +81,15 @@ def evaluate(
     """
     started = time.monotonic()
     _require_positive(window=window, stride=stride, max_tokens=max_tokens)
-    config = EngineConfig.from_options({**options, "model": model})
+    config = EngineConfig.from_options({**options, "model": None if model == DEMO else model})
     texts = load_text(text)
     candidate = _Candidate.open(config, show_progress=show_progress)
     original = None
     if against is not None:
-        load = replace(config.load, model=against, quantization=None, verify=False)
+        load = replace(config.load, model=None if against == DEMO else against, quantization=None, verify=False)
         original = _Candidate.open(replace(config, load=load), show_progress=show_progress)
         _require_same_tokens(original, candidate)
+        candidate, original = _in_one_dtype(candidate, original)
     window = window or _default_window(candidate, original)
     stride = window if stride is None else stride
     if window < 2 or stride > window:
@@ -156,8 +158,7 @@ class _Run:
         for window, hidden in self._progress(forward, "Scoring"):
             original_hidden = states.read(len(hidden))
             compare(
-                scores, hidden, forward.logits, original_hidden, lambda rows: head(rows).float(), window.targets,
-                self._vocab_size,
+                scores, hidden, forward.logits, original_hidden, head.in_float32, window.targets, self._vocab_size,
             )  # fmt: skip
         forward.close()
         return forward.info
@@ -233,6 +234,18 @@ def _require_same_tokens(original: _Candidate, candidate: _Candidate) -> None:
                 f"{names} have different tokenizers, so they cannot be compared: token {token_id} is "
                 f"{first[:_MAX_SHOWN]!r} and {second[:_MAX_SHOWN]!r}"
             )
+
+
+def _in_one_dtype(candidate: _Candidate, original: _Candidate) -> tuple[_Candidate, _Candidate]:
+    """Both in the dtype that the original runs in, so that their difference is not one of rounding."""
+    load = original.config.load
+    device = choose_device(load.device)
+    dtype = str(choose_dtype(load.dtype, device, original.opened.config.torch_dtype)).removeprefix("torch.")
+
+    def fixed(found: _Candidate) -> _Candidate:
+        return replace(found, config=replace(found.config, load=replace(found.config.load, dtype=dtype)))
+
+    return fixed(candidate), fixed(original)
 
 
 def _figures(info: EngineInfo, nll: Sequence[torch.Tensor]) -> ModelFigures:

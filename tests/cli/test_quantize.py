@@ -8,16 +8,22 @@ import signal
 import subprocess
 import sys
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
+import torch
 
 from converters.open import open_checkpoint
 from converters.quantize import main as script
 from qengine import cli
 from qengine.commands import quantize as quantize_command
+from qengine.commands.making import shown_name
 from qengine.errors import QEngineError
+from qengine.runtime.locate import ModelLocation
 from tests.converters.test_quantize import digests
 from tests.engine.fixtures import path
 
@@ -62,6 +68,42 @@ def test_the_result_is_measured_and_the_card_says_it(
     assert "| KL divergence, mean |" in card
     manifest = json.loads((tmp_path / "out" / "manifest.json").read_text())
     assert manifest["files"]["README.md"]["sha256"] == digests(tmp_path / "out")["README.md"]
+
+
+def test_the_result_is_measured_on_the_gpu_that_made_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of several; the engine runs on the current one."""
+    current: list[int] = []
+    seen: list[tuple[list[int], str]] = []
+
+    @contextmanager
+    def device(index: int) -> Iterator[None]:
+        current.append(index)
+        try:
+            yield
+        finally:
+            current.pop()
+
+    def evaluate(*args: object, device: str, **more: object) -> None:
+        seen.append(([*current], device))
+        raise QEngineError("enough")
+
+    monkeypatch.setattr(torch.cuda, "device", device)
+    monkeypatch.setattr(quantize_command, "evaluate", evaluate)
+    for name in ("cuda:1", "cuda", "cpu", "auto"):
+        with pytest.raises(QEngineError, match="enough"):
+            quantize_command._evaluate(SimpleNamespace(out="x"), Path("y"), name)  # type: ignore[arg-type]
+    assert seen == [([1], "cuda"), ([], "cuda"), ([], "cpu"), ([], "auto")]
+
+
+def test_the_name_of_a_model(tmp_path: Path) -> None:
+    snapshot = tmp_path / "models--Qwen--Qwen2.5-7B-Instruct" / "snapshots" / ("a" * 40)
+    for place, given, name in (
+        (snapshot, "Qwen/Qwen2.5-7B-Instruct", "Qwen2.5-7B-Instruct"),
+        (Path("./Llama-3.1-8B-Instruct/"), "./Llama-3.1-8B-Instruct/", "Llama-3.1-8B-Instruct"),
+        (Path("x/m-Q4_0.gguf"), "x/m-Q4_0.gguf", "m-Q4_0"),
+        (Path("/site/smollm2-q8.gguf"), "SmolLM2-135M-Instruct", "SmolLM2-135M-Instruct"),
+    ):
+        assert shown_name(ModelLocation(place, given)) == name
 
 
 @pytest.mark.parametrize(
@@ -149,7 +191,19 @@ def test_ctrl_c_keeps_what_is_done(tmp_path: Path) -> None:
 
 
 def test_the_script_without_the_engine(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    assert script([MODEL, str(tmp_path / "out"), "--method", "rtn", "--group-size", "64"]) == 0
-    assert "bytes of weights" in capsys.readouterr().out
+    assert script([MODEL, str(tmp_path / "out"), "--method", "rtn", "--group-size", "64", "--asym"]) == 0
+    said = capsys.readouterr().out
+    assert f"llama-awq-g64 -> {tmp_path / 'out'}" in said
+    assert "awq, 4-bit, group 64, asymmetric, by rtn" in said
+    assert "GiB of disk meanwhile" in said
+    assert f"wrote {tmp_path / 'out'}" in said
     assert script([MODEL, str(tmp_path / "out"), "--method", "rtn"]) == 2
     assert "exists already" in capsys.readouterr().err
+
+
+def test_the_script_says_what_was_done_differently(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("converters.quantizers.linear.factorize", lambda *args: None)
+    assert script([MODEL, str(tmp_path / "out"), *SMALL]) == 0
+    assert "note: model.layers.0.self_attn.q_proj: the Hessian cannot be factorized" in capsys.readouterr().out

@@ -16,14 +16,18 @@ from converters.convert import convert
 from converters.errors import CheckpointError
 from converters.export_files import add_section
 from converters.export_formats import ExportFormat
+from converters.export_tensors import ExportScheme, LinearTraits, cast, linear_tensors, scheme_of
 from converters.open import open_checkpoint
+from converters.quantizers import Method, QuantSettings
+from converters.quantizers.grid import find_grid, group_index, pack
 from converters.skeleton import OpenedModel
 from converters.source import LinearSlot, TensorSlot, WeightSource
 from quant_kernels.packed_weight import DenseWeight
 from quant_kernels.reference import dequantize
 from tests.converters.gguf_files import write_gguf
+from tests.converters.reference import compressed_weight
 from tests.converters.test_quantize import config_of, digests, run, tensors_of
-from tests.converters.tiny_models import tiny_folder
+from tests.converters.tiny_models import make_model, save_model, tiny_folder
 
 FIXTURES = Path(__file__).parent.parent / "fixtures"
 
@@ -102,6 +106,49 @@ def test_dense_is_what_transformers_loads(tmp_path: Path, dtype: str | None) -> 
     model = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "out", dtype=wanted)
     loaded = model.state_dict()
     assert all(torch.equal(loaded[name], tensor) for name, tensor in tensors.items())
+
+
+def test_values_that_a_type_cannot_hold(tmp_path: Path) -> None:
+    """Refused by name, and not written as infinity; of float32 the default is the type with the same range."""
+    large = make_model().state_dict()["model.layers.1.mlp.up_proj.weight"]
+    large[3, 5] = 70000.0
+    change = {"model.layers.1.mlp.up_proj.weight": large}
+    model = save_model(tmp_path / "model", make_model(), torch.float32, change=change)
+    with pytest.raises(CheckpointError, match=r"layers\.1\.mlp\.up_proj\.weight holds values up to 70000, .* 65504"):
+        convert(model, tmp_path / "out", "dense", dtype="float16")
+    assert not list(tmp_path.glob("out*"))
+    convert(model, tmp_path / "out", "dense")
+    tensors = tensors_of(tmp_path / "out")
+    assert {tensor.dtype for tensor in tensors.values()} == {torch.bfloat16}
+    assert all(bool(tensor.isfinite().all()) for tensor in tensors.values())
+    assert config_of(tmp_path / "out")["torch_dtype"] == "bfloat16"
+
+
+def test_infinity_that_was_there_is_no_reason() -> None:
+    values = torch.tensor([torch.inf, -torch.inf, torch.nan, 1.0])
+    assert cast("x", values, torch.float16)[0] == torch.inf
+    assert cast("x", values, None) is values
+
+
+def test_one_group_has_no_order() -> None:
+    """An order says which inputs share a scale: with one group for all, compressed-tensors refuses to read of one."""
+    generator = torch.Generator().manual_seed(0)
+    linear = torch.nn.Linear(64, 32, bias=False)
+    perm = torch.randperm(64, generator=generator)
+    options = {"bits": 4, "sym": True}
+    for group_size in (-1, 16):
+        settings = QuantSettings(Method.RTN, group_size=group_size, **options)
+        grid = find_grid(linear.weight.data[:, perm], settings)
+        index = group_index(64, settings, perm.device)
+        record = pack(
+            grid.per_weight(index).codes(linear.weight.data[:, perm]), grid, settings, method="gptq", perm=perm
+        )
+        scheme = scheme_of([LinearTraits.of("x", record)], "compressed-tensors")
+        assert isinstance(scheme, ExportScheme)
+        assert scheme.has_order == (group_size == 16)
+        tensors = linear_tensors("x", record, scheme)
+        assert ("x.weight_g_idx" in tensors) == (group_size == 16)
+        assert np.array_equal(compressed_weight(tensors, "x", 4), dequantize(record).numpy())
 
 
 def test_nothing_to_convert(tmp_path: Path) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 import hashlib
 import io
+import json
 import os
 import resource
 import signal
@@ -20,8 +21,9 @@ from safetensors.torch import load_file
 import converters.safetensors_writer
 from converters.convert import convert
 from converters.errors import CheckpointError, WriteError
-from converters.export_folder import OutputFolder, require_space
+from converters.export_folder import OutputFolder, _is_mount_point, discarding, replace_text, require_space
 from converters.export_shards import ShardWriter
+from converters.hidden_states import HiddenStates
 from converters.safetensors_writer import write_safetensors
 from tests.converters.test_quantize import digests, run
 from tests.converters.tiny_models import tiny_folder
@@ -197,6 +199,113 @@ def test_a_foreign_folder_of_that_name_is_left_alone(tmp_path: Path) -> None:
         with pytest.raises(CheckpointError, match="move it away"):
             make(model, tmp_path / "out")
     assert (foreign / "precious").exists()
+
+
+def test_a_foreign_folder_with_a_manifest_is_left_alone(tmp_path: Path) -> None:
+    """Of other programs, or of ours with something added: only what the manifest lists, and all of it, is ours."""
+    foreign = tmp_path / "out.partial"
+    foreign.mkdir()
+    (foreign / "photos.tar").write_text("x")
+    line = {"photos.tar": {"bytes": 1, "sha256": ""}}
+    for manifest in (
+        {"name": "app"}, [], {"producer": "other", "files": line}, {"producer": "qengine:1", "files": {}},
+        {"producer": "qengine:1", "files": {"photos.tar": {"bytes": 2}}}, {"producer": "qengine:1", "files": []},
+        {"producer": "qengine:1", "files": {**line, "more": {"bytes": 1}}},
+    ):  # fmt: skip
+        (foreign / "manifest.json").write_text(json.dumps(manifest))
+        for resume in (None, False, True):
+            with pytest.raises(CheckpointError, match="move it away"):
+                OutputFolder.create(tmp_path / "out", resume=resume)
+        assert sorted(os.listdir(foreign)) == ["manifest.json", "photos.tar"]
+
+
+def test_places_where_something_is_mounted(tmp_path: Path) -> None:
+    model = tiny_folder(tmp_path / "model")
+    for make in (_convert, _quantize):
+        with pytest.raises(CheckpointError, match=r"/proc is a place where something is mounted.*/proc/model"):
+            make(model, Path("/proc"))
+    mounts = "36 35 98:0 / /mnt/with\\040space rw shared:1 - ext4 /dev/sda1 rw\n"
+    assert _is_mount_point(Path("/mnt/with space"), mounts)
+    assert not _is_mount_point(Path("/mnt/with"), mounts)
+
+
+def test_what_cannot_be_renamed_is_kept(tmp_path: Path) -> None:
+    """Of conversions too."""
+    folder = OutputFolder.create(tmp_path / "out", resume=None)
+    with pytest.raises(WriteError, match="only the name is missing"), discarding(folder):  # noqa: PT012
+        folder.write_text("x", "content")
+        (tmp_path / "out" / "other").mkdir(parents=True)
+        folder.finish({"producer": "qengine:1"})
+    assert sorted(os.listdir(tmp_path / "out.partial")) == ["manifest.json", "x"]
+    (tmp_path / "out" / "other").rmdir()
+    again = OutputFolder.create(tmp_path / "out", resume=True)
+    assert again.is_complete
+    again.publish()
+    assert sorted(os.listdir(tmp_path / "out")) == ["manifest.json", "x"]
+
+
+def test_a_manifest_is_true_at_every_moment_of_a_change(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A change of the card that dies between its steps leaves no line of the manifest that is not so."""
+    replace, calls = os.replace, 0
+    for step in range(4):
+        out = tmp_path / str(step)
+        folder = OutputFolder.create(out)
+        folder.write_text("README.md", "old")
+        folder.write_text("other", "x")
+        folder.finish({"producer": "qengine:1"})
+        calls = 0
+
+        def dying(*paths: Path, step: int = step) -> None:
+            nonlocal calls
+            calls += 1
+            if calls > step:
+                raise OSError(errno.EIO, os.strerror(errno.EIO))
+            replace(*paths)
+
+        with monkeypatch.context() as patched:
+            patched.setattr(os, "replace", dying)
+            if step < 3:
+                with pytest.raises(WriteError, match="Input/output error"):
+                    replace_text(out, "README.md", lambda text: f"{text} and new")
+            else:
+                replace_text(out, "README.md", lambda text: f"{text} and new")
+        files = json.loads((out / "manifest.json").read_text())["files"]
+        assert all(
+            hashlib.sha256((out / name).read_bytes()).hexdigest() == line["sha256"] for name, line in files.items()
+        )
+        assert (out / "README.md").read_text() == ("old" if step < 2 else "old and new")
+        assert ("README.md" in files) == (step in (0, 3))
+        assert sorted(os.listdir(out)) == ["README.md", "manifest.json", "other"]
+
+
+# Faults of the disk while a run keeps its work
+
+
+def _fails(*args: object) -> None:
+    raise OSError(errno.EDQUOT, os.strerror(errno.EDQUOT))
+
+
+def test_hidden_states_that_cannot_be_kept_or_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    with pytest.raises(WriteError, match=r"cannot write .*/no/such: No such file"):
+        HiddenStates(tmp_path / "no" / "such", [(1, 2)], 4)
+    states = HiddenStates(tmp_path / "x", [(1, 2)], 4)
+    with pytest.raises(CheckpointError, match=r"cannot read .*the file ends at byte 0 of 32"):
+        states.read(0)
+    states.write(0, torch.zeros(1, 2, 4))
+    with monkeypatch.context() as patched:
+        patched.setattr(os, "preadv", _fails)
+        with pytest.raises(CheckpointError, match=r"cannot read .*quota"):
+            states.read(0)
+    states.remove()
+
+
+def test_a_state_that_cannot_be_replaced(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    model = tiny_folder(tmp_path / "model")
+    with monkeypatch.context() as patched:
+        patched.setattr(os, "replace", _fails)
+        with pytest.raises(WriteError, match=r"cannot write .*state\.json: Disk quota exceeded"):
+            run(model, tmp_path / "out")
+    run(model, tmp_path / "out", resume=True)
 
 
 def test_names_that_end_in_partial_are_refused(tmp_path: Path) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 import shutil
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -13,8 +14,10 @@ import torch
 import transformers
 
 from qengine import cli, evaluate
+from qengine.config import EngineConfig
 from qengine.errors import ConfigError, LoadError, QEngineError
 from qengine.evaluation import Evaluation, measure, scoring
+from qengine.evaluation.forward import Forward
 from qengine.evaluation.windows import Window, cut
 from qengine.tokenizer import load_tokenizer
 from tests.engine.fixtures import path
@@ -134,6 +137,64 @@ def test_a_model_does_not_diverge_from_itself(models: tuple[Path, Path], text_fi
     assert change.top1_agreement == 1
     assert change.perplexity_change == 0
     assert found.model == found.original
+
+
+def test_a_quantized_model_does_not_diverge_from_itself() -> None:
+    """In the CPU's own dtype, with a quantized head, whose logits must not be rounded on one side only."""
+    change = evaluate("demo", against="demo", max_tokens=48, device="cpu").comparison
+    assert change is not None
+    assert change.max_kl == 0
+    assert change.top1_agreement == 1
+    assert change.perplexity_change == 0
+
+
+def test_both_models_run_in_the_dtype_of_the_original(
+    models: tuple[Path, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """On a GPU each would else run in its file's own."""
+    monkeypatch.setattr(measure, "choose_device", lambda name: torch.device("cuda", 0))
+    folders = {}
+    for dtype in ("bfloat16", "float16"):
+        folders[dtype] = shutil.copytree(models[0], tmp_path / dtype)
+        config = json.loads((folders[dtype] / "config.json").read_text())
+        config.pop("torch_dtype", None)
+        (folders[dtype] / "config.json").write_text(json.dumps({**config, "dtype": dtype}))
+
+    def opened(dtype: str, asked: str) -> measure._Candidate:
+        config = EngineConfig.from_options({"model": str(folders[dtype]), "dtype": asked})
+        return measure._Candidate.open(config)
+
+    for own, original, asked, expected in (
+        ("float16", "bfloat16", "auto", "bfloat16"),
+        ("bfloat16", "float16", "auto", "float16"),
+        ("bfloat16", "bfloat16", "float16", "float16"),
+    ):
+        pair = measure._in_one_dtype(opened(own, asked), opened(original, asked))
+        assert [found.config.load.dtype for found in pair] == [expected, expected]
+
+
+def test_short_texts_share_a_step(models: tuple[Path, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As many as a step has room for, however long a window may be; and their figures stay their own."""
+    file = tmp_path / "rows.jsonl"
+    texts = [f"Row {index}: " + "the quick brown fox jumps " * (1 + index % 3) for index in range(20)]
+    file.write_text("\n".join(json.dumps({"text": text}) for text in texts))
+    run, groups = Forward._run, []
+
+    def counted(self: Forward, group: Sequence[Window]) -> Iterator[torch.Tensor]:
+        groups.append(len(group))
+        return run(self, group)
+
+    monkeypatch.setattr(Forward, "_run", counted)
+    together = evaluate(str(models[0]), text=str(file), **OPTIONS)
+    assert together.protocol.window == 256
+    assert together.protocol.num_tokens > 256
+    assert sum(groups) == 20
+    assert len(groups) <= -(-together.protocol.num_tokens // 256)
+    groups.clear()
+    monkeypatch.setattr("qengine.evaluation.forward._CPU_ROWS", 16)
+    alone = evaluate(str(models[0]), text=str(file), **OPTIONS)
+    assert len(groups) > 10
+    assert alone.model.perplexity == pytest.approx(together.model.perplexity, rel=1e-5)
 
 
 def test_a_quantized_checkpoint_runs_in_its_own_kernels(text_file: Path) -> None:

@@ -7,6 +7,7 @@ import torch
 from torch import nn
 
 from converters.quantizers import Method, QuantSettings
+from converters.quantizers.grid import find_grid
 from converters.quantizers.hessian import Moments
 from converters.quantizers.linear import corrected, make_problem, quantize_linear
 from converters.quantizers.recipe import RECIPES, Recipe
@@ -21,6 +22,15 @@ def moments(x: torch.Tensor, y: torch.Tensor | None = None) -> Moments:
     for part in range(0, len(x), 50):
         found.add(x[part : part + 50], None if y is None else y[part : part + 50], None)
     return found
+
+
+def test_a_zero_point_that_is_raised_does_not_clip() -> None:
+    """GPTQ's first version has no zero point of 0: a group without negative weights takes its scale from 14 codes."""
+    weight = torch.linspace(0, 1, 32).repeat(3, 1) * torch.tensor([[1.0], [7.0], [0.01]])
+    grid = find_grid(weight, QuantSettings(Method.RTN, group_size=32, min_zero=1))
+    assert (grid.zeros == 1).all()
+    error = (grid.nearest(weight) - weight).abs().amax(dim=1, keepdim=True)
+    assert (error <= 0.51 * grid.scales).all()
 
 
 def samples(rows: int = 300) -> torch.Tensor:

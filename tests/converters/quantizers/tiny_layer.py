@@ -101,6 +101,9 @@ class Inputs:
     def target(self, index: int) -> torch.Tensor:
         return self.targets[index]
 
+    def sample(self, index: int, row: int) -> int:
+        return 100 * index + row
+
     def run(self, module: nn.Module, hidden: torch.Tensor) -> torch.Tensor:
         out: torch.Tensor = module(hidden)
         return out
