@@ -45,7 +45,7 @@ from converters.quantize_fit import check_model, dense_dtype, export_scheme, qua
 from converters.quantize_memory import MemoryPlan, PeakMemory, plan_memory
 from converters.quantize_request import FORMATS, QuantRequest, make_request
 from converters.quantize_state import FinishedPart, RunState, has_finished_layers
-from converters.quantizers import LayerView, LinearReport, QuantizationError, quantize_layer
+from converters.quantizers import LayerView, LinearReport, Method, QuantizationError, needs_reference, quantize_layer
 from converters.safetensors_writer import write_error
 from converters.skeleton import EMBEDDING, HEAD, OpenedModel
 from converters.source import LinearSlot, TensorSlot, WeightSource
@@ -311,18 +311,22 @@ def _make(folder: Path) -> None:
 
 @dataclass(slots=True)
 class _Streams:
-    """Hidden states at one layer: of the quantized layers before it, and of the original ones."""
+    """Hidden states at one layer: of the quantized layers before it, and of the original ones where a method asks."""
 
     hidden: HiddenStates
-    reference: HiddenStates
+    reference: HiddenStates | None
+
+    @property
+    def all(self) -> list[HiddenStates]:
+        return [self.hidden] if self.reference is None else [self.hidden, self.reference]
 
     def sync(self) -> None:
-        self.hidden.sync()
-        self.reference.sync()
+        for stream in self.all:
+            stream.sync()
 
     def remove(self) -> None:
-        self.hidden.remove()
-        self.reference.remove()
+        for stream in self.all:
+            stream.remove()
 
 
 class _Inputs:
@@ -331,14 +335,12 @@ class _Inputs:
     def __init__(
         self,
         streams: _Streams,
-        targets: HiddenStates | None,
         runner: LayerRunner,
         index: int | None,
         num_batches: int,
         device: torch.device,
     ) -> None:
         self._streams = streams
-        self._targets = targets
         self._runner = runner
         self._index = index
         self._num_batches = num_batches
@@ -351,11 +353,8 @@ class _Inputs:
         return self._streams.hidden.read(index).to(self._device)
 
     def reference(self, index: int) -> torch.Tensor:
+        assert self._streams.reference is not None, "it is kept for methods that ask for it"
         return self._streams.reference.read(index).to(self._device)
-
-    def target(self, index: int) -> torch.Tensor:
-        assert self._targets is not None, "logits are not kept: the head has no targets"
-        return self._targets.read(index).to(self._device)
 
     def run(self, module: nn.Module, hidden: torch.Tensor) -> torch.Tensor:
         return self._runner.run(self._index, module, hidden)
@@ -409,15 +408,14 @@ class _Run:
         if streams is not None and part + 1 < self.num_parts:
             after = self._streams(part + 1)
         module, view = self._load(index)
-        inputs, targets = None, None
+        inputs = None
         if streams is not None:
-            if index is not None:
-                # The last layer has targets too, though nobody comes after it.
-                targets = after.reference if after is not None else self._stream("target", part)
-                self._run_all(view, index, streams.reference, targets, "of the original model")
-            inputs = _Inputs(streams, targets, self.runner, index, len(self.batches), self.device)
+            if streams.reference is not None and after is not None and after.reference is not None:
+                # Now: afterwards the module has the quantized weights.
+                self._run_all(view, index, streams.reference, after.reference, "of the original model")
+            inputs = _Inputs(streams, self.runner, index, len(self.batches), self.device)
         result = quantize_layer(view, inputs, quantizer_settings(self.request, dense_dtype(self.source.config)))
-        if streams is not None and after is not None and index is not None:
+        if streams is not None and after is not None:
             self._run_all(view, index, streams.hidden, after.hidden, "of the quantized model")
             after.sync()
         unload(module)
@@ -428,8 +426,6 @@ class _Run:
         self.observer.finished(part, self.num_parts, report, self.state.seconds)
         if streams is not None:
             streams.remove()
-        if targets is not None and after is None:
-            targets.remove()
         return after
 
     def _load(self, index: int | None) -> tuple[nn.Module, LayerView]:
@@ -440,7 +436,9 @@ class _Run:
         module = load_layer(skeleton, self.source, index, self.device)
         return module, view_layer(skeleton, module, index, self.request.skip_pattern)
 
-    def _run_all(self, view: LayerView, index: int, inputs: HiddenStates, outputs: HiddenStates, whose: str) -> None:
+    def _run_all(
+        self, view: LayerView, index: int | None, inputs: HiddenStates, outputs: HiddenStates, whose: str
+    ) -> None:
         for place, batch in enumerate(self.batches):
             values = self.runner.run(index, view.module, inputs.read(place).to(self.device))
             self._require_finite(values, batch, f"{view.name} {whose}")
@@ -453,8 +451,8 @@ class _Run:
         for index, batch in enumerate(self.batches):
             values = table[batch.ids].float()
             self._require_finite(values, batch, name)
-            streams.hidden.write(index, values)
-            streams.reference.write(index, values)
+            for stream in streams.all:
+                stream.write(index, values)
 
     def _require_finite(self, values: torch.Tensor, batch: _Batch, where: str) -> None:
         finite = values.isfinite().flatten(1).all(dim=1)
@@ -469,7 +467,8 @@ class _Run:
         )
 
     def _streams(self, part: int) -> _Streams:
-        return _Streams(self._stream("hidden", part), self._stream("reference", part))
+        has_reference = needs_reference(Method(self.request.method))
+        return _Streams(self._stream("hidden", part), self._stream("reference", part) if has_reference else None)
 
     def _stream(self, name: str, part: int) -> HiddenStates:
         sizes = [batch.size for batch in self.batches]

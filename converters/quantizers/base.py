@@ -125,8 +125,8 @@ class LayerView:
 class LayerInputs(Protocol):
     """The hidden states at a layer, batch by batch; no position is padding. Everything is float32, [B, T, hidden].
 
-    There are two streams: what the quantized layers before this one make of the calibration, and what the original ones
-    would have made of it.
+    There are two streams: what the quantized layers before this one make of the calibration, and, for methods that
+    `needs_reference` names, what the original ones would have made of it.
     """
 
     def __len__(self) -> int:
@@ -137,9 +137,6 @@ class LayerInputs(Protocol):
 
     def reference(self, index: int) -> torch.Tensor:
         """What the original layers before this one make of it, on the layer's device."""
-
-    def target(self, index: int) -> torch.Tensor:
-        """What the original layer makes of `reference(index)`: the next layer's reference."""
 
     def run(self, module: nn.Module, hidden: torch.Tensor) -> torch.Tensor:
         """The layer's output for hidden states of one batch, with positions and mask as the model gives them.

@@ -41,6 +41,13 @@ class Moments:
         self.mean_abs += scaled.abs().sum(dim=0)
         self.weight_sum += float(len(x) if weights is None else weights.sum())
 
+    def divide_(self, factors: torch.Tensor) -> None:
+        """Make them those of inputs that are divided by factors [K], in both streams."""
+        for square in (self.hessian, self.cross):
+            if square is not None:
+                square.div_(factors).div_(factors.unsqueeze(1))
+        self.mean_abs.div_(factors)
+
 
 class _Captured(Exception):  # noqa: N818 - not an error: it ends a forward pass whose rest is not needed
     """Stops a layer once the inputs of a linear are known."""

@@ -16,10 +16,11 @@ from converters.quantizers.base import (
     LayerResult,
     LayerView,
     LinearReport,
+    Method,
     QuantizationError,
     QuantSettings,
 )
-from converters.quantizers.hessian import collect
+from converters.quantizers.hessian import Moments, collect
 from converters.quantizers.linear import make_problem, quantize_linear
 from converters.quantizers.recipe import RECIPES, Recipe
 from quant_kernels.packed_weight import PackedWeight
@@ -39,19 +40,31 @@ def quantize_layer(layer: LayerView, inputs: LayerInputs | None, settings: Quant
     return quantize_with(layer, inputs, settings, RECIPES[settings.method])
 
 
+def needs_reference(method: Method) -> bool:
+    """Whether a method asks for `LayerInputs.reference`, which a driver need not keep otherwise."""
+    return RECIPES[method].correction > 0
+
+
 @torch.no_grad()
 def quantize_with(layer: LayerView, inputs: LayerInputs | None, settings: QuantSettings, recipe: Recipe) -> LayerResult:
     """The same with steps of one's own."""
     if recipe.calibrated and (inputs is None or not len(inputs)):
         raise QuantizationError(f"{layer.name}: method '{settings.method}' needs calibration texts, and there are none")
-    tensors = _smooth(layer, inputs, settings, recipe) if recipe.smooth and inputs is not None else {}
     original = copy.deepcopy(layer.module) if recipe.correction else None
+    tensors: dict[str, torch.Tensor] = {}
+    known: list[Moments | None] = [None] * len(layer.groups)
+    if inputs is not None and recipe.calibrated and (recipe.smooth or not recipe.sequential):
+        known = [*collect(layer, layer.groups, inputs, None, recipe.weigh)]
+    if recipe.smooth:
+        tensors = _smooth(layer, known, settings)
     weights: dict[str, PackedWeight] = {}
     report: list[LinearReport] = []
-    for group in layer.groups:
+    for place, group in enumerate(layer.groups):
         problem = None
         if recipe.calibrated and inputs is not None:
-            [moments] = collect(layer, (group,), inputs, original, recipe.weigh)
+            moments, known[place] = known[place], None
+            if moments is None or original is not None or (recipe.sequential and place > 0):
+                [moments] = collect(layer, (group,), inputs, original, recipe.weigh)
             problem = make_problem(moments, settings, recipe)
         for name in group.names:
             linear = layer.linear(name)
@@ -63,17 +76,17 @@ def quantize_with(layer: LayerView, inputs: LayerInputs | None, settings: QuantS
     return LayerResult(weights, tensors, report)
 
 
-def _smooth(layer: LayerView, inputs: LayerInputs, settings: QuantSettings, recipe: Recipe) -> dict[str, torch.Tensor]:
-    """Fold AWQ's factors wherever a group has a producer; returns the dense tensors that changed.
+def _smooth(layer: LayerView, known: list[Moments | None], settings: QuantSettings) -> dict[str, torch.Tensor]:
+    """Fold AWQ's factors wherever a group has a producer, and make its moments those of the divided inputs.
 
-    All inputs are collected first: a factor may change a weight that is quantized before its group is reached.
+    Returns:
+        The dense tensors that changed.
     """
-    groups = tuple(group for group in layer.groups if group.producer is not None)
-    if not groups:
-        return {}
     quantized = {name for group in layer.groups for name in group.names}
     changed: dict[str, torch.Tensor] = {}
-    for group, moments in zip(groups, collect(layer, groups, inputs, None, recipe.weigh), strict=True):
-        if moments.weight_sum > 0:
-            changed |= fold(layer, group, search_factors(layer, group, moments, settings), settings)
+    for group, moments in zip(layer.groups, known, strict=True):
+        if group.producer is not None and moments is not None and moments.weight_sum > 0:
+            factors, tensors = fold(layer, group, search_factors(layer, group, moments, settings), settings)
+            moments.divide_(factors)
+            changed |= tensors
     return {name: tensor for name, tensor in changed.items() if name.rpartition(".")[0] not in quantized}

@@ -27,7 +27,7 @@ class Problem:
 
     Attributes:
         hessian: per position, dead columns counted as one, damped.
-        ridge: what the damping added to its diagonal.
+        ridge: what shrinkage and damping added to its diagonal, [K]; None for nothing.
         cross: per position, of original less quantized inputs with quantized ones; None if there is none.
         factor: of `hessian` for GPTQ, or None if it is not asked for or could not be had.
         perm: int64 [K]: the input at each place, by importance, if the groups are to follow it.
@@ -35,7 +35,7 @@ class Problem:
     """
 
     hessian: torch.Tensor
-    ridge: float = 0.0
+    ridge: torch.Tensor | None = None
     cross: torch.Tensor | None = None
     factor: Factor | None = None
     perm: torch.Tensor | None = None
@@ -55,15 +55,17 @@ def make_problem(moments: Moments, settings: QuantSettings, recipe: Recipe) -> P
         perm = torch.argsort(hessian.diagonal(), descending=True, stable=True)
         hessian = hessian[perm.unsqueeze(1), perm]
         cross = None if cross is None else cross[perm.unsqueeze(1), perm]
+    ridge = recipe.shrinkage * hessian.diagonal()
+    hessian.diagonal().add_(ridge)
     factor = factorize(hessian, settings.damping)
     if factor is None:
         note = "the Hessian cannot be factorized with any damping: rounded to nearest"
-        return Problem(hessian, perm=perm, notes=(note,))
+        return Problem(hessian, ridge, perm=perm, notes=(note,))
     raised = factor.damping > settings.damping
     notes = (f"damping raised from {settings.damping:g} to {factor.damping:g}",) if raised else ()
-    ridge = float(factor.damping * hessian.diagonal().mean())
-    hessian.diagonal().add_(ridge)
-    return Problem(hessian, ridge, cross, factor, perm, notes)
+    added = factor.damping * hessian.diagonal().mean()
+    hessian.diagonal().add_(added)
+    return Problem(hessian, ridge + added, cross, factor, perm, notes)
 
 
 def quantize_linear(
@@ -140,14 +142,17 @@ def _round(weight: torch.Tensor, bias: torch.Tensor | None, settings: QuantSetti
     return pack(codes, grid, settings, method=Method.RTN.value, bias=bias)
 
 
-def relative_error(weight: torch.Tensor, found: torch.Tensor, hessian: torch.Tensor, ridge: float = 0.0) -> float:
-    """Mean square of the outputs' error over that of the outputs, for a Hessian that was damped by `ridge`."""
+def relative_error(
+    weight: torch.Tensor, found: torch.Tensor, hessian: torch.Tensor, ridge: torch.Tensor | None = None
+) -> float:
+    """Mean square of the outputs' error over that of the outputs, for a Hessian to whose diagonal `ridge` was added."""
     power, error = (_power(part, hessian, ridge) for part in (weight, found - weight))
     return max(error, 0.0) / power if power > 0 else math.nan
 
 
-def _power(weight: torch.Tensor, hessian: torch.Tensor, ridge: float) -> float:
-    return float(((weight @ hessian) * weight).sum()) - ridge * float(weight.square().sum())
+def _power(weight: torch.Tensor, hessian: torch.Tensor, ridge: torch.Tensor | None) -> float:
+    total = float(((weight @ hessian) * weight).sum())
+    return total if ridge is None else total - float((weight.square() @ ridge).sum())
 
 
 def _check(name: str, linear: nn.Linear, settings: QuantSettings) -> None:

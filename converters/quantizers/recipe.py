@@ -26,7 +26,11 @@ class Recipe:
         weigh: positions count by the size of the hidden state that an output is added to; see `hessian`.
         correction: share of the difference between original and quantized inputs that the target makes up for.
         search: how ranges are chosen.
+        sequential: a group's inputs are those that the quantized groups before it in the layer make; else those of the
+            layer as it was, which takes one pass over the calibration.
         feedback: codes come from GPTQ; else they are the nearest.
+        shrinkage: share of each input's own mean square that is added to the Hessian's diagonal. Correlations that a
+            calibration of a few texts shows are partly those of its subject; a weaker faith in them is better on others.
         passes: sweeps of coordinate descent over codes and scales.
     """
 
@@ -35,13 +39,15 @@ class Recipe:
     weigh: bool = True
     correction: float = 0.0
     search: Search = Search.INPUTS
+    sequential: bool = True
     feedback: bool = False
+    shrinkage: float = 0.0
     passes: int = 0
 
 
 RECIPES = {
     Method.RTN: Recipe(calibrated=False, search=Search.FULL),
-    Method.AWQ: Recipe(smooth=True, search=Search.OUTPUTS),
-    Method.GPTQ: Recipe(feedback=True, passes=3),
-    Method.AUTO: Recipe(correction=0.5, feedback=True, passes=3),
+    Method.AWQ: Recipe(smooth=True, search=Search.OUTPUTS, sequential=False),
+    Method.GPTQ: Recipe(feedback=True, shrinkage=0.5, passes=3),
+    Method.AUTO: Recipe(smooth=True, feedback=True, shrinkage=0.5, passes=3),
 }

@@ -7,6 +7,8 @@ import shutil
 import sys
 import textwrap
 
+from qengine.commands.making import find_model
+from qengine.commands.quantize_settings import DEMO
 from qengine.commands.settings import EvaluateSettings
 from qengine.evaluation import Evaluation, ModelFigures, evaluate
 
@@ -15,9 +17,12 @@ _WIDTH = 100
 
 def run(settings: EvaluateSettings) -> int:
     """Returns the exit code. Raises QEngineError."""
+    against = settings.against
+    if against == DEMO:
+        against = str(find_model(None).path)
     found = evaluate(
         settings.model,
-        against=settings.against,
+        against=against,
         text=settings.text,
         window=settings.window,
         stride=settings.stride,

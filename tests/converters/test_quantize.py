@@ -5,13 +5,14 @@ from __future__ import annotations
 import hashlib
 import json
 import random
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
+from gguf import GGMLQuantizationType as Kind
 
 import converters.quantize
 from converters.errors import CheckpointError
@@ -19,9 +20,11 @@ from converters.open import open_checkpoint
 from converters.quantize import Observer, Preview, Quantized, quantize
 from converters.quantizers import LayerResult, LayerView, QuantizationError, quantize_layer
 from converters.skeleton import OpenedModel
+from converters.source import TensorSlot
 from converters.tensors import ReadableCheckpoint
 from quant_kernels.packed_weight import DenseWeight, PackedWeight
 from quant_kernels.reference import dequantize
+from tests.converters.gguf_files import gguf_model
 from tests.converters.killing import run_until
 from tests.converters.reference import awq_weight, compressed_weight, gptq_weight
 from tests.converters.tiny_models import (
@@ -186,6 +189,46 @@ def test_what_a_checkpoint_says_of_itself(tmp_path: Path) -> None:
     assert said["meta"]["quantizer"][0].startswith("qengine:")
     assert said["meta"]["calibration_samples"] == 6
     assert "texts.jsonl" in (tmp_path / "out" / "README.md").read_text()
+
+
+class _FortyLetters(Letters):
+    """For a vocabulary of 40."""
+
+    def encode(self, text: str, *, add_special_tokens: bool = True) -> Sequence[int]:
+        return [byte % 40 for byte in text.encode()]
+
+
+@pytest.mark.parametrize("method", ["rtn", "awq"])
+def test_a_gguf_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, method: str) -> None:
+    """Its blocks are expanded and quantized anew; what stays dense takes the type that the config names."""
+    recorder = Recorder(monkeypatch)
+    model = gguf_model(tmp_path / "model.gguf", Kind.Q4_1)
+    run(model, tmp_path / "out", method=method, encoder=_FortyLetters())
+    tensors = tensors_of(tmp_path / "out")
+    assert len(recorder.weights) == 7
+    for name, weight in recorder.weights.items():
+        assert np.array_equal(numpy_weight(tensors, name, "awq"), dequantize(weight).numpy())
+    original = open_checkpoint(model)
+    table = original.read_tensor(TensorSlot("model.embed_tokens.weight", (40, 64)))
+    assert torch.equal(tensors["model.embed_tokens.weight"], table.half())
+    assert config_of(tmp_path / "out")["quantization_config"]["quant_method"] == "awq"
+    OpenedModel.check(open_checkpoint(tmp_path / "out"))
+
+
+@pytest.mark.parametrize("method", ["rtn", "gptq", "awq", "auto"])
+def test_the_original_stream_is_kept_for_methods_that_ask_for_it(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, method: str
+) -> None:
+    found: list[str] = []
+
+    def look(view: LayerView, inputs: Any, settings: Any) -> LayerResult:
+        found.extend(file.name for file in (tmp_path / "out.partial" / "work").glob("*.bin"))
+        return quantize_layer(view, inputs, settings)
+
+    monkeypatch.setattr(converters.quantize, "quantize_layer", look)
+    run(tiny_folder(tmp_path / "model"), tmp_path / "out", method=method)
+    kinds = {name.partition("-")[0] for name in found}
+    assert kinds == {"rtn": set(), "auto": {"hidden", "reference"}}.get(method, {"hidden"})
 
 
 # Killed and resumed

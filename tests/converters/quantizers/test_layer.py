@@ -11,6 +11,8 @@ import torch
 from converters.quantizers import LinearGroup, Method, QuantizationError, QuantSettings, quantize_layer
 from converters.quantizers.awq import fold, search_factors
 from converters.quantizers.hessian import collect
+from converters.quantizers.layer import quantize_with
+from converters.quantizers.recipe import RECIPES
 from quant_kernels.reference import dequantize
 from tests.converters.quantizers.tiny_layer import Inputs, make_layer
 
@@ -113,6 +115,25 @@ def test_awq_factors_are_the_best_of_the_papers_grid() -> None:
     assert output_error(found) < 0.9 * output_error(torch.ones_like(found))
 
 
+def test_moments_follow_the_factors() -> None:
+    """What is known of a layer's inputs before they are divided says all that a second pass would find."""
+    layer = make_layer()
+    inputs = Inputs(layer, noise=0.0)
+    known = collect(layer, layer.groups, inputs, weigh=True)
+    torch.manual_seed(0)
+    for group, moments in zip(layer.groups, known, strict=True):
+        width = layer.linear(group.names[0]).in_features
+        size = width if group.producer_channels is None else int(group.producer_channels.max()) + 1
+        factors = torch.rand(size) + 0.5
+        channels = group.producer_channels
+        used, _ = fold(layer, group, factors if channels is None else factors[channels], settings(Method.AWQ))
+        moments.divide_(used)
+    for before, after in zip(known, collect(layer, layer.groups, inputs, weigh=True), strict=True):
+        scale = float(after.hessian.abs().max())
+        torch.testing.assert_close(before.hessian, after.hessian, rtol=1e-3, atol=1e-5 * scale)
+        torch.testing.assert_close(before.mean_abs, after.mean_abs, rtol=1e-3, atol=1e-4)
+
+
 def test_a_group_without_a_producer_is_not_scaled() -> None:
     layer = make_layer()
     alone = replace(layer, groups=tuple(LinearGroup(group.names) for group in layer.groups))
@@ -163,11 +184,14 @@ def test_inputs_that_are_always_zero_fall_back_with_a_note(method: Method) -> No
 
 
 @pytest.mark.parametrize("method", [Method.GPTQ, Method.AUTO])
-def test_fewer_positions_than_inputs_still_give_a_finite_layer(method: Method) -> None:
+@pytest.mark.parametrize("shrinkage", [0.0, RECIPES[Method.AUTO].shrinkage])
+def test_fewer_positions_than_inputs_still_give_a_finite_layer(method: Method, shrinkage: float) -> None:
+    """A Hessian without full rank needs damping, unless shrinkage has filled it up."""
     layer = make_layer()
     inputs = Inputs(layer, batches=1, length=3)
-    result = quantize_layer(layer, inputs, settings(method, damping=1e-9))
-    assert any("damping raised" in note for line in result.report for note in line.notes)
+    recipe = replace(RECIPES[method], shrinkage=shrinkage)
+    result = quantize_with(layer, inputs, settings(method, damping=1e-9), recipe)
+    assert any("damping raised" in note for line in result.report for note in line.notes) == (shrinkage == 0)
     assert all(bool(torch.isfinite(parameter).all()) for parameter in layer.module.parameters())
 
 

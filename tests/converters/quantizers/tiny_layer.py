@@ -98,9 +98,6 @@ class Inputs:
     def reference(self, index: int) -> torch.Tensor:
         return self.references[index]
 
-    def target(self, index: int) -> torch.Tensor:
-        return self.targets[index]
-
     def run(self, module: nn.Module, hidden: torch.Tensor) -> torch.Tensor:
         out: torch.Tensor = module(hidden)
         return out
