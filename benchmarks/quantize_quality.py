@@ -15,6 +15,7 @@ import inspect
 import json
 import pydoc_data.topics
 import re
+import resource
 import shlex
 import sys
 import tempfile
@@ -67,7 +68,7 @@ TIMEOUT_S = 4 * 3600.0
 class Row:
     """One method on one text, against the original.
 
-    `seconds` are those of quantizing; `peak_gib` the memory of that process at its most, `foreseen_gib` what it said
+    `seconds` are those of quantizing, `cpu_seconds` the time that processors worked on it; `peak_gib` the memory of that process at its most, `foreseen_gib` what it said
     before it began.
     """
 
@@ -79,6 +80,7 @@ class Row:
     perplexity: float
     original_perplexity: float
     seconds: float
+    cpu_seconds: float
     peak_gib: float
     foreseen_gib: float
 
@@ -163,19 +165,21 @@ def write_rows(path: Path, rows: Sequence[dict[str, Any]]) -> None:
 
 @dataclass(frozen=True, slots=True)
 class Cost:
-    """What `qengine quantize` says that it took."""
+    """What `qengine quantize` says that it took, and the processor time of all its threads."""
 
     seconds: float
+    cpu_seconds: float
     peak_gib: float
     foreseen_gib: float
 
     @staticmethod
-    def read(printed: str) -> Cost:
+    def read(printed: str, cpu_seconds: float) -> Cost:
         """From the command's last lines. Raises BenchmarkError."""
         found = re.search(r"took ([\d.]+) (s|min), ([\d.]+) GiB of memory \(([\d.]+) foreseen\)", printed)
         if found is None:
             raise BenchmarkError(f"qengine quantize did not say what it took: {printed[-300:]}")
-        return Cost(float(found[1]) * (60 if found[2] == "min" else 1), float(found[3]), float(found[4]))
+        seconds = float(found[1]) * (60 if found[2] == "min" else 1)
+        return Cost(seconds, round(cpu_seconds, 1), float(found[3]), float(found[4]))
 
 
 def _quantize(options: argparse.Namespace, method: str, out: Path, calibration: Path) -> Cost:
@@ -186,7 +190,9 @@ def _quantize(options: argparse.Namespace, method: str, out: Path, calibration: 
     _say(f"quantizing by {method}")
     flags = ["--calibration", str(calibration), "--num-samples", str(options.num_samples), "--resume"]
     flags += ["--seq-len", str(options.seq_len), "--group-size", str(options.group_size), "--device", options.device]
-    cost = Cost.read(_run(options, "quantize", options.model, str(out), *METHODS[method], *flags))
+    before = _processor_seconds()
+    printed = _run(options, "quantize", options.model, str(out), *METHODS[method], *flags)
+    cost = Cost.read(printed, _processor_seconds() - before)
     write_text(kept, json.dumps(asdict(cost)) + "\n")
     return cost
 
@@ -211,6 +217,12 @@ def _compare(options: argparse.Namespace, method: str, name: str, out: Path, tex
     )
 
 
+def _processor_seconds() -> float:
+    """Of all children that have ended."""
+    used = resource.getrusage(resource.RUSAGE_CHILDREN)
+    return used.ru_utime + used.ru_stime
+
+
 def _say(text: str) -> None:
     print(f"{time.strftime('%H:%M:%S')} {text}", file=sys.stderr, flush=True)
 
@@ -223,10 +235,10 @@ def _run(options: argparse.Namespace, *command: str) -> str:
 def table(rows: Sequence[Row]) -> str:
     """The table that people read."""
     head = f"{'method':<16}{'text':<11}{'mean KL':>9}{'p99.9 KL':>10}{'top-1':>8}{'perplexity':>12}"
-    lines = [f"{head}{'seconds':>9}{'GiB':>7}{'foreseen':>10}"]
+    lines = [f"{head}{'seconds':>9}{'CPU s':>7}{'GiB':>7}{'foreseen':>10}"]
     lines += [
         f"{r.method:<16}{r.text:<11}{r.mean_kl:>9.3f}{r.p999_kl:>10.2f}{r.top1_agreement:>8.1%}"
-        f"{r.perplexity:>12.2f}{r.seconds:>9.0f}{r.peak_gib:>7.2f}{r.foreseen_gib:>10.2f}"
+        f"{r.perplexity:>12.2f}{r.seconds:>9.0f}{r.cpu_seconds:>7.0f}{r.peak_gib:>7.2f}{r.foreseen_gib:>10.2f}"
         for r in rows
     ]
     return "\n".join(lines) + "\n"

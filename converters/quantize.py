@@ -172,6 +172,8 @@ def quantize(
         linears,
         [batch.size for batch in batches],
         method=request.method,
+        tied=opened.tied and not request.lm_head,
+        num_streams=1 + needs_reference(Method(request.method)),
         on_gpu=chosen.type == "cuda",
     )
     peak = PeakMemory(chosen)

@@ -59,13 +59,16 @@ def quantize_with(layer: LayerView, inputs: LayerInputs | None, settings: QuantS
         tensors = _smooth(layer, known, settings)
     weights: dict[str, PackedWeight] = {}
     report: list[LinearReport] = []
+    if original is not None or recipe.sequential:
+        # What a group is fed changes with the groups before it, of which the first has none.
+        known = [known[0] if original is None else None, *[None] * (len(layer.groups) - 1)]
     for place, group in enumerate(layer.groups):
         problem = None
         if recipe.calibrated and inputs is not None:
-            moments, known[place] = known[place], None
-            if moments is None or original is not None or (recipe.sequential and place > 0):
-                [moments] = collect(layer, (group,), inputs, original, recipe.weigh)
+            found, known[place] = known[place], None
+            [moments] = collect(layer, (group,), inputs, original, recipe.weigh) if found is None else [found]
             problem = make_problem(moments, settings, recipe)
+            del found, moments
         for name in group.names:
             linear = layer.linear(name)
             weights[name], line = quantize_linear(f"{layer.name}.{name}", linear, problem, settings, recipe)
