@@ -45,7 +45,7 @@ from converters.quantize_fit import check_model, dense_dtype, export_scheme, qua
 from converters.quantize_memory import MemoryPlan, PeakMemory, plan_memory
 from converters.quantize_request import FORMATS, QuantRequest, make_request
 from converters.quantize_state import FinishedPart, RunState, has_finished_layers
-from converters.quantizers import LayerView, LinearReport, Method, QuantizationError, needs_reference, quantize_layer
+from converters.quantizers import LayerView, LinearReport, QuantizationError, quantize_layer
 from converters.safetensors_writer import write_error
 from converters.skeleton import EMBEDDING, HEAD, OpenedModel
 from converters.source import LinearSlot, TensorSlot, WeightSource
@@ -173,7 +173,6 @@ def quantize(
         [batch.size for batch in batches],
         method=request.method,
         tied=opened.tied and not request.lm_head,
-        num_streams=1 + needs_reference(Method(request.method)),
         on_gpu=chosen.type == "cuda",
     )
     peak = PeakMemory(chosen)
@@ -311,38 +310,18 @@ def _make(folder: Path) -> None:
 # Layer by layer
 
 
-@dataclass(slots=True)
-class _Streams:
-    """Hidden states at one layer: of the quantized layers before it, and of the original ones where a method asks."""
-
-    hidden: HiddenStates
-    reference: HiddenStates | None
-
-    @property
-    def all(self) -> list[HiddenStates]:
-        return [self.hidden] if self.reference is None else [self.hidden, self.reference]
-
-    def sync(self) -> None:
-        for stream in self.all:
-            stream.sync()
-
-    def remove(self) -> None:
-        for stream in self.all:
-            stream.remove()
-
-
 class _Inputs:
     """See `quantizers.LayerInputs`."""
 
     def __init__(
         self,
-        streams: _Streams,
+        states: HiddenStates,
         runner: LayerRunner,
         index: int | None,
         num_batches: int,
         device: torch.device,
     ) -> None:
-        self._streams = streams
+        self._states = states
         self._runner = runner
         self._index = index
         self._num_batches = num_batches
@@ -352,11 +331,7 @@ class _Inputs:
         return self._num_batches
 
     def hidden(self, index: int) -> torch.Tensor:
-        return self._streams.hidden.read(index).to(self._device)
-
-    def reference(self, index: int) -> torch.Tensor:
-        assert self._streams.reference is not None, "it is kept for methods that ask for it"
-        return self._streams.reference.read(index).to(self._device)
+        return self._states.read(index).to(self._device)
 
     def run(self, module: nn.Module, hidden: torch.Tensor) -> torch.Tensor:
         return self._runner.run(self._index, module, hidden)
@@ -392,33 +367,30 @@ class _Run:
         first = self.state.finished
         if first == self.num_parts:
             return
-        streams = self._streams(first) if self.batches else None
-        if first == 0 and streams is not None:
-            self._embed(streams)
+        states = self._states(first) if self.batches else None
+        if first == 0 and states is not None:
+            self._embed(states)
         parts = range(first, self.num_parts)
         with tqdm(
             parts, "Quantizing", total=self.num_parts, initial=first, unit=" layers", disable=not self.show_progress
         ) as bar:
             for part in bar:
-                streams = self._one_part(part, streams)
+                states = self._one_part(part, states)
 
-    def _one_part(self, part: int, streams: _Streams | None) -> _Streams | None:
+    def _one_part(self, part: int, states: HiddenStates | None) -> HiddenStates | None:
         """Quantize a part and keep it; returns what the next one is given."""
         started = time.perf_counter()
         index = part if part < self.num_layers else None
         after = None
-        if streams is not None and part + 1 < self.num_parts:
-            after = self._streams(part + 1)
+        if states is not None and part + 1 < self.num_parts:
+            after = self._states(part + 1)
         module, view = self._load(index)
         inputs = None
-        if streams is not None:
-            if streams.reference is not None and after is not None and after.reference is not None:
-                # Now: afterwards the module has the quantized weights.
-                self._run_all(view, index, streams.reference, after.reference, "of the original model")
-            inputs = _Inputs(streams, self.runner, index, len(self.batches), self.device)
+        if states is not None:
+            inputs = _Inputs(states, self.runner, index, len(self.batches), self.device)
         result = quantize_layer(view, inputs, quantizer_settings(self.request, dense_dtype(self.source.config)))
-        if streams is not None and after is not None:
-            self._run_all(view, index, streams.hidden, after.hidden, "of the quantized model")
+        if states is not None and after is not None:
+            self._run_all(view, index, states, after)
             after.sync()
         unload(module)
         names = {own: full_name(view, own) for own in (*result.weights, *result.tensors)}
@@ -426,8 +398,8 @@ class _Run:
         report = [replace(line, name=HEAD) if index is None else line for line in result.report]
         self.state.count(report, time.perf_counter() - started)
         self.observer.finished(part, self.num_parts, report, self.state.seconds)
-        if streams is not None:
-            streams.remove()
+        if states is not None:
+            states.remove()
         return after
 
     def _load(self, index: int | None) -> tuple[nn.Module, LayerView]:
@@ -438,23 +410,20 @@ class _Run:
         module = load_layer(skeleton, self.source, index, self.device)
         return module, view_layer(skeleton, module, index, self.request.skip_pattern)
 
-    def _run_all(
-        self, view: LayerView, index: int | None, inputs: HiddenStates, outputs: HiddenStates, whose: str
-    ) -> None:
+    def _run_all(self, view: LayerView, index: int | None, inputs: HiddenStates, outputs: HiddenStates) -> None:
         for place, batch in enumerate(self.batches):
             values = self.runner.run(index, view.module, inputs.read(place).to(self.device))
-            self._require_finite(values, batch, f"{view.name} {whose}")
+            self._require_finite(values, batch, f"{view.name}, as quantized,")
             outputs.write(place, values)
 
-    def _embed(self, streams: _Streams) -> None:
+    def _embed(self, states: HiddenStates) -> None:
         config = self.opened.skeleton.config
         name = f"{EMBEDDING}.weight"
         table = self.source.read_tensor(TensorSlot(name, (config.vocab_size, config.hidden_size)))
         for index, batch in enumerate(self.batches):
             values = table[batch.ids].float()
             self._require_finite(values, batch, name)
-            for stream in streams.all:
-                stream.write(index, values)
+            states.write(index, values)
 
     def _require_finite(self, values: torch.Tensor, batch: _Batch, where: str) -> None:
         finite = values.isfinite().flatten(1).all(dim=1)
@@ -468,13 +437,10 @@ class _Run:
             "sample out"
         )
 
-    def _streams(self, part: int) -> _Streams:
-        has_reference = needs_reference(Method(self.request.method))
-        return _Streams(self._stream("hidden", part), self._stream("reference", part) if has_reference else None)
-
-    def _stream(self, name: str, part: int) -> HiddenStates:
+    def _states(self, part: int) -> HiddenStates:
+        """What a part is given, in a file of its own."""
         sizes = [batch.size for batch in self.batches]
-        path = self.state.folder / f"{name}-{part:05d}.bin"
+        path = self.state.folder / f"hidden-{part:05d}.bin"
         return HiddenStates(path, sizes, self.opened.skeleton.config.hidden_size)
 
 

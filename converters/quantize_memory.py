@@ -60,7 +60,6 @@ def plan_memory(
     *,
     method: str,
     tied: bool,
-    num_streams: int,
     on_gpu: bool,
 ) -> MemoryPlan:
     """What quantizing will take.
@@ -69,7 +68,6 @@ def plan_memory(
         linears: that are quantized.
         batches: sequences and tokens of each batch of calibration; empty if there is none.
         tied: the head is the embedding, and not written.
-        num_streams: of hidden states that are kept.
     """
     layers = [sum(map(_numbers, skeleton.layer(index))) for index in range(skeleton.num_layers)]
     rest = [*skeleton.before(), *skeleton.after(tied=tied)]
@@ -81,8 +79,8 @@ def plan_memory(
     weights = int(2 * sum(map(_numbers, rest)) + _PACKED * sum(layers))
     writing = table + min(shard, weights)
     host = _resident(_NOW) + max(writing, reading if on_gpu else max(working, _FLOAT * max(layers) + reading))
-    # The streams of one layer and of the next.
-    states = 2 * num_streams * sum(count * length for count, length in batches) * skeleton.config.hidden_size * _FLOAT
+    # Of one layer and of the next.
+    states = 2 * sum(count * length for count, length in batches) * skeleton.config.hidden_size * _FLOAT
     return MemoryPlan(host, working if on_gpu else 0, 2 * weights + states, shard)
 
 

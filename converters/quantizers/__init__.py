@@ -10,7 +10,7 @@ from converters.quantizers.base import (
     QuantizationError,
     QuantSettings,
 )
-from converters.quantizers.layer import needs_reference, quantize_layer
+from converters.quantizers.layer import quantize_layer
 
 __all__ = [
     "LayerInputs",
@@ -21,6 +21,5 @@ __all__ = [
     "Method",
     "QuantSettings",
     "QuantizationError",
-    "needs_reference",
     "quantize_layer",
 ]

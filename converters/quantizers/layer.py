@@ -6,8 +6,6 @@ what the records and tensors of the result say, so that running it gives the nex
 
 from __future__ import annotations
 
-import copy
-
 import torch
 
 from converters.quantizers.awq import fold, search_factors
@@ -16,7 +14,6 @@ from converters.quantizers.base import (
     LayerResult,
     LayerView,
     LinearReport,
-    Method,
     QuantizationError,
     QuantSettings,
 )
@@ -40,33 +37,27 @@ def quantize_layer(layer: LayerView, inputs: LayerInputs | None, settings: Quant
     return quantize_with(layer, inputs, settings, RECIPES[settings.method])
 
 
-def needs_reference(method: Method) -> bool:
-    """Whether a method asks for `LayerInputs.reference`, which a driver need not keep otherwise."""
-    return RECIPES[method].correction > 0
-
-
 @torch.no_grad()
 def quantize_with(layer: LayerView, inputs: LayerInputs | None, settings: QuantSettings, recipe: Recipe) -> LayerResult:
     """The same with steps of one's own."""
     if recipe.calibrated and (inputs is None or not len(inputs)):
         raise QuantizationError(f"{layer.name}: method '{settings.method}' needs calibration texts, and there are none")
-    original = copy.deepcopy(layer.module) if recipe.correction else None
     tensors: dict[str, torch.Tensor] = {}
     known: list[Moments | None] = [None] * len(layer.groups)
     if inputs is not None and recipe.calibrated and (recipe.smooth or not recipe.sequential):
-        known = [*collect(layer, layer.groups, inputs, None, recipe.weigh)]
+        known = [*collect(layer, layer.groups, inputs, recipe.weigh)]
     if recipe.smooth:
         tensors = _smooth(layer, known, settings)
     weights: dict[str, PackedWeight] = {}
     report: list[LinearReport] = []
-    if original is not None or recipe.sequential:
+    if recipe.sequential:
         # What a group is fed changes with the groups before it, of which the first has none.
-        known = [known[0] if original is None else None, *[None] * (len(layer.groups) - 1)]
+        known[1:] = [None] * (len(layer.groups) - 1)
     for place, group in enumerate(layer.groups):
         problem = None
         if recipe.calibrated and inputs is not None:
             found, known[place] = known[place], None
-            [moments] = collect(layer, (group,), inputs, original, recipe.weigh) if found is None else [found]
+            [moments] = collect(layer, (group,), inputs, recipe.weigh) if found is None else [found]
             problem = make_problem(moments, settings, recipe)
             del found, moments
         for name in group.names:

@@ -28,7 +28,6 @@ class Problem:
     Attributes:
         hessian: per position, dead columns counted as one, damped.
         ridge: what shrinkage and damping added to its diagonal, [K]; None for nothing.
-        cross: per position, of original less quantized inputs with quantized ones; None if there is none.
         factor: of `hessian` for GPTQ, or None if it is not asked for or could not be had.
         perm: int64 [K]: the input at each place, by importance, if the groups are to follow it.
         notes: what the user should know.
@@ -36,7 +35,6 @@ class Problem:
 
     hessian: torch.Tensor
     ridge: torch.Tensor | None = None
-    cross: torch.Tensor | None = None
     factor: Factor | None = None
     perm: torch.Tensor | None = None
     notes: tuple[str, ...] = ()
@@ -47,14 +45,12 @@ def make_problem(moments: Moments, settings: QuantSettings, recipe: Recipe) -> P
     if moments.weight_sum <= 0 or not bool(moments.hessian.any()):
         return None
     hessian = condition_(moments.hessian.div_(moments.weight_sum))
-    cross = None if moments.cross is None else moments.cross.div_(moments.weight_sum)
     if not recipe.feedback:
         return Problem(hessian)
     perm = None
     if settings.act_order:
         perm = torch.argsort(hessian.diagonal(), descending=True, stable=True)
         hessian = hessian[perm.unsqueeze(1), perm]
-        cross = None if cross is None else cross[perm.unsqueeze(1), perm]
     ridge = recipe.shrinkage * hessian.diagonal()
     hessian.diagonal().add_(ridge)
     factor = factorize(hessian, settings.damping)
@@ -65,7 +61,7 @@ def make_problem(moments: Moments, settings: QuantSettings, recipe: Recipe) -> P
     notes = (f"damping raised from {settings.damping:g} to {factor.damping:g}",) if raised else ()
     added = factor.damping * hessian.diagonal().mean()
     hessian.diagonal().add_(added)
-    return Problem(hessian, ridge + added, cross, factor, perm, notes)
+    return Problem(hessian, ridge + added, factor, perm, notes)
 
 
 def quantize_linear(
@@ -101,29 +97,14 @@ def _choose(
     weight: torch.Tensor, problem: Problem, settings: QuantSettings, recipe: Recipe
 ) -> tuple[torch.Tensor, Grid]:
     index = group_index(weight.shape[1], settings, weight.device)
-    target = weight
-    if problem.cross is not None:
-        target = corrected(weight, problem.cross, problem.hessian, recipe.correction)
-    grid = _ranges(target, problem.hessian, settings, recipe.search)
+    grid = _ranges(weight, problem.hessian, settings, recipe.search)
     if problem.factor is not None:
-        codes = gptq_codes(target, problem.factor, grid, index)
+        codes = gptq_codes(weight, problem.factor, grid, index)
     else:
-        codes = grid.per_weight(index).codes(target)
+        codes = grid.per_weight(index).codes(weight)
     if recipe.passes:
-        codes, grid = descend(target, problem.hessian, codes, grid, settings, recipe.passes)
+        codes, grid = descend(weight, problem.hessian, codes, grid, settings, recipe.passes)
     return codes, grid
-
-
-def corrected(weight: torch.Tensor, cross: torch.Tensor, hessian: torch.Tensor, share: float) -> torch.Tensor:
-    """The weight whose outputs for the quantized inputs come nearest to those of `weight` for the original ones.
-
-    ``W + share * W C H^-1``: the layers before have changed the inputs, and what of that is linear can be undone here.
-    The damping of H, and a share below one, keep it from learning the calibration by heart.
-    """
-    lower, failed = torch.linalg.cholesky_ex(hessian)
-    if int(failed):
-        return weight
-    return weight + share * torch.cholesky_solve((weight @ cross).t(), lower).t()
 
 
 def _ranges(weight: torch.Tensor, hessian: torch.Tensor, settings: QuantSettings, search: Search) -> Grid:

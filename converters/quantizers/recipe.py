@@ -24,7 +24,6 @@ class Recipe:
         calibrated: it reads inputs at all.
         smooth: AWQ's factors are searched and folded.
         weigh: positions count by the size of the hidden state that an output is added to; see `hessian`.
-        correction: share of the difference between original and quantized inputs that the target makes up for.
         search: how ranges are chosen.
         sequential: a group's inputs are those that the quantized groups before it in the layer make; else those of the
             layer as it was, which takes one pass over the calibration.
@@ -37,7 +36,6 @@ class Recipe:
     calibrated: bool = True
     smooth: bool = False
     weigh: bool = True
-    correction: float = 0.0
     search: Search = Search.INPUTS
     sequential: bool = True
     feedback: bool = False

@@ -215,22 +215,6 @@ def test_a_gguf_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, method: st
     OpenedModel.check(open_checkpoint(tmp_path / "out"))
 
 
-@pytest.mark.parametrize("method", ["rtn", "gptq", "awq", "auto"])
-def test_the_original_stream_is_kept_for_methods_that_ask_for_it(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, method: str
-) -> None:
-    found: list[str] = []
-
-    def look(view: LayerView, inputs: Any, settings: Any) -> LayerResult:
-        found.extend(file.name for file in (tmp_path / "out.partial" / "work").glob("*.bin"))
-        return quantize_layer(view, inputs, settings)
-
-    monkeypatch.setattr(converters.quantize, "quantize_layer", look)
-    run(tiny_folder(tmp_path / "model"), tmp_path / "out", method=method)
-    kinds = {name.partition("-")[0] for name in found}
-    assert kinds == {"rtn": set(), "auto": {"hidden", "reference"}}.get(method, {"hidden"})
-
-
 # Killed and resumed
 
 

@@ -28,9 +28,9 @@ def settings(method: Method, **changes: object) -> QuantSettings:
 @pytest.mark.parametrize("sym", [False, True])
 def test_every_method_beats_rounding_on_inputs_it_has_not_seen(method: Method, sym: bool) -> None:
     rounded, layer = make_layer(), make_layer()
-    unseen = Inputs(layer, seed=2, noise=0.0)
+    unseen = Inputs(layer, seed=2)
     quantize_layer(rounded, None, settings(Method.RTN, sym=sym))
-    quantize_layer(layer, Inputs(layer, noise=0.0), settings(method, sym=sym))
+    quantize_layer(layer, Inputs(layer), settings(method, sym=sym))
     assert unseen.error(layer.module) < 0.9 * unseen.error(rounded.module)
 
 
@@ -71,7 +71,7 @@ def test_the_same_inputs_give_the_same_bits(method: Method) -> None:
 @pytest.mark.parametrize("bias", [False, True])
 def test_awq_factors_leave_the_unquantized_layer_as_it_was(offset: float, bias: bool) -> None:
     layer = make_layer(bias=bias, offset=offset)
-    inputs = Inputs(layer, noise=0.0)
+    inputs = Inputs(layer)
     before = copy.deepcopy(layer.module)
     wanted = settings(Method.AWQ)
     for group in layer.groups:
@@ -90,7 +90,7 @@ def test_awq_factors_leave_the_unquantized_layer_as_it_was(offset: float, bias: 
 def test_awq_factors_are_the_best_of_the_papers_grid() -> None:
     layer = make_layer()
     group = LinearGroup(("gate", "up"), "mlp_norm")
-    inputs = Inputs(layer, noise=0.0)
+    inputs = Inputs(layer)
     [moments] = collect(layer, (group,), inputs)
     wanted = settings(Method.AWQ)
     found = search_factors(layer, group, moments, wanted)
@@ -118,7 +118,7 @@ def test_awq_factors_are_the_best_of_the_papers_grid() -> None:
 def test_moments_follow_the_factors() -> None:
     """What is known of a layer's inputs before they are divided says all that a second pass would find."""
     layer = make_layer()
-    inputs = Inputs(layer, noise=0.0)
+    inputs = Inputs(layer)
     known = collect(layer, layer.groups, inputs, weigh=True)
     torch.manual_seed(0)
     for group, moments in zip(layer.groups, known, strict=True):
@@ -178,7 +178,6 @@ def test_inputs_that_are_always_zero_fall_back_with_a_note(method: Method) -> No
     layer = make_layer()
     inputs = Inputs(layer)
     inputs.states = [torch.zeros_like(x) for x in inputs.states]
-    inputs.references = inputs.states
     result = quantize_layer(layer, inputs, settings(method))
     assert all("rounded to nearest" in line.notes[0] for line in result.report)
 
