@@ -68,8 +68,8 @@ TIMEOUT_S = 4 * 3600.0
 class Row:
     """One method on one text, against the original.
 
-    `seconds` are those of quantizing, `cpu_seconds` the time that processors worked on it; `peak_gib` the memory of that process at its most, `foreseen_gib` what it said
-    before it began.
+    `seconds` are those of quantizing, `cpu_seconds` the time that processors worked on it; `peak_gib` the memory of
+    that process at its most, `foreseen_gib` what it said before it began.
     """
 
     method: str

@@ -84,21 +84,19 @@ def plan_memory(
     return MemoryPlan(host, working if on_gpu else 0, 2 * weights + states, shard)
 
 
-def _beside(
-    skeleton: Skeleton, linears: Sequence[LinearSlot], batches: Sequence[tuple[int, int]], method: str
-) -> int:
+def _beside(skeleton: Skeleton, linears: Sequence[LinearSlot], batches: Sequence[tuple[int, int]], method: str) -> int:
     """Numbers that are in memory beside a layer, at the worst moment."""
     largest = max(linears, key=_numbers)
     copies = _COPIES[method] * _numbers(largest)
     if not batches:
         return copies
     config = skeleton.config
-    own = {slot.name.removeprefix(layer_name(0) + "."): slot for slot in skeleton.layer(0)}
-    squares = [own[names[0]].in_features ** 2 for names, _ in GROUPS if isinstance(own.get(names[0]), LinearSlot)]
+    inputs = {slot.name: slot.in_features for slot in skeleton.layer(0) if isinstance(slot, LinearSlot)}
+    squares = [inputs[f"{layer_name(0)}.{names[0]}"] ** 2 for names, _ in GROUPS]
     kept = sum(squares) if method in _SMOOTH else max(squares)
     # Of the residual stream and of what every linear of a layer is fed, and the gate, its activation and the product.
     tokens = max(count * length for count, length in batches)
-    activations = tokens * (6 * config.hidden_size + 3 * config.intermediate_size)
+    activations: int = tokens * (6 * config.hidden_size + 3 * config.intermediate_size)
     moments = [kept + activations]
     if method in _SMOOTH:
         moments.append(kept + copies)

@@ -29,7 +29,7 @@ class Recipe:
             layer as it was, which takes one pass over the calibration.
         feedback: codes come from GPTQ; else they are the nearest.
         shrinkage: share of each input's own mean square that is added to the Hessian's diagonal. Correlations that a
-            calibration of a few texts shows are partly those of its subject; a weaker faith in them is better on others.
+            few texts show are partly those of their subject; a weaker faith in them is better on others.
         passes: sweeps of coordinate descent over codes and scales.
     """
 

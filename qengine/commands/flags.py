@@ -368,7 +368,11 @@ PLAN_FLAGS = Group(
 EVALUATE_FLAGS = Group(
     "What to measure",
     (
-        Flag("--against", "the original, to compare with: a folder, a .gguf file or a hub id; demo is the bundled one", "MODEL"),
+        Flag(
+            "--against",
+            "the original, to compare with: a folder, a .gguf file or a hub id; demo is the bundled one",
+            "MODEL",
+        ),
         Flag(
             "--text",
             "builtin, a .txt file (one text), a .jsonl file (a text or conversation per row), or a dataset of the hub",

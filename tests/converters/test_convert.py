@@ -6,7 +6,6 @@ import json
 import random
 from pathlib import Path
 
-import numpy as np
 import pytest
 import torch
 import transformers
@@ -21,7 +20,7 @@ from converters.skeleton import OpenedModel
 from converters.source import LinearSlot, TensorSlot, WeightSource
 from quant_kernels.packed_weight import DenseWeight
 from quant_kernels.reference import dequantize
-from tests.converters.gguf_files import gguf_model, write_gguf
+from tests.converters.gguf_files import gguf_model
 from tests.converters.killing import run_until
 from tests.converters.test_quantize import config_of, digests, run, tensors_of
 from tests.converters.tiny_models import tiny_folder

@@ -32,7 +32,9 @@ def test_from_the_model_to_the_server(tmp_path: Path) -> None:
     said = qengine("quantize", "demo", out, "--method", "awq", *few)
     assert f"run it: qengine serve {out}" in said
 
-    measured = json.loads(qengine("evaluate", out, "--against", "demo", "--text", text, "--max-tokens", "400", "--json"))
+    measured = json.loads(
+        qengine("evaluate", out, "--against", "demo", "--text", text, "--max-tokens", "400", "--json")
+    )
     assert 0 < measured["comparison"]["mean_kl"] < 0.5
     assert measured["comparison"]["top1_agreement"] > 0.6
 
