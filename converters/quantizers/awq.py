@@ -60,12 +60,12 @@ def expand(factors: torch.Tensor, group: LinearGroup) -> torch.Tensor:
 
 def fold(
     layer: LayerView, group: LinearGroup, factors: torch.Tensor, settings: QuantSettings
-) -> dict[str, torch.Tensor]:
+) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
     """Multiply the group's weights by factors [K] and divide the producer's output by them.
 
     Returns:
-        The producer's tensors as the file will hold them where they stay dense. A norm's weight is rounded first, and
-        the group's weights are multiplied by what it then really divides by.
+        What the group's inputs are really divided by: a norm's weight is rounded as the file will hold it, and the
+        factors follow it. And the producer's tensors as the file will hold them where they stay dense.
     """
     assert group.producer is not None, "only a group with a producer can be scaled"
     producer = layer.module.get_submodule(group.producer)
@@ -83,7 +83,7 @@ def fold(
     for name in group.names:
         linear = layer.linear(name)
         linear.weight.data = linear.weight * factors
-    return {
+    return factors, {
         f"{group.producer}.{name}": tensor.data.to(settings.dense_dtype)
         for name, tensor in producer.named_parameters(recurse=False)
     }

@@ -123,23 +123,13 @@ class LayerView:
 
 
 class LayerInputs(Protocol):
-    """The hidden states at a layer, batch by batch; no position is padding. Everything is float32, [B, T, hidden].
-
-    There are two streams: what the quantized layers before this one make of the calibration, and what the original ones
-    would have made of it.
-    """
+    """The hidden states at a layer, batch by batch; no position is padding. Everything is float32, [B, T, hidden]."""
 
     def __len__(self) -> int:
         """Number of batches."""
 
     def hidden(self, index: int) -> torch.Tensor:
         """What the quantized layers before this one make of batch `index`, on the layer's device."""
-
-    def reference(self, index: int) -> torch.Tensor:
-        """What the original layers before this one make of it, on the layer's device."""
-
-    def target(self, index: int) -> torch.Tensor:
-        """What the original layer makes of `reference(index)`: the next layer's reference."""
 
     def sample(self, index: int, row: int) -> int:
         """The number in the calibration of what is row `row` of batch `index`, for errors."""

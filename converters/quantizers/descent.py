@@ -29,8 +29,7 @@ def descend(
     rows = settings.rows_per_group(weight.shape[1])
     codes, scales, zeros = codes.clone(), grid.scales.clone(), grid.zeros
     for _ in range(passes):
-        error = weight - _values(codes, scales, zeros, rows)
-        gradient = error @ hessian
+        gradient = (weight - _values(codes, scales, zeros, rows)) @ hessian
         for group in range(scales.shape[1]):
             part = slice(group * rows, min((group + 1) * rows, weight.shape[1]))
             local = Grid(scales[:, group], zeros[:, group], grid.max_code)

@@ -61,7 +61,12 @@ def factorize(hessian: torch.Tensor, damping: float) -> Factor | None:
 def _inverse_factor(hessian: torch.Tensor) -> torch.Tensor | None:
     """Upper Cholesky factor of the inverse; destroys its argument."""
     lower = _cholesky(hessian, upper=False)
-    return None if lower is None else _cholesky(torch.cholesky_inverse(lower, out=hessian), upper=True)
+    if lower is None:
+        return None
+    inverse = torch.cholesky_inverse(lower, out=hessian)
+    # Three matrices of this size are more than two.
+    del lower
+    return _cholesky(inverse, upper=True)
 
 
 def _cholesky(matrix: torch.Tensor, upper: bool) -> torch.Tensor | None:

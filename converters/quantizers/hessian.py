@@ -1,7 +1,7 @@
 """What calibration says about the inputs of a group of linears: second moments, summed batch by batch.
 
-With x the inputs that the quantized layers before make, y those of the original ones and w a weight per position:
-``hessian = sum w x x^T`` and ``cross = sum w (y - x) x^T``, both float32 [K, K], and ``mean_abs = mean |x|``.
+With x the inputs that the quantized layers before make and w a weight per position: ``hessian = sum w x x^T``, float32
+[K, K], and ``mean_abs = sum w |x|``, [K].
 The output error of codes with error E is then ``trace(E hessian E^T)``, without seeing the inputs again.
 Invariant: memory does not grow with the calibration.
 """
@@ -22,24 +22,25 @@ class Moments:
 
     hessian: torch.Tensor
     mean_abs: torch.Tensor
-    cross: torch.Tensor | None = None
     weight_sum: float = 0.0
 
     @staticmethod
-    def empty(in_features: int, device: torch.device, with_cross: bool) -> Moments:
+    def empty(in_features: int, device: torch.device) -> Moments:
         """Of no position yet."""
         square = torch.zeros(in_features, in_features, device=device)
-        cross = torch.zeros_like(square) if with_cross else None
-        return Moments(square, torch.zeros(in_features, device=device), cross)
+        return Moments(square, torch.zeros(in_features, device=device))
 
-    def add(self, x: torch.Tensor, y: torch.Tensor | None, weights: torch.Tensor | None) -> None:
-        """Add positions: x and y [M, K], weights [M]; y None where it is x."""
+    def add(self, x: torch.Tensor, weights: torch.Tensor | None) -> None:
+        """Add positions: x [M, K], weights [M] or None for ones."""
         scaled = x if weights is None else x * weights.unsqueeze(1)
         self.hessian.addmm_(scaled.t(), x)
-        if y is not None and self.cross is not None:
-            self.cross.addmm_((y - x).t(), scaled)
         self.mean_abs += scaled.abs().sum(dim=0)
         self.weight_sum += float(len(x) if weights is None else weights.sum())
+
+    def divide_(self, factors: torch.Tensor) -> None:
+        """Make them those of inputs that are divided by factors [K]."""
+        self.hessian.div_(factors).div_(factors.unsqueeze(1))
+        self.mean_abs.div_(factors)
 
 
 class _Captured(Exception):  # noqa: N818 - not an error: it ends a forward pass whose rest is not needed
@@ -50,35 +51,30 @@ def collect(
     layer: LayerView,
     groups: tuple[LinearGroup, ...],
     inputs: LayerInputs,
-    original: nn.Module | None = None,
     weigh: bool = False,
 ) -> list[Moments]:
     """The moments of groups of a layer, over all batches.
 
     Args:
-        original: the layer with its original weights, for `cross`; None leaves that out.
         weigh: positions count by 1 / mean square of the layer's input, where a group's output is added to it.
 
     Raises:
         QuantizationError: naming layer and sample, if inputs are not finite.
     """
-    sums = [_empty(layer, group, original is not None) for group in groups]
+    sums = [_empty(layer, group) for group in groups]
     for index in range(len(inputs)):
         hidden = inputs.hidden(index)
         _require_finite(hidden, layer.name, inputs, index, len(hidden))
         found = _group_inputs(layer.module, groups, inputs, hidden)
-        wanted = None if original is None else _group_inputs(original, groups, inputs, inputs.reference(index))
         stream = hidden.reshape(-1, hidden.shape[-1]).square().mean(dim=1)
         for place, group in enumerate(groups):
             x = found[place]
             if x is None:
                 continue
             _require_finite(x, f"{layer.name}.{group.names[0]}", inputs, index, len(hidden))
-            y = None if wanted is None else wanted[place]
             weights = stream.clamp(min=1e-12).reciprocal() if weigh and _adds(layer, group, hidden) else None
-            # An expert sees some positions only, and not the same ones in both streams.
-            aligned = len(x) == len(stream)
-            sums[place].add(x, y if aligned else None, weights if aligned else None)
+            # An expert sees some positions only, and does not say which.
+            sums[place].add(x, weights if len(x) == len(stream) else None)
     return sums
 
 
@@ -95,9 +91,9 @@ def _require_finite(values: torch.Tensor, where: str, inputs: LayerInputs, index
     )
 
 
-def _empty(layer: LayerView, group: LinearGroup, with_cross: bool) -> Moments:
+def _empty(layer: LayerView, group: LinearGroup) -> Moments:
     linear = layer.linear(group.names[0])
-    return Moments.empty(linear.in_features, linear.weight.device, with_cross)
+    return Moments.empty(linear.in_features, linear.weight.device)
 
 
 def _adds(layer: LayerView, group: LinearGroup, hidden: torch.Tensor) -> bool:

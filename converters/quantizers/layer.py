@@ -6,7 +6,6 @@ what the records and tensors of the result say, so that running it gives the nex
 
 from __future__ import annotations
 
-import copy
 from dataclasses import replace
 
 import torch
@@ -20,7 +19,7 @@ from converters.quantizers.base import (
     QuantizationError,
     QuantSettings,
 )
-from converters.quantizers.hessian import collect
+from converters.quantizers.hessian import Moments, collect
 from converters.quantizers.linear import make_problem, quantize_linear, rounding_errors
 from converters.quantizers.recipe import RECIPES, Recipe
 from quant_kernels.packed_weight import PackedWeight
@@ -45,16 +44,27 @@ def quantize_with(layer: LayerView, inputs: LayerInputs | None, settings: QuantS
     """The same with steps of one's own."""
     if recipe.calibrated and (inputs is None or not len(inputs)):
         raise QuantizationError(f"{layer.name}: method '{settings.method}' needs calibration texts, and there are none")
+    tensors: dict[str, torch.Tensor] = {}
     plain: dict[str, float] = {}
-    tensors = _smooth(layer, inputs, settings, recipe, plain) if recipe.smooth and inputs is not None else {}
-    original = copy.deepcopy(layer.module) if recipe.correction else None
+    known: list[Moments | None] = [None] * len(layer.groups)
+    if inputs is not None and recipe.calibrated and (recipe.smooth or not recipe.sequential):
+        known = [*collect(layer, layer.groups, inputs, recipe.weigh)]
+    if recipe.smooth:
+        for group, moments in zip(layer.groups, known, strict=True):
+            plain |= {} if moments is None else rounding_errors(layer, group, moments, settings)
+        tensors = _smooth(layer, known, settings)
     weights: dict[str, PackedWeight] = {}
     report: list[LinearReport] = []
-    for group in layer.groups:
+    if recipe.sequential:
+        # What a group is fed changes with the groups before it, of which the first has none.
+        known[1:] = [None] * (len(layer.groups) - 1)
+    for place, group in enumerate(layer.groups):
         problem = None
         if recipe.calibrated and inputs is not None:
-            [moments] = collect(layer, (group,), inputs, original, recipe.weigh)
+            found, known[place] = known[place], None
+            [moments] = collect(layer, (group,), inputs, recipe.weigh) if found is None else [found]
             problem = make_problem(moments, settings, recipe)
+            del found, moments
         for name in group.names:
             linear = layer.linear(name)
             weights[name], line = quantize_linear(f"{layer.name}.{name}", linear, problem, settings, recipe)
@@ -65,25 +75,17 @@ def quantize_with(layer: LayerView, inputs: LayerInputs | None, settings: QuantS
     return LayerResult(weights, tensors, report)
 
 
-def _smooth(
-    layer: LayerView, inputs: LayerInputs, settings: QuantSettings, recipe: Recipe, plain: dict[str, float]
-) -> dict[str, torch.Tensor]:
-    """Fold AWQ's factors wherever a group has a producer; returns the dense tensors that changed.
+def _smooth(layer: LayerView, known: list[Moments | None], settings: QuantSettings) -> dict[str, torch.Tensor]:
+    """Fold AWQ's factors wherever a group has a producer, and make its moments those of the divided inputs.
 
-    All inputs are collected first: a factor may change a weight that is quantized before its group is reached.
-
-    Args:
-        plain: is given the error of rounding each linear as it was.
+    Returns:
+        The dense tensors that changed.
     """
-    groups = tuple(group for group in layer.groups if group.producer is not None)
-    if not groups:
-        return {}
     quantized = {name for group in layer.groups for name in group.names}
     changed: dict[str, torch.Tensor] = {}
-    found = collect(layer, groups, inputs, None, recipe.weigh)
-    for group, moments in zip(groups, found, strict=True):
-        plain |= rounding_errors(layer, group, moments, settings)
-    for group, moments in zip(groups, found, strict=True):
-        if moments.weight_sum > 0:
-            changed |= fold(layer, group, search_factors(layer, group, moments, settings), settings)
+    for group, moments in zip(layer.groups, known, strict=True):
+        if group.producer is not None and moments is not None and moments.weight_sum > 0:
+            factors, tensors = fold(layer, group, search_factors(layer, group, moments, settings), settings)
+            moments.divide_(factors)
+            changed |= tensors
     return {name: tensor for name, tensor in changed.items() if name.rpartition(".")[0] not in quantized}

@@ -34,16 +34,14 @@ class Problem:
 
     Attributes:
         hessian: per position, dead columns counted as one, damped.
-        ridge: what the damping added to its diagonal.
-        cross: per position, of original less quantized inputs with quantized ones; None if there is none.
+        ridge: what shrinkage and damping added to its diagonal, [K]; None for nothing.
         factor: of `hessian` for GPTQ, or None if it is not asked for or could not be had.
         perm: int64 [K]: the input at each place, by importance, if the groups are to follow it.
         notes: what the user should know.
     """
 
     hessian: torch.Tensor
-    ridge: float = 0.0
-    cross: torch.Tensor | None = None
+    ridge: torch.Tensor | None = None
     factor: Factor | None = None
     perm: torch.Tensor | None = None
     notes: tuple[str, ...] = ()
@@ -54,23 +52,23 @@ def make_problem(moments: Moments, settings: QuantSettings, recipe: Recipe) -> P
     if moments.weight_sum <= 0 or not bool(moments.hessian.any()):
         return None
     hessian = condition_(moments.hessian.div_(moments.weight_sum))
-    cross = None if moments.cross is None else moments.cross.div_(moments.weight_sum)
     if not recipe.feedback:
         return Problem(hessian)
     perm = None
     if settings.act_order:
         perm = torch.argsort(hessian.diagonal(), descending=True, stable=True)
         hessian = hessian[perm.unsqueeze(1), perm]
-        cross = None if cross is None else cross[perm.unsqueeze(1), perm]
+    ridge = recipe.shrinkage * hessian.diagonal()
+    hessian.diagonal().add_(ridge)
     factor = factorize(hessian, settings.damping)
     if factor is None:
         note = "the Hessian cannot be factorized with any damping: rounded to nearest"
-        return Problem(hessian, perm=perm, notes=(note,))
+        return Problem(hessian, ridge, perm=perm, notes=(note,))
     raised = factor.damping > settings.damping
     notes = (f"damping raised from {settings.damping:g} to {factor.damping:g}",) if raised else ()
-    ridge = float(factor.damping * hessian.diagonal().mean())
-    hessian.diagonal().add_(ridge)
-    return Problem(hessian, ridge, cross, factor, perm, notes)
+    added = factor.damping * hessian.diagonal().mean()
+    hessian.diagonal().add_(added)
+    return Problem(hessian, ridge + added, factor, perm, notes)
 
 
 def quantize_linear(
@@ -119,29 +117,14 @@ def _choose(
     weight: torch.Tensor, problem: Problem, settings: QuantSettings, recipe: Recipe
 ) -> tuple[torch.Tensor, Grid]:
     index = group_index(weight.shape[1], settings, weight.device)
-    target = weight
-    if problem.cross is not None:
-        target = corrected(weight, problem.cross, problem.hessian, recipe.correction)
-    grid = _ranges(target, problem.hessian, settings, recipe.search)
+    grid = _ranges(weight, problem.hessian, settings, recipe.search)
     if problem.factor is not None:
-        codes = gptq_codes(target, problem.factor, grid, index)
+        codes = gptq_codes(weight, problem.factor, grid, index)
     else:
-        codes = grid.per_weight(index).codes(target)
+        codes = grid.per_weight(index).codes(weight)
     if recipe.passes:
-        codes, grid = descend(target, problem.hessian, codes, grid, settings, recipe.passes)
+        codes, grid = descend(weight, problem.hessian, codes, grid, settings, recipe.passes)
     return codes, grid
-
-
-def corrected(weight: torch.Tensor, cross: torch.Tensor, hessian: torch.Tensor, share: float) -> torch.Tensor:
-    """The weight whose outputs for the quantized inputs come nearest to those of `weight` for the original ones.
-
-    ``W + share * W C H^-1``: the layers before have changed the inputs, and what of that is linear can be undone here.
-    The damping of H, and a share below one, keep it from learning the calibration by heart.
-    """
-    lower, failed = torch.linalg.cholesky_ex(hessian)
-    if int(failed):
-        return weight
-    return weight + share * torch.cholesky_solve((weight @ cross).t(), lower).t()
 
 
 def _ranges(weight: torch.Tensor, hessian: torch.Tensor, settings: QuantSettings, search: Search) -> Grid:
@@ -160,14 +143,17 @@ def _round(weight: torch.Tensor, bias: torch.Tensor | None, settings: QuantSetti
     return pack(codes, grid, settings, method=Method.RTN.value, bias=bias)
 
 
-def relative_error(weight: torch.Tensor, found: torch.Tensor, hessian: torch.Tensor, ridge: float = 0.0) -> float:
-    """Mean square of the outputs' error over that of the outputs, for a Hessian that was damped by `ridge`."""
+def relative_error(
+    weight: torch.Tensor, found: torch.Tensor, hessian: torch.Tensor, ridge: torch.Tensor | None = None
+) -> float:
+    """Mean square of the outputs' error over that of the outputs, for a Hessian to whose diagonal `ridge` was added."""
     power, error = (_power(part, hessian, ridge) for part in (weight, found - weight))
     return max(error, 0.0) / power if power > 0 else math.nan
 
 
-def _power(weight: torch.Tensor, hessian: torch.Tensor, ridge: float) -> float:
-    return float(((weight @ hessian) * weight).sum()) - ridge * float(weight.square().sum())
+def _power(weight: torch.Tensor, hessian: torch.Tensor, ridge: torch.Tensor | None) -> float:
+    total = float(((weight @ hessian) * weight).sum())
+    return total if ridge is None else total - float((weight.square() @ ridge).sum())
 
 
 def _check(name: str, linear: nn.Linear, settings: QuantSettings) -> None:

@@ -24,24 +24,28 @@ class Recipe:
         calibrated: it reads inputs at all.
         smooth: AWQ's factors are searched and folded.
         weigh: positions count by the size of the hidden state that an output is added to; see `hessian`.
-        correction: share of the difference between original and quantized inputs that the target makes up for.
         search: how ranges are chosen.
+        sequential: a group's inputs are those that the quantized groups before it in the layer make; else those of the
+            layer as it was, which takes one pass over the calibration.
         feedback: codes come from GPTQ; else they are the nearest.
+        shrinkage: share of each input's own mean square that is added to the Hessian's diagonal. Correlations that a
+            few texts show are partly those of their subject; a weaker faith in them is better on others.
         passes: sweeps of coordinate descent over codes and scales.
     """
 
     calibrated: bool = True
     smooth: bool = False
     weigh: bool = True
-    correction: float = 0.0
     search: Search = Search.INPUTS
+    sequential: bool = True
     feedback: bool = False
+    shrinkage: float = 0.0
     passes: int = 0
 
 
 RECIPES = {
     Method.RTN: Recipe(calibrated=False, search=Search.FULL),
-    Method.AWQ: Recipe(smooth=True, search=Search.OUTPUTS),
-    Method.GPTQ: Recipe(feedback=True, passes=3),
-    Method.AUTO: Recipe(correction=0.5, feedback=True, passes=3),
+    Method.AWQ: Recipe(smooth=True, search=Search.OUTPUTS, sequential=False),
+    Method.GPTQ: Recipe(feedback=True, shrinkage=0.5, passes=3),
+    Method.AUTO: Recipe(smooth=True, feedback=True, shrinkage=0.5, passes=3),
 }

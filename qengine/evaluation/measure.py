@@ -17,7 +17,7 @@ from typing import Any
 import torch
 from tqdm import tqdm
 
-from qengine.config import DEMO, EngineConfig
+from qengine.config import EngineConfig
 from qengine.errors import ConfigError, QEngineError
 from qengine.evaluation.figures import Evaluation, ModelFigures, Protocol, comparison, perplexity
 from qengine.evaluation.forward import Forward
@@ -81,12 +81,12 @@ def evaluate(
     """
     started = time.monotonic()
     _require_positive(window=window, stride=stride, max_tokens=max_tokens)
-    config = EngineConfig.from_options({**options, "model": None if model == DEMO else model})
+    config = EngineConfig.from_options({**options, "model": model})
     texts = load_text(text)
     candidate = _Candidate.open(config, show_progress=show_progress)
     original = None
     if against is not None:
-        load = replace(config.load, model=None if against == DEMO else against, quantization=None, verify=False)
+        load = replace(config.load, model=against, quantization=None, verify=False)
         original = _Candidate.open(replace(config, load=load), show_progress=show_progress)
         _require_same_tokens(original, candidate)
         candidate, original = _in_one_dtype(candidate, original)

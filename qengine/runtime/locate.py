@@ -17,7 +17,7 @@ from typing import Any
 from converters.errors import CheckpointError
 from converters.files import read_json_object
 from qengine import environment
-from qengine.config import LoadConfig
+from qengine.config import DEMO, LoadConfig
 from qengine.errors import LoadError
 from qengine.imports import import_late
 from qengine.models.registry import find_spec
@@ -57,9 +57,14 @@ def locate_model(load: LoadConfig) -> ModelLocation:
     path = Path(load.model).expanduser()
     if _exists(path):
         return ModelLocation(path, load.model)
+    if load.model == DEMO:
+        return _locate_bundled(load)
     if _HUB_ID.fullmatch(load.model):
         return ModelLocation(_download(load.model, with_weights=load.load_format != "dummy"), load.model)
-    raise LoadError(f"no model at '{load.model}'; give a folder, a .gguf file, or a hub id such as organization/name")
+    raise LoadError(
+        f"no model at '{load.model}'; give a folder, a .gguf file, a hub id such as organization/name, or {DEMO} for "
+        "the bundled one"
+    )
 
 
 def _exists(path: Path) -> bool:

@@ -10,7 +10,7 @@ from typing import Any
 
 import numpy as np
 import numpy.typing as npt
-from gguf import GGMLQuantizationType, GGUFWriter
+from gguf import GGMLQuantizationType, GGUFWriter, quants
 
 Tensors = Mapping[str, tuple[npt.NDArray[Any], GGMLQuantizationType]]
 
@@ -51,6 +51,24 @@ def write_gguf(
     writer.write_tensors_to_file()
     writer.close()
     return path
+
+
+def gguf_model(path: Path, kind: GGMLQuantizationType) -> Path:
+    """A llama of one layer whose linears are of one kind."""
+    rng = np.random.default_rng(0)
+
+    def linear(rows: int, columns: int) -> tuple[npt.NDArray[Any], GGMLQuantizationType]:
+        return quants.quantize(rng.normal(0, 0.1, (rows, columns)).astype(np.float32), kind), kind
+
+    def plain(*shape: int) -> tuple[npt.NDArray[Any], GGMLQuantizationType]:
+        return rng.normal(0, 0.1, shape).astype(np.float32), GGMLQuantizationType.F32
+
+    names = {"attn_q": (64, 64), "attn_k": (32, 64), "attn_v": (32, 64), "attn_output": (64, 64)}
+    names |= {"ffn_gate": (128, 64), "ffn_up": (128, 64), "ffn_down": (64, 128)}
+    tensors = {f"blk.0.{name}.weight": linear(*shape) for name, shape in names.items()}
+    tensors |= {"blk.0.attn_norm.weight": plain(64), "blk.0.ffn_norm.weight": plain(64)}
+    tensors |= {"token_embd.weight": plain(40, 64), "output_norm.weight": plain(64)}
+    return write_gguf(path, tensors)
 
 
 # By hand

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import random
 from pathlib import Path
 
 import numpy as np
@@ -10,7 +11,6 @@ import pytest
 import torch
 import transformers
 from gguf import GGMLQuantizationType as Kind
-from gguf import quants
 
 from converters.convert import convert
 from converters.errors import CheckpointError
@@ -24,7 +24,8 @@ from converters.skeleton import OpenedModel
 from converters.source import LinearSlot, TensorSlot, WeightSource
 from quant_kernels.packed_weight import DenseWeight
 from quant_kernels.reference import dequantize
-from tests.converters.gguf_files import write_gguf
+from tests.converters.gguf_files import gguf_model
+from tests.converters.killing import run_until
 from tests.converters.reference import compressed_weight
 from tests.converters.test_quantize import config_of, digests, run, tensors_of
 from tests.converters.tiny_models import make_model, save_model, tiny_folder
@@ -177,25 +178,39 @@ def test_a_section_of_the_card_is_in_the_manifest(tmp_path: Path) -> None:
     assert not list((tmp_path / "out").glob("*.new"))
 
 
+# Killed
+
+
+def _convert(model: Path, out: Path) -> None:
+    torch.set_num_threads(1)
+    convert(model, out, "gptq", max_shard_bytes=2**15)
+
+
+def test_killed_anywhere_it_leaves_nothing_under_the_name_and_can_begin_again(tmp_path: Path) -> None:
+    model = tmp_path / "awq"
+    run(tiny_folder(tmp_path / "model"), model, method="rtn", format="awq")
+    before = digests(model)
+    clean = tmp_path / "clean" / "out"
+    count = run_until(_convert, (model, clean), clean.parent, None)
+    assert count is not None
+    expected = digests(clean)
+    assert sum(name.endswith(".safetensors") for name in expected) > 1
+    places = sorted(random.Random(0).sample(range(1, count + 1), 8))
+    for place in places:
+        out = tmp_path / f"killed-{place}" / "out"
+        assert run_until(_convert, (model, out), out.parent, place) is None
+        if not out.exists():
+            partial = out.with_name("out.partial")
+            if partial.exists():
+                with pytest.raises(CheckpointError):
+                    open_checkpoint(partial)
+            assert run_until(_convert, (model, out), out.parent, None) is not None
+        assert digests(out) == expected
+        assert [file.name for file in out.parent.iterdir()] == ["out"]
+    assert digests(model) == before
+
+
 # GGUF
-
-
-def gguf_model(path: Path, kind: Kind) -> Path:
-    """A llama of one layer whose linears are of one kind."""
-    rng = np.random.default_rng(0)
-
-    def linear(rows: int, columns: int) -> tuple[np.ndarray, Kind]:
-        return quants.quantize(rng.normal(0, 0.1, (rows, columns)).astype(np.float32), kind), kind
-
-    def plain(*shape: int) -> tuple[np.ndarray, Kind]:
-        return rng.normal(0, 0.1, shape).astype(np.float32), Kind.F32
-
-    names = {"attn_q": (64, 64), "attn_k": (32, 64), "attn_v": (32, 64), "attn_output": (64, 64)}
-    names |= {"ffn_gate": (128, 64), "ffn_up": (128, 64), "ffn_down": (64, 128)}
-    tensors = {f"blk.0.{name}.weight": linear(*shape) for name, shape in names.items()}
-    tensors |= {"blk.0.attn_norm.weight": plain(64), "blk.0.ffn_norm.weight": plain(64)}
-    tensors |= {"token_embd.weight": plain(40, 64), "output_norm.weight": plain(64)}
-    return write_gguf(path, tensors)
 
 
 @pytest.mark.parametrize("format", ["awq", "gptq", "compressed-tensors", "dense"])

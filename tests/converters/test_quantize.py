@@ -6,13 +6,14 @@ import hashlib
 import json
 import logging
 import random
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
+from gguf import GGMLQuantizationType as Kind
 from safetensors import safe_open
 from transformers.models.llama.modeling_llama import LlamaMLP
 
@@ -27,9 +28,11 @@ from converters.quantize_outcome import Observer, Preview, Quantized
 from converters.quantize_report import QuantReport
 from converters.quantizers import LayerResult, LayerView, QuantizationError, quantize_layer
 from converters.skeleton import OpenedModel
+from converters.source import TensorSlot
 from converters.tensors import ReadableCheckpoint
 from quant_kernels.packed_weight import DenseWeight, PackedWeight
 from quant_kernels.reference import dequantize
+from tests.converters.gguf_files import gguf_model
 from tests.converters.killing import run_until
 from tests.converters.reference import awq_weight, compressed_weight, gptq_weight
 from tests.converters.tiny_models import (
@@ -221,6 +224,30 @@ def test_what_a_checkpoint_says_of_itself(tmp_path: Path) -> None:
     assert said["meta"]["quantizer"][0].startswith("qengine:")
     assert said["meta"]["calibration_samples"] == 6
     assert "texts.jsonl" in (tmp_path / "out" / "README.md").read_text()
+
+
+class _FortyLetters(Letters):
+    """For a vocabulary of 40."""
+
+    def encode(self, text: str, *, add_special_tokens: bool = True) -> Sequence[int]:
+        return [byte % 40 for byte in text.encode()]
+
+
+@pytest.mark.parametrize("method", ["rtn", "awq"])
+def test_a_gguf_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, method: str) -> None:
+    """Its blocks are expanded and quantized anew; what stays dense takes the type that the config names."""
+    recorder = Recorder(monkeypatch)
+    model = gguf_model(tmp_path / "model.gguf", Kind.Q4_1)
+    run(model, tmp_path / "out", method=method, encoder=_FortyLetters())
+    tensors = tensors_of(tmp_path / "out")
+    assert len(recorder.weights) == 7
+    for name, weight in recorder.weights.items():
+        assert np.array_equal(numpy_weight(tensors, name, "awq"), dequantize(weight).numpy())
+    original = open_checkpoint(model)
+    table = original.read_tensor(TensorSlot("model.embed_tokens.weight", (40, 64)))
+    assert torch.equal(tensors["model.embed_tokens.weight"], table.half())
+    assert config_of(tmp_path / "out")["quantization_config"]["quant_method"] == "awq"
+    OpenedModel.check(open_checkpoint(tmp_path / "out"))
 
 
 # Killed and resumed

@@ -108,3 +108,12 @@ def test_a_repository_without_config(tmp_path: Path, monkeypatch: pytest.MonkeyP
     use(Hub(tmp_path), monkeypatch)
     with pytest.raises(LoadError, match=r"no config\.json"):
         locate_model(LoadConfig(model="org/name"))
+
+
+def test_demo_is_the_bundled_model_unless_something_is_called_so(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    assert locate_model(LoadConfig(model="demo")) == locate_model(LoadConfig(model=None))
+    (tmp_path / "demo").mkdir()
+    assert locate_model(LoadConfig(model="demo")).path == Path("demo")

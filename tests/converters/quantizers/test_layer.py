@@ -13,6 +13,7 @@ from converters.quantizers import LinearGroup, Method, QuantizationError, QuantS
 from converters.quantizers.awq import fold, search_factors
 from converters.quantizers.grid import Grid, find_grid
 from converters.quantizers.hessian import _require_finite, collect
+from converters.quantizers.layer import quantize_with
 from converters.quantizers.recipe import RECIPES
 from quant_kernels.reference import dequantize
 from tests.converters.quantizers.tiny_layer import Inputs, make_layer
@@ -29,9 +30,9 @@ def settings(method: Method, **changes: object) -> QuantSettings:
 @pytest.mark.parametrize("sym", [False, True])
 def test_every_method_beats_rounding_on_inputs_it_has_not_seen(method: Method, sym: bool) -> None:
     rounded, layer = make_layer(), make_layer()
-    unseen = Inputs(layer, seed=2, noise=0.0)
+    unseen = Inputs(layer, seed=2)
     quantize_layer(rounded, None, settings(Method.RTN, sym=sym))
-    quantize_layer(layer, Inputs(layer, noise=0.0), settings(method, sym=sym))
+    quantize_layer(layer, Inputs(layer), settings(method, sym=sym))
     assert unseen.error(layer.module) < 0.9 * unseen.error(rounded.module)
 
 
@@ -72,7 +73,7 @@ def test_the_same_inputs_give_the_same_bits(method: Method) -> None:
 @pytest.mark.parametrize("bias", [False, True])
 def test_awq_factors_leave_the_unquantized_layer_as_it_was(offset: float, bias: bool) -> None:
     layer = make_layer(bias=bias, offset=offset)
-    inputs = Inputs(layer, noise=0.0)
+    inputs = Inputs(layer)
     before = copy.deepcopy(layer.module)
     wanted = settings(Method.AWQ)
     for group in layer.groups:
@@ -91,7 +92,7 @@ def test_awq_factors_leave_the_unquantized_layer_as_it_was(offset: float, bias: 
 def test_awq_factors_are_the_best_of_the_papers_grid() -> None:
     layer = make_layer()
     group = LinearGroup(("gate", "up"), "mlp_norm")
-    inputs = Inputs(layer, noise=0.0)
+    inputs = Inputs(layer)
     [moments] = collect(layer, (group,), inputs)
     wanted = settings(Method.AWQ)
     found = search_factors(layer, group, moments, wanted)
@@ -114,6 +115,25 @@ def test_awq_factors_are_the_best_of_the_papers_grid() -> None:
     best = min(output_error(f / (f.max() * f.min()).sqrt()) for f in grid)
     assert output_error(found) <= best * 1.01
     assert output_error(found) < 0.9 * output_error(torch.ones_like(found))
+
+
+def test_moments_follow_the_factors() -> None:
+    """What is known of a layer's inputs before they are divided says all that a second pass would find."""
+    layer = make_layer()
+    inputs = Inputs(layer)
+    known = collect(layer, layer.groups, inputs, weigh=True)
+    torch.manual_seed(0)
+    for group, moments in zip(layer.groups, known, strict=True):
+        width = layer.linear(group.names[0]).in_features
+        size = width if group.producer_channels is None else int(group.producer_channels.max()) + 1
+        factors = torch.rand(size) + 0.5
+        channels = group.producer_channels
+        used, _ = fold(layer, group, factors if channels is None else factors[channels], settings(Method.AWQ))
+        moments.divide_(used)
+    for before, after in zip(known, collect(layer, layer.groups, inputs, weigh=True), strict=True):
+        scale = float(after.hessian.abs().max())
+        torch.testing.assert_close(before.hessian, after.hessian, rtol=1e-3, atol=1e-5 * scale)
+        torch.testing.assert_close(before.mean_abs, after.mean_abs, rtol=1e-3, atol=1e-4)
 
 
 def test_a_group_without_a_producer_is_not_scaled() -> None:
@@ -202,17 +222,19 @@ def test_inputs_that_are_always_zero_fall_back_with_a_note(method: Method) -> No
     layer = make_layer()
     inputs = Inputs(layer)
     inputs.states = [torch.zeros_like(x) for x in inputs.states]
-    inputs.references = inputs.states
     result = quantize_layer(layer, inputs, settings(method))
     assert all("rounded to nearest" in line.notes[0] for line in result.report)
 
 
 @pytest.mark.parametrize("method", [Method.GPTQ, Method.AUTO])
-def test_fewer_positions_than_inputs_still_give_a_finite_layer(method: Method) -> None:
+@pytest.mark.parametrize("shrinkage", [0.0, RECIPES[Method.AUTO].shrinkage])
+def test_fewer_positions_than_inputs_still_give_a_finite_layer(method: Method, shrinkage: float) -> None:
+    """A Hessian without full rank needs damping, unless shrinkage has filled it up."""
     layer = make_layer()
     inputs = Inputs(layer, batches=1, length=3)
-    result = quantize_layer(layer, inputs, settings(method, damping=1e-9))
-    assert any("damping raised" in note for line in result.report for note in line.notes)
+    recipe = replace(RECIPES[method], shrinkage=shrinkage)
+    result = quantize_with(layer, inputs, settings(method, damping=1e-9), recipe)
+    assert any("damping raised" in note for line in result.report for note in line.notes) == (shrinkage == 0)
     assert all(bool(torch.isfinite(parameter).all()) for parameter in layer.module.parameters())
 
 

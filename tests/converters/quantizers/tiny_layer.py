@@ -75,31 +75,22 @@ def make_layer(seed: int = 0, bias: bool = False, offset: float = 0.0) -> LayerV
 
 
 class Inputs:
-    """Correlated hidden states with a few loud channels; the reference differs a little, as it does in a model."""
+    """Correlated hidden states with a few loud channels, and what the layer makes of them before it is quantized."""
 
-    def __init__(
-        self, layer: LayerView, batches: int = 6, length: int = 40, seed: int = 1, noise: float = 0.05
-    ) -> None:
+    def __init__(self, layer: LayerView, batches: int = 6, length: int = 40, seed: int = 1) -> None:
         generator = torch.Generator().manual_seed(seed)
         mix = torch.randn(HIDDEN, HIDDEN, generator=generator) * torch.logspace(0, -2, HIDDEN).unsqueeze(1)
         loud = torch.ones(HIDDEN)
         loud[::17] = 12.0
         shape = (batches, 1, length, HIDDEN)
-        self.references = list(torch.randn(shape, generator=generator) @ mix * loud)
-        self.states = [x + noise * x.std() * torch.randn(x.shape, generator=generator) for x in self.references]
-        self.targets = [layer.module(x) for x in self.references]
+        self.states = list(torch.randn(shape, generator=generator) @ mix * loud)
+        self.targets = [layer.module(x) for x in self.states]
 
     def __len__(self) -> int:
         return len(self.states)
 
     def hidden(self, index: int) -> torch.Tensor:
         return self.states[index]
-
-    def reference(self, index: int) -> torch.Tensor:
-        return self.references[index]
-
-    def target(self, index: int) -> torch.Tensor:
-        return self.targets[index]
 
     def sample(self, index: int, row: int) -> int:
         return 100 * index + row
@@ -109,8 +100,6 @@ class Inputs:
         return out
 
     def error(self, module: nn.Module) -> float:
-        """Of the layer's output, as a fraction of what the layer adds; for the hidden states that it really gets."""
-        pairs = [
-            (self.run(module, x) - t, t - r) for x, t, r in zip(self.states, self.targets, self.references, strict=True)
-        ]
+        """Of the layer's output, as a fraction of what the layer adds."""
+        pairs = [(self.run(module, x) - t, t - x) for x, t in zip(self.states, self.targets, strict=True)]
         return sum(float(e.square().sum()) for e, _ in pairs) / sum(float(t.square().sum()) for _, t in pairs)
