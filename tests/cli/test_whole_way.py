@@ -10,6 +10,7 @@ import re
 import subprocess
 import sys
 import threading
+import urllib.error
 import urllib.request
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -84,8 +85,11 @@ def ask(address: str, route: str, body: Any) -> Any:
     request = urllib.request.Request(
         f"{address}{route}", json.dumps(body).encode(), {"Content-Type": "application/json"}
     )
-    with urllib.request.urlopen(request, timeout=PATIENCE) as answer:
-        return json.load(answer)
+    try:
+        with urllib.request.urlopen(request, timeout=PATIENCE) as answer:
+            return json.load(answer)
+    except urllib.error.HTTPError as error:
+        raise AssertionError(error.read().decode()) from error
 
 
 def test_quantize_evaluate_serve_convert(folder: Path) -> None:
@@ -102,7 +106,8 @@ def test_quantize_evaluate_serve_convert(folder: Path) -> None:
     assert found["comparison"]["top1_agreement"] > 0.7
     with server(folder) as address:
         message = {"role": "user", "content": "What is the capital of France? Answer in one sentence."}
-        answer = ask(address, "/v1/chat/completions", {"messages": [message], "max_tokens": 24, "temperature": 0.0})
+        body = {"model": "./smol-awq", "messages": [message], "max_tokens": 24, "temperature": 0.0}
+        answer = ask(address, "/v1/chat/completions", body)
         assert "Paris" in answer["choices"][0]["message"]["content"]
     run("convert", folder)
     assert open_checkpoint(folder / "smol-gptq").quantization == "gptq"
