@@ -451,12 +451,7 @@ CONVERT_FLAGS = Group(
     "What to make",
     (
         Flag("--format", "awq, gptq, compressed-tensors or dense (unquantized)", "FORMAT"),
-        Flag(
-            "--dtype",
-            "float16 or bfloat16, of what is not quantized",
-            "DTYPE",
-            default="as it is; the config's for GGUF and dense",
-        ),
+        Flag("--dtype", "of what is not quantized: float16 or bfloat16", "DTYPE", default="as it is, or the config's"),
     ),
 )
 
@@ -469,10 +464,9 @@ GENERAL_FLAGS = Group(
     ),
 )
 
-_BUNDLED = "left out: the bundled SmolLM2-135M-Instruct"
-MODEL_HELP = f"a folder, a .gguf file, or a hub id such as organization/name; {_BUNDLED}"
-
-
+MODEL_HELP = (
+    "a folder, a .gguf file, or a hub id such as organization/name; demo or left out: the bundled SmolLM2-135M-Instruct"
+)
 SOURCE_HELP = "a folder, a .gguf file, or a hub id; demo is the bundled SmolLM2-135M-Instruct"
 OUT_HELP = "the folder to write, which must not exist"
 

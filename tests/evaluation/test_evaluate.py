@@ -162,7 +162,7 @@ def test_both_models_run_in_the_dtype_of_the_original(
 
     def opened(dtype: str, asked: str) -> measure._Candidate:
         config = EngineConfig.from_options({"model": str(folders[dtype]), "dtype": asked})
-        return measure._Candidate.open(config)
+        return measure._Candidate.open(config, show_progress=False)
 
     for own, original, asked, expected in (
         ("float16", "bfloat16", "auto", "bfloat16"),

@@ -167,7 +167,6 @@ def test_what_overflows_inside_a_layer_names_the_sample_too() -> None:
     layer = make_layer()
     inputs = Inputs(layer)
     inputs.states = [state.repeat(2, 1, 1) for state in inputs.states]
-    inputs.references = [state.repeat(2, 1, 1) for state in inputs.references]
 
     class Overflows(nn.Module):
         def __init__(self, norm: nn.Module) -> None:
@@ -190,7 +189,7 @@ def test_rounding_is_reported_of_the_original_weight() -> None:
     """Factors change a weight, and so what rounding would make of it; the comparison is with the model as it came."""
     layer, recipe = make_layer(), RECIPES[Method.AWQ]
     group = layer.groups[0]
-    [moments] = collect(layer, (group,), Inputs(layer), None, recipe.weigh)
+    [moments] = collect(layer, (group,), Inputs(layer), recipe.weigh)
     result = quantize_layer(make_layer(), Inputs(layer), settings(Method.AWQ))
     found = {line.name.removeprefix("model.layers.3."): line.rtn_error for line in result.report}
     for name in group.names:
