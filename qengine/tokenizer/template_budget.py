@@ -34,7 +34,8 @@ VALUE_WEIGHT = 32
 MAX_INT_BITS = 2**12
 #: Most bytes of one more text beside its characters, with its place in a list.
 PIECE_BYTES = 96
-_CONTAINER_BYTES = 256
+#: Of a container beside its items, with what is remembered of it.
+_CONTAINER_BYTES = 384
 _STEPS_PER_LOOK_AT_THE_CLOCK = 16
 #: Values with contents that their own weight does not show, and functions. Their text is short.
 _OPAQUE = (
@@ -142,7 +143,7 @@ class Budget:
         if isinstance(value, _LAZY) and not isinstance(value, _OPAQUE):
             value = self._listed(value)
         if isinstance(value, list | tuple | dict):
-            self.charge(_CONTAINER_BYTES + item_bytes * len(value))
+            self.charge(item_bytes * len(value))
         elif isinstance(value, int) and value.bit_length() > MAX_INT_BITS:
             raise SecurityError(f"it makes a number of {value.bit_length()} bits, at most {MAX_INT_BITS} are allowed")
         self.weigh(value)
@@ -168,8 +169,7 @@ class Budget:
             known = self._weights.get(id(value))
             if known is None:
                 values = chain(value, value.values()) if isinstance(value, dict) else value
-                known = (value, self.weigh_all(values))
-                self._weights[id(value)] = known
+                return self._remember(value, self.weigh_all(values))
             return known[1]
         if isinstance(value, int):
             return Weight(1 + value.bit_length(), 1, 0, True)
@@ -213,8 +213,13 @@ class Budget:
         ours, theirs = self.weigh(left), self.weigh(right)
         num_values, depth = ours.num_values + theirs.num_values - 1, max(ours.depth, theirs.depth)
         weight = Weight(ours.chars + theirs.chars, num_values, depth, ours.is_plain and theirs.is_plain)
-        self._weights[id(value)] = (value, _within_bounds(weight))
+        self._remember(value, _within_bounds(weight))
         return self.made(value)
+
+    def _remember(self, container: Any, weight: Weight) -> Weight:
+        self.charge(_CONTAINER_BYTES)
+        self._weights[id(container)] = (container, weight)
+        return weight
 
     def weigh_arguments(self, args: Iterable[Any], kwargs: Mapping[str, Any]) -> Weight:
         """The weight of a call's arguments, which is not remembered."""

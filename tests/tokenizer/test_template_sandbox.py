@@ -107,6 +107,9 @@ HOSTILE = {
     "a date": "{{ strftime_now('%99Y' * 100000) | length }}",
     "a date's width": "{{ strftime_now('%99999Y') | length }}",
     "a list of characters": "{% set big = '\u3042' * 1000000 %}{{ (big ~ big ~ big ~ big) | list | length }}",
+    "many small lists": "{% for i in range(99999) %}{{ range(99999) | batch(1) | list | length }}{% endfor %}",
+    "many small dicts": "{% set ns = namespace(x=[]) %}{% for i in range(99999) %}{% for j in range(99999) %}"
+    "{% set ns.x = [{'a': ns.x, 'b': j}] %}{% set ns.x = [j] %}{% endfor %}{% endfor %}",
     "pieces": "{% set big = 'a ' * 500000 %}{{ (big ~ big ~ big ~ big ~ big ~ big ~ big).split() | length }}",
     "words": "{% set big = 'a-' * 500000 %}{{ (big ~ big ~ big ~ big ~ big ~ big) | title | length }}",
     "lists in lists, compared": "{% set ns = namespace(x=[1], y=[1]) %}" + SIXTY + "{% set ns.x = [ns.x, ns.x] %}"
