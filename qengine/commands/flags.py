@@ -563,7 +563,7 @@ COMMANDS: dict[str, CommandHelp] = {
         "Write a checkpoint in another format without quantizing it again: every weight stays what it is.",
         (CONVERT_FLAGS,),
         (
-            ("qengine convert ./model-awq ./model-gptq --format gptq", "from AWQ to GPTQ, bit for bit"),
+            ("qengine convert ./model-gptq ./model-awq --format awq", "from symmetric GPTQ to AWQ, bit for bit"),
             ("qengine convert model.gguf ./model --format dense", "a GGUF file as plain safetensors"),
         ),
         (("model", SOURCE_HELP), ("out", OUT_HELP)),

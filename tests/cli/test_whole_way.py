@@ -110,4 +110,4 @@ def test_quantize_evaluate_serve_convert(folder: Path) -> None:
         answer = ask(address, "/v1/chat/completions", body)
         assert "Paris" in answer["choices"][0]["message"]["content"]
     run("convert", folder)
-    assert open_checkpoint(folder / "smol-gptq").quantization == "gptq"
+    assert open_checkpoint(folder / "smol-ct").quantization == "compressed-tensors"
