@@ -1,4 +1,4 @@
-"""Hidden states of a calibration, on disk: one file for each stream and layer, read and written batch by batch.
+"""Hidden states of a calibration, on disk: one file for each layer, read and written batch by batch.
 
 They always lie in files: the system keeps in memory what fits, a model of any size needs no more of its own, and a
 program that is killed finds them again. Invariant: a batch comes back bit for bit, float32.
@@ -21,7 +21,7 @@ _BYTES = 4
 
 
 class HiddenStates:
-    """One stream of hidden states at one layer.
+    """The hidden states at one layer.
 
     Args:
         sizes: sequences and tokens of each batch.
