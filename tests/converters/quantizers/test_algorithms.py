@@ -40,9 +40,10 @@ def brute_round(row: np.ndarray, sym: bool, min_zero: int) -> tuple[np.ndarray, 
         scale, zero = np.float16(max(-low, high) * 2 / 15), 8
     else:
         scale = np.float16((high - low) / 15)
-        if round(-low / float(scale)) < min_zero:  # Codes below the zero point are lost.
-            scale = max(scale, np.float16(high / (15 - min_zero)))
-        zero = min(max(round(-low / float(scale)), min_zero), 15)
+        zero = round(-low / float(scale))
+        if zero < min_zero:
+            # What the raised zero point takes from the positive side must not cut off the largest value.
+            scale, zero = max(scale, np.float16(high / (15 - min_zero))), min_zero
     codes = [min(max(round(float(v) / float(scale)) + zero, 0), 15) for v in row]
     return np.array(codes), float(scale), zero
 
