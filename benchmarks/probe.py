@@ -54,7 +54,7 @@ def matmul_rate(dtype: torch.dtype, size: int = _MATMUL_SIZE, passes: int = 5) -
 
 
 def _best_seconds(run: Callable[[], Any], passes: int) -> float:
-    """The first pass warms up, unless it alone is long: torch's loops in a type that the processor lacks take minutes."""
+    """The first pass warms up, or is all: torch's loops in a type that the processor lacks take minutes."""
     started = time.perf_counter()
     run()
     best = time.perf_counter() - started
