@@ -17,6 +17,8 @@ from quant_kernels.packing import pack_codes
 #: Ranges that are tried: all of it, and so many steps down.
 RANGE_STEPS = 16
 RANGE_STEP = 0.025
+#: float16 steps by 2**-24 below its smallest normal number: here by a sixteenth.
+_LEAST_SCALE = 2.0**-20
 
 
 @dataclass(frozen=True, slots=True)
@@ -69,9 +71,8 @@ def range_grid(low: torch.Tensor, high: torch.Tensor, settings: QuantSettings) -
 
 
 def round_scales(scales: torch.Tensor, settings: QuantSettings) -> torch.Tensor:
-    """Scales as the file holds them; too small ones become the smallest normal number, so that none is zero."""
-    limits = torch.finfo(settings.scale_dtype)
-    return scales.clamp(limits.tiny, limits.max).to(settings.scale_dtype).float()
+    """Scales as the file holds them; too small ones become one that float16 has a few bits for, so that none is 0."""
+    return scales.clamp(_LEAST_SCALE, torch.finfo(settings.scale_dtype).max).to(settings.scale_dtype).float()
 
 
 def grouped(weight: torch.Tensor, rows: int) -> torch.Tensor:

@@ -220,3 +220,16 @@ def test_a_rank_deficient_hessian_is_damped_and_an_impossible_one_given_up() -> 
     assert factor.damping > 1e-12
     assert factorize(torch.full_like(hessian, torch.nan), 0.01) is None
     assert factorize(-hessian - torch.eye(192), 0.01) is None
+
+
+def test_small_weights_have_small_scales() -> None:
+    """Of 8 bits and a deviation of 1e-3 the scales lie below float16's smallest normal number."""
+    settings = QuantSettings(Method.RTN, bits=8, group_size=32)
+    weight = torch.randn(8, 64, generator=torch.Generator().manual_seed(3)) * 1e-3
+    grid = find_grid(weight, settings)
+    values = grid.per_weight(group_index(64, settings, weight.device)).nearest(weight)
+    spread = weight.unflatten(1, (2, 32))
+    steps = ((spread.amax(-1) - spread.amin(-1)) / 255).repeat_interleave(32, dim=1)
+    # Half a step, and what a scale of few bits adds at the ends of the range.
+    assert ((values - weight).abs() <= 1.5 * steps).all()
+    assert (find_grid(torch.zeros(1, 32), settings).scales > 0).all()
