@@ -449,18 +449,19 @@ class Engine:
             if batch is None:
                 break
             self._begin_step(batch)
-        progressed = self._take_in(*self._in_flight[0])
-        return StepStats(began, scheduled, executed=time.monotonic()), progressed
+        progressed, seconds = self._take_in(*self._in_flight[0])
+        stats = StepStats(began, scheduled, executed=time.monotonic(), collective_seconds=seconds)
+        return stats, progressed
 
-    def _take_in(self, batch: Batch, step: StepInFlight) -> list[Request]:
-        """Wait for the oldest step; the requests that progressed."""
+    def _take_in(self, batch: Batch, step: StepInFlight) -> tuple[list[Request], Sequence[float]]:
+        """Wait for the oldest step; the requests that progressed, and what ranks spent in collectives."""
         try:
             result = step.finish()  # Interrupted, it stays in flight, and is finished with the next call.
         except StepMemoryError as error:
             self._in_flight.popleft()
-            return self._back_off(batch, error)
+            return self._back_off(batch, error), ()
         self._in_flight.popleft()
-        return self.scheduler.update(batch, result)
+        return self.scheduler.update(batch, result), result.collective_seconds
 
     def _back_off(self, batch: Batch, error: StepMemoryError) -> list[Request]:
         """Go on with smaller steps; the request that had to end for it, if any."""

@@ -25,6 +25,7 @@ class StepStats:
             came from the cache.
         first_token_seconds: from arrival to first token, one for each such prompt.
         gaps: time between two tokens of a sequence -> how many sequences had just that.
+        collective_seconds: the slowest rank's, of each step of which all ranks have told by now.
         finished: sequences that ended in this step, for whatever reason.
     """
 
@@ -36,6 +37,7 @@ class StepStats:
     num_cached_tokens: int = 0
     num_generated_tokens: int = 0
     first_token_seconds: list[float] = field(default_factory=list)
+    collective_seconds: Sequence[float] = ()
     gaps: dict[float, int] = field(default_factory=dict)
     finished: list[Request] = field(default_factory=list)
 

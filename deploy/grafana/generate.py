@@ -193,6 +193,7 @@ def latencies(q: Queries) -> list[Any]:
         lines("Mean time per phase", phases, "s", stacked=True),
         lines("Time per output token", per_token, "s"),
         lines("Mean time per step", [steps], "s", stacked=True),
+        lines("Mean time per step in collectives", [target(q.mean("allreduce_seconds"), "slowest rank")], "s"),
     ]
 
 

@@ -20,6 +20,7 @@ from qengine.parallel.host_staged import HostStagedTransport
 from qengine.parallel.rendezvous import Rendezvous
 from qengine.parallel.seats import Seat
 from qengine.parallel.split import stage_layers
+from qengine.parallel.timed import TimedTransport
 from qengine.parallel.transport import SingleTransport, Transport
 from qengine.runtime.opening import OpenedHeaders, split_opened
 
@@ -52,6 +53,12 @@ class Links:
     def samples(self) -> bool:
         """Whether this rank draws the tokens. One does: whatever it draws is the answer."""
         return self.is_last and self.group.rank == 0
+
+    @property
+    def collective_seconds(self) -> float | None:
+        """Spent so far in sums and gathers over this stage's ranks; None where the host cannot tell."""
+        transport = self.group.transport
+        return transport.seconds if isinstance(transport, TimedTransport) else None
 
     def close(self) -> None:
         """Leave the others."""
@@ -105,7 +112,9 @@ def connect_links(
         return choose_transport(device, met, name, own, size, limit_s)
 
     split = split_opened(opened, tp, shares) if tp > 1 else None
-    group = TPGroup(meet(f"stage{stage}", place, tp, seats[0]), split)
+    shared = meet(f"stage{stage}", place, tp, seats[0])
+    # A GPU's collectives are only queued when their call returns.
+    group = TPGroup(TimedTransport(shared) if tp > 1 and device.type == "cpu" else shared, split)
     pipe = meet(f"pipe{place}", stage, pp, seats[1])
     for transport in (group.transport, pipe):
         _greet(transport, device)

@@ -1,7 +1,7 @@
 """Messages: everything that an engine and the ranks of its model say to each other, as msgpack with a fixed schema.
 
     engine -> rank   Start, Allocate, Step, Clear, Check, Stop
-    rank -> engine   Opened, Joined, Alive, Loaded, Done, Result, Failed
+    rank -> engine   Opened, Joined, Alive, Loaded, Done, Spent, Result, Failed
 
 Invariant: a message that was decoded has the fields and types declared here, and values that make sense by themselves;
 anything else is one `ProtocolError`. Nothing is ever unpickled or executed. Whether a message comes at the
@@ -21,6 +21,7 @@ from qengine.runtime.loader import LoadTimes
 from qengine.runtime.planner import Card, MemoryPlan
 
 Count = Annotated[int, msgspec.Meta(ge=0, le=2**63 - 1)]
+Seconds = Annotated[float, msgspec.Meta(ge=0.0, le=1e9)]
 Ids = tuple[Annotated[int, msgspec.Meta(ge=0, lt=2**31)], ...]
 #: The first step may take so long, whatever is said of others: it compiles kernels and makes connections.
 WARM_UP_SECONDS = 600.0
@@ -156,6 +157,12 @@ class Done(_Message, frozen=True):
     """Answers `Allocate` and `Check`."""
 
 
+class Spent(_Message, frozen=True):
+    """With each `Step`, from every rank that can tell: what it spent in collectives. Nobody waits for it."""
+
+    seconds: Seconds
+
+
 class Result(_Message, frozen=True):
     """Answers `Step`, from the rank that samples. Entries are named by their place in the step.
 
@@ -180,7 +187,7 @@ class Failed(_Message, frozen=True):
 
 
 Order = Start | Allocate | Step | Clear | Check | Stop
-Report = Opened | Joined | Alive | Loaded | Done | Result | Failed
+Report = Opened | Joined | Alive | Loaded | Done | Spent | Result | Failed
 _T = TypeVar("_T")
 
 _ENCODER = msgspec.msgpack.Encoder()

@@ -36,6 +36,7 @@ from qengine.runtime.messages import (
     Opened,
     Order,
     Report,
+    Spent,
     Start,
     Step,
     Stop,
@@ -100,7 +101,10 @@ def _serve(channel: Channel) -> None:
                 worker.warm_up(order.plan)
             report: Report | None = Done()
         else:
+            spent_before = links.collective_seconds
             report = _follow(order, worker, reader, answers=start.rank == config.answering_rank)
+            if isinstance(order, Step):
+                _tell_collectives(channel, spent_before, links.collective_seconds)
         if report is not None:
             _send(channel, report)
     # Not after a failure: to be left without a word, the others would say that first.
@@ -163,6 +167,11 @@ def _follow(order: Order, worker: Worker, reader: StepReader, *, answers: bool) 
         raise ProtocolError(f"unexpected message {type(order).__name__}")
     worker.check()
     return Done()
+
+
+def _tell_collectives(channel: Channel, before: float | None, after: float | None) -> None:
+    if before is not None and after is not None:
+        _send(channel, Spent(after - before))
 
 
 def _send(channel: Channel, report: Report) -> None:

@@ -17,6 +17,7 @@ import time
 from collections import deque
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
+from dataclasses import replace
 from typing import TypeVar
 
 from qengine import environment
@@ -42,6 +43,7 @@ from qengine.runtime.messages import (
     Order,
     Report,
     Result,
+    Spent,
     Start,
     Stop,
     decode_report,
@@ -124,6 +126,8 @@ class SpawnExecutor:
         #: When each rank last said anything.
         self._heard = [0.0] * parallel.world_size
         self._unread: list[deque[Report]] = [deque() for _ in range(parallel.world_size)]
+        #: By rank: seconds in collectives, of steps for which some rank has not said it yet.
+        self._spent: list[deque[float]] = [deque() for _ in range(parallel.world_size)]
         self._writer = StepWriter(2 * config.scheduler.max_num_seqs)
         self._lock = threading.Lock()
         self._failure: str | None = None
@@ -230,7 +234,12 @@ class SpawnExecutor:
         if result.failed:
             failed = (entry for entry in batch.entries if entry.request_id in result.failed)
             self._order(Clear(tuple(sorted({block for entry in failed for block in entry.block_ids}))))
-        return result
+        return replace(result, collective_seconds=self._take_spent())
+
+    def _take_spent(self) -> tuple[float, ...]:
+        """The slowest rank's seconds in collectives, of each step that all ranks have told of since the last call."""
+        num_steps = min(len(spent) for spent in self._spent)
+        return tuple([max(spent.popleft() for spent in self._spent) for _ in range(num_steps)])
 
     def check(self, timeout: float) -> None:
         """With no step in flight: raise EngineDeadError unless every rank answers within `timeout` seconds."""
@@ -356,7 +365,9 @@ class SpawnExecutor:
             if report is not None:
                 found = True
                 self._heard[rank.rank] = time.monotonic()
-                if not isinstance(report, Alive):
+                if isinstance(report, Spent):
+                    self._spent[rank.rank].append(report.seconds)
+                elif not isinstance(report, Alive):
                     self._unread[rank.rank].append(report)
         return found
 

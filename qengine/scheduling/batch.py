@@ -95,10 +95,12 @@ class SampledToken:
 class StepResult:
     """Answers of one step by request id. A request in `failed` produced no token (NaN logits): the reason is given.
 
-    `pooled` has float32 [hidden] in bytes for each entry that pools.
+    `pooled` has float32 [hidden] in bytes for each entry that pools. `collective_seconds` has what the slowest rank
+    spent in collectives, for each step of which all ranks have told by now: this one, or some before it, or none.
     """
 
     sampled: Mapping[str, SampledToken]
     prompt_logprobs: Mapping[str, Sequence[TokenLogprobs]] = field(default_factory=dict)
     failed: Mapping[str, str] = field(default_factory=dict)
     pooled: Mapping[str, bytes] = field(default_factory=dict)
+    collective_seconds: Sequence[float] = ()

@@ -28,6 +28,7 @@ from qengine.runtime.messages import (
     Opened,
     Result,
     Sampling,
+    Spent,
     Start,
     Step,
     Stop,
@@ -65,6 +66,7 @@ REPORTS = [
     Loaded(CARD, 10**12, LoadTimes(10**12, 61.5, 60.0, 59.5)),
     Loaded(None, 0, LoadTimes(0, 0.5, 0.0, 0.5)),
     Done(),
+    Spent(0.25),
     Result((4, -1), (LOGPROBS, None), {0: (LOGPROBS,)}, {1: "NaN"}),
     Failed("load", "a file is cut short"),
 ]

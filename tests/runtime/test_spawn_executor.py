@@ -44,11 +44,17 @@ def chatty() -> Iterator[SpawnExecutor]:
 
 
 def test_a_long_order_reaches_a_rank_that_is_busy_with_a_long_answer(chatty: SpawnExecutor) -> None:
-    """Two steps are in flight; the rank reads the second only when its answer to the first has been taken."""
+    """Two steps are in flight; the rank reads the second only when its answer to the first has been taken.
+
+    What both ranks spent in collectives in the first is known by then; that of the slower one counts.
+    """
     tokens = tuple(range(2**20, 2**20 + 2**18))
     steps = [
         chatty.begin(Batch((BatchEntry(name, tokens, 0, tuple(range(2**18)), None, pool="last"),)))
         for name in ("a", "b")
     ]
-    for name, step in zip(("a", "b"), steps, strict=True):
-        assert len(step.finish().pooled[name]) == ANSWER_BYTES
+    results = [step.finish() for step in steps]
+    for name, result in zip(("a", "b"), results, strict=True):
+        assert len(result.pooled[name]) == ANSWER_BYTES
+    assert results[0].collective_seconds[:1] == (2.0,)
+    assert {seconds for result in results for seconds in result.collective_seconds} == {2.0}

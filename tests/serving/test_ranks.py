@@ -85,6 +85,12 @@ def with_streams(server: RankServer, fault: Callable[[], None]) -> tuple[Streams
     return streams, when
 
 
+def value_of(scraped: str, name: str) -> float:
+    """The one sample of that name."""
+    [line] = [line for line in scraped.splitlines() if line.startswith(name + "{")]
+    return float(line.rpartition(" ")[2])
+
+
 def assert_dead(server: RankServer, streams: Streams, when: float, seconds: float) -> None:
     """Every answer has ended with the error, in time; new ones are refused; then the server ends with its code."""
     assert len(streams.last) == NUM_STREAMS
@@ -102,7 +108,11 @@ def test_a_rank_that_is_killed_ends_every_stream_and_the_server(monkeypatch: pyt
     monkeypatch.setenv("QENGINE_API_KEY", KEY)
     monkeypatch.setenv("OMP_NUM_THREADS", "2")
     with rank_server("-tp", "2") as server:
-        assert server.complete().status_code == 200
+        for _ in range(2):  # What ranks say of a request's last step may come with the next one.
+            assert server.complete().status_code == 200
+        scraped = httpx.get(server.url + "/metrics", headers=HEADERS).text
+        assert value_of(scraped, "qengine:allreduce_seconds_count") >= 8
+        assert value_of(scraped, "qengine:allreduce_seconds_sum") > 0.0
         for rank in server.ranks:
             assert listening_addresses(rank) <= {LOOPBACK}
             variables = Path(f"/proc/{rank}/environ").read_bytes().split(b"\0")

@@ -191,6 +191,14 @@ class EngineMetrics(InstrumentSet):
                 ["phase"],
             )
         )
+        self.allreduce = self.add(
+            Histogram(
+                "allreduce_seconds",
+                "A step's all-reduces and all-gathers, waits included, on the slowest rank. "
+                "CPU ranks alone tell: on GPUs the host does not see it.",
+                STEP_BOUNDS,
+            )
+        )
 
 
 class ServerMetrics(InstrumentSet):

@@ -61,6 +61,8 @@ class Recorder:
         moments = (stats.began, stats.scheduled, stats.executed, stats.ended)
         for phase, (start, end) in zip(STEP_PHASES, pairwise(moments), strict=True):
             self.metrics.step_time.observe(end - start, phase)
+        for seconds in stats.collective_seconds:
+            self.metrics.allreduce.observe(seconds)
 
     def _count_prompts(self, stats: StepStats) -> None:
         metrics, num_cached = self.metrics, stats.num_cached_tokens
