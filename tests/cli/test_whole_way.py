@@ -1,7 +1,4 @@
-"""README's section on quantizing, as it stands there, on the bundled model: every command, with few samples and layers.
-
-The other layers are run, and stay as they are: all thirty would take minutes.
-"""
+"""README's section on quantizing, as it stands there, on the bundled model: every command, with few and short samples."""
 
 from __future__ import annotations
 
@@ -24,7 +21,7 @@ from converters.open import open_checkpoint
 ROOT = Path(__file__).parents[2]
 #: What makes each command small; the rest is README's.
 SMALL = {
-    "quantize": r"--num-samples 2 --seq-len 64 --device cpu --skip layers\.([2-9]|[12]\d)\.",
+    "quantize": "--num-samples 4 --seq-len 64 --device cpu",
     "evaluate": "--max-tokens 400 --device cpu --json",
     "serve": "--port 0 --device cpu --max-model-len 256 --max-num-seqs 2",
     "convert": "",
@@ -103,9 +100,9 @@ def test_quantize_evaluate_serve_convert(folder: Path) -> None:
     assert found["original"]["dtype"] == found["model"]["dtype"]
     # Neither a broken model, which has more than 3, nor one that was compared with itself.
     assert 1e-4 < found["comparison"]["mean_kl"] < 0.5
-    assert found["comparison"]["top1_agreement"] > 0.7
+    assert found["comparison"]["top1_agreement"] > 0.6
     with server(folder) as address:
-        message = {"role": "user", "content": "What is the capital of France? Answer in one sentence."}
+        message = {"role": "user", "content": "What is the capital of France?"}
         body = {"model": "./smol-awq", "messages": [message], "max_tokens": 24, "temperature": 0.0}
         answer = ask(address, "/v1/chat/completions", body)
         assert "Paris" in answer["choices"][0]["message"]["content"]
