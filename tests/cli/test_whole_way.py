@@ -1,4 +1,4 @@
-"""README's section on quantizing, as it stands there, on the bundled model: every command, with few and short samples."""
+"""README's section on quantizing, as it stands there, on the bundled model: every command, with few short samples."""
 
 from __future__ import annotations
 
