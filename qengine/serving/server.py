@@ -45,6 +45,8 @@ EXIT_INTERRUPTED = 130
 DEATH_LINGER_SECONDS = 5.0
 _DRAIN_POLL_SECONDS = 0.05
 _ABORT_SECONDS = 2.0
+#: For which a thread may keep the interpreter: a client's first text waits for several turns of it.
+_SWITCH_SECONDS = 0.0002
 
 StartEngine = Callable[[EngineConfig], Engine]
 
@@ -67,6 +69,7 @@ def run_server(config: EngineConfig, options: ServerOptions, *, start_engine: St
     """
     tracer = None if options.otlp_endpoint is None else Tracer(options.otlp_endpoint)
     listener = open_listener(options)
+    sys.setswitchinterval(_SWITCH_SECONDS)
     try:
         service = make_service(options)
         room = make_room(LIMITS.num_connections)
