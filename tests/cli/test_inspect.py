@@ -218,7 +218,7 @@ def test_the_machines_own_gpu(monkeypatch: pytest.MonkeyPatch, capsys: pytest.Ca
 @pytest.mark.parametrize(
     ("words", "message"),
     [
-        (["nothing-here"], "no model at 'nothing-here'; give a folder, a .gguf file, or a hub id"),
+        (["nothing-here"], "no model at 'nothing-here'; give a folder, a .gguf file, a hub id"),
         (["EMPTY"], "no weights, expected *.safetensors or a .gguf file"),
         (["EMPTY", "--load-format", "dummy"], "--load-format dummy needs a folder with a config.json"),
         ([path("llama-awq-g64"), "-q", "gptq"], "but quantization 'gptq' was asked for"),

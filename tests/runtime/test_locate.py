@@ -49,7 +49,9 @@ def test_a_name_that_is_too_long_is_said() -> None:
 
 
 @pytest.mark.parametrize("model", ["/no/such/folder", "no-such-folder", "a/b/c", "../x", "org/na me"])
-def test_no_model_there(model: str) -> None:
+def test_no_model_there(model: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "here").mkdir()
+    monkeypatch.chdir(tmp_path / "here")
     with pytest.raises(LoadError, match="no model at"):
         locate_model(LoadConfig(model=model))
 
