@@ -20,7 +20,7 @@ from jinja2 import Template, TemplateSyntaxError, nodes
 from jinja2.exceptions import SecurityError
 
 from qengine.errors import RequestError
-from qengine.tokenizer.library import shorten
+from qengine.tokenizer.rust_errors import shorten
 from qengine.tokenizer.template_reading import count_nodes, loops_over_content, options_of, reads
 from qengine.tokenizer.template_sandbox import RaisedByTemplate, TemplateEnvironment
 

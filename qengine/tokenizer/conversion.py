@@ -16,7 +16,7 @@ import tokenizers
 from qengine.errors import LoadError
 from qengine.imports import import_late
 from qengine.tokenizer.files import is_there, read_bytes, read_json
-from qengine.tokenizer.library import library_errors
+from qengine.tokenizer.rust_errors import library_errors
 
 #: Files of a tokenizer that only transformers can convert.
 SLOW_FILES = ("tokenizer.model", "spiece.model", "vocab.json", "tekken.json")

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from qengine.errors import LoadError
-from qengine.tokenizer.library import shorten
+from qengine.tokenizer.rust_errors import shorten
 
 #: tokenizer_config.json and its kind: with all added tokens some have 1 MB.
 MAX_CONFIG_BYTES = 2**23

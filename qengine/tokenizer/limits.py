@@ -18,7 +18,7 @@ from typing import Any
 import tokenizers
 
 from qengine.errors import LoadError
-from qengine.tokenizer.library import library_errors, shorten
+from qengine.tokenizer.rust_errors import library_errors, shorten
 
 #: How many times longer a text may become. Llama 2's normalizer has 12: a space becomes three bytes, and one is put in
 #: front of each piece.

@@ -15,8 +15,8 @@ import tokenizers
 from qengine.errors import LoadError
 from qengine.tokenizer.conversion import SLOW_FILES, convert_slow
 from qengine.tokenizer.files import is_there, names_in, read_bytes, read_json, read_text
-from qengine.tokenizer.library import library_errors, shorten
 from qengine.tokenizer.limits import require_short_tokens
+from qengine.tokenizer.rust_errors import library_errors, shorten
 from qengine.tokenizer.tokenizer import DEFAULT_TEMPLATE, Tokenizer
 from qengine.tokenizer.tokenizer_json import MAX_TOKENIZER_BYTES, check_tokenizer_json
 

@@ -22,8 +22,8 @@ from typing import Any
 from tokenizers.decoders import Decoder
 
 from qengine.errors import LoadError
-from qengine.tokenizer.library import library_errors
 from qengine.tokenizer.limits import MAX_DECODED_STRETCH, replaced_stretch
+from qengine.tokenizer.rust_errors import library_errors
 
 _FIRST_UNPRINTABLE = 256
 _BYTE_TOKEN_LEN = len("<0x00>")

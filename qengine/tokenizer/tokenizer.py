@@ -14,8 +14,8 @@ import tokenizers
 
 from qengine.errors import ConfigError, RequestError
 from qengine.tokenizer.chat_template import DEFAULT_MAX_CHARS, ChatTemplate
-from qengine.tokenizer.library import library_errors
 from qengine.tokenizer.limits import MAX_NORMALIZED_BYTES, check_backend, require_short_tokens
+from qengine.tokenizer.rust_errors import library_errors
 from qengine.tokenizer.token_bytes import decode_bytes, decoding_rule
 
 DEFAULT_TEMPLATE = "default"

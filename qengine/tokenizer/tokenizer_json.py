@@ -12,8 +12,8 @@ from collections.abc import Iterator, Sequence
 from typing import Any
 
 from qengine.errors import LoadError
-from qengine.tokenizer.library import shorten
 from qengine.tokenizer.limits import MAX_NORMALIZED_BYTES, MAX_TOKEN_CHARS, require_few_steps, require_small_stretch
+from qengine.tokenizer.rust_errors import shorten
 
 #: The largest published file has 33 MB.
 MAX_TOKENIZER_BYTES = 2**26

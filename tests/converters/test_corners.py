@@ -74,11 +74,17 @@ def test_overrides_of_auto_round_by_exact_name(tmp_path: Path) -> None:
     assert_equal(read_packed(tmp_path, slot_of(linear)), linear.weight)
 
 
-@pytest.mark.parametrize("pattern", ["(a+)+$", "(.*)*x", ".*" * 50 + "x", ".?" * 50 + "x", "(x?){30}", "a" * 300])
-def test_patterns_that_could_match_for_ever_are_refused(tmp_path: Path, pattern: str) -> None:
+@pytest.mark.parametrize(
+    ("pattern", "reason"),
+    [
+        *((costly, "costly") for costly in ("(a+)+$", "(.*)*x", ".*" * 50 + "x", ".?" * 50 + "x", "(x?){30}")),
+        ("a" * 300, "at most 256"),
+    ],
+)
+def test_patterns_that_could_match_for_ever_are_refused(tmp_path: Path, pattern: str, reason: str) -> None:
     linear = random_linear(64, 32, 32)
     write_folder(tmp_path, gptq_tensors(MODULE, linear), gptq_config(4, 32, dynamic={pattern: {"bits": 4}}))
-    assert re.search("costly|at most 256", refusal(tmp_path, [slot_of(linear)]))
+    assert reason in refusal(tmp_path, [slot_of(linear)])
 
 
 def test_patterns_of_real_checkpoints_are_accepted(tmp_path: Path) -> None:

@@ -20,8 +20,8 @@ from qengine.commands.quantize import _open_tokenizer
 from qengine.errors import LoadError, RequestError
 from qengine.tokenizer import Tokenizer, load_tokenizer
 from qengine.tokenizer.files import is_there, read_bytes, read_json
-from qengine.tokenizer.library import MAX_REASON_LEN, shorten
 from qengine.tokenizer.limits import MAX_NORMALIZED_BYTES, require_small_stretch
+from qengine.tokenizer.rust_errors import MAX_REASON_LEN, shorten
 from qengine.tokenizer.tokenizer_json import check_tokenizer_json
 from tests.engine.fixtures import path as fixture
 

@@ -14,7 +14,7 @@ from transformers import AutoTokenizer
 
 from qengine.errors import ConfigError, LoadError, RequestError
 from qengine.tokenizer import Tokenizer, load_tokenizer
-from qengine.tokenizer.library import library_errors
+from qengine.tokenizer.rust_errors import library_errors
 from tests.tokenizer.conftest import FIXTURES
 from tests.tokenizer.test_gguf_tokenizer import TEXTS
 
