@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
+from functools import cache
 from typing import Any
 
 import numpy as np
@@ -147,7 +148,7 @@ class Edits:
 
     def _mask(self, logits: torch.Tensor) -> None:
         """Leave the masked rows what their grammars allow."""
-        (packed,) = to_device([np.frombuffer(b"".join(self.masks), np.uint8)], logits.device)
+        (packed,) = to_device([np.frombuffer(bytearray().join(self.masks), np.uint8)], logits.device)
         (rows,) = to_device([np.array(self.masked, np.int64)], logits.device)
         # Eight tokens at a time: adding what a table has for a byte is several times as fast as filling by a mask.
         barriers = barriers_of_bytes(logits.device).index_select(0, packed.int()).view(len(self.masked), -1)
@@ -157,8 +158,9 @@ class Edits:
             logits.index_add_(0, rows, barriers[:, : self.vocab])
 
 
+@cache
 def barriers_of_bytes(device: torch.device) -> torch.Tensor:
-    """float32 [256, 8]: for each byte and each of its bits, the lowest first, 0 where the bit is set, else -inf."""
+    """float32 [256, 8]: for each byte and each of its bits, the lowest first, 0 where it is set, else -inf; shared."""
     numbers = torch.arange(256, dtype=torch.int32, device=device).unsqueeze(1)
     bits = numbers.bitwise_right_shift(torch.arange(8, dtype=torch.int32, device=device)).bitwise_and_(1)
     return torch.zeros(256, 8, device=device).masked_fill_(bits == 0, -torch.inf)

@@ -23,6 +23,8 @@ from qengine.runtime.sampling.settings import RowSettings
 _FEW, _MANY = 128, 1024
 #: Weights that are added up before the running sum sees them.
 _CHUNK = 256
+#: exp of less is below float32's normal numbers, where processors take ten times as long and devices differ: it is 0.
+_LEAST_EXPONENT = -87.0
 
 
 @dataclass(frozen=True, slots=True)
@@ -103,8 +105,16 @@ def _weights(logits: torch.Tensor, top: torch.Tensor, rows: _Rows) -> torch.Tens
     """exp(-distance / temperature) of float32 [rows, n], 0 beyond what min_p allows."""
     distances = torch.sub(logits, top)
     is_far = distances < -rows.farthest if bool(rows.farthest.isfinite().any()) else None
-    weights = distances.mul_(1.0 / rows.temperature).exp_()
+    weights = _exp(distances.mul_(1.0 / rows.temperature))
     return weights if is_far is None else weights.masked_fill_(is_far, 0.0)
+
+
+def _exp(exponents: torch.Tensor) -> torch.Tensor:
+    """exp of numbers up to 0, 0 where it would not be a normal number; changes them in place."""
+    if not bool(exponents.amin() < _LEAST_EXPONENT):
+        return exponents.exp_()
+    is_tiny = exponents < _LEAST_EXPONENT
+    return exponents.clamp_(min=_LEAST_EXPONENT).exp_().masked_fill_(is_tiny, 0.0)
 
 
 def _draw_any(logits: torch.Tensor, top: torch.Tensor, rows: _Rows) -> torch.Tensor:

@@ -18,8 +18,11 @@ _ALIGNMENT = 16
 def to_device(arrays: Sequence[np.ndarray[Any, Any]], device: torch.device) -> list[torch.Tensor]:
     """One-dimensional arrays of one dtype as tensors on the device, moved in a single copy.
 
-    Each begins at a multiple of 16 bytes, which is what kernels are compiled for.
+    On another device each begins at a multiple of 16 bytes, which is what kernels are compiled for; on the CPU they
+    are the arrays themselves.
     """
+    if device.type == "cpu":
+        return [torch.from_numpy(array) for array in arrays]
     padded = [np.pad(array, (0, -len(array) % (_ALIGNMENT // array.itemsize))) for array in arrays]
     joined = torch.from_numpy(np.concatenate(padded))
     if device.type == "cuda":
