@@ -7,7 +7,6 @@ shrinks meanwhile is an error message and not a signal that ends the process.
 
 from __future__ import annotations
 
-import contextlib
 import json
 import os
 import stat
@@ -137,11 +136,6 @@ class OpenFile:
                     after_part(got)
         except OSError as error:
             raise CheckpointError(f"cannot read {self.file.path}: {_reason(error)}") from error
-
-    def will_need(self, offset: int, num_bytes: int) -> None:
-        """Let the system fetch a range meanwhile. A hint: where it is not understood, nothing happens."""
-        with contextlib.suppress(OSError):
-            os.posix_fadvise(self.descriptor, offset, num_bytes, os.POSIX_FADV_WILLNEED)
 
     def _require_unchanged(self) -> None:
         status = os.fstat(self.descriptor)

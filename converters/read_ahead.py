@@ -1,13 +1,13 @@
 """ReadAhead: a thread that reads what will be asked for next, while the asker converts what it has.
 
-    planned ranges   | taken | taken | held, at most `max_bytes` | asked of the disk | later ...
-                                       ^ preads of 16 MiB          ^ hints, in file order
+    planned ranges   | taken | taken | held, at most `max_bytes` | later ...
+                                       ^ preads of 16 MiB
 
-Ranges are taken in the order of the plan, which is the model's. The disk gets hints for a window of them, sorted and
-joined in the order of the file: the page cache turns one order into the other, so that the disk works in long
-sequential reads whatever a layer is assembled from. It is also what ranks in other processes share: the first one's
-reads are copies in memory for the others, so each byte comes off the disk once as long as they stay so close to each
-other that the cache still holds it.
+Ranges are read in the order of the plan, which is the model's: a layer's are neighbours in every file that people make,
+so the system's own read-ahead keeps the disk busy. (Asking it for more, sorted by place, cost a third of the rate.)
+Ranks in other processes share the page cache: the first one's reads are copies in memory for the others, so each byte
+comes off the disk once as long as they stay so close to each other that the cache still holds it.
+Buffers are used again, since the first touch of fresh memory takes longer than the copy into it.
 Files are read and never mapped: a fault on every page is three times slower, and a file that shrinks would end the
 process. Invariant: whatever ends the `with`, the thread has ended and no file is open after it.
 """
@@ -25,11 +25,9 @@ from typing import Protocol
 from converters.buffers import Buffers
 from converters.files import Bytes, DataFile, OpenFile
 
-#: Bytes that are held for the asker. A range that is larger waits until nothing else is held.
-MAX_HELD_BYTES = 64 * 2**20
-#: Bytes that the system is told of beyond those that are held, and how many at a time.
-_HINTED_BYTES = 128 * 2**20
-_HINT_STEP_BYTES = 32 * 2**20
+#: Bytes that are held for the asker; a range that is larger waits until nothing else is held. Buffers that wait to be used
+#: again may have what is left of twice as much.
+MAX_HELD_BYTES = 48 * 2**20
 
 
 @dataclass(frozen=True, slots=True)
@@ -84,7 +82,7 @@ class ReadAhead:
 
     Args:
         ranges: in the order in which they will be asked for. Others, and the same ones again, are read when asked for.
-        max_bytes: how much is held that was not asked for yet, with the buffers that wait to be used again.
+        max_bytes: how much is held that was not asked for yet; as much again waits in buffers to be used again.
     """
 
     def __init__(self, ranges: Sequence[ByteRange], *, max_bytes: int = MAX_HELD_BYTES) -> None:
@@ -159,9 +157,7 @@ class ReadAhead:
                 files: dict[DataFile, OpenFile] = {}
                 for file in dict.fromkeys(wanted.file for wanted in self._ranges):
                     files[file] = stack.enter_context(file.open())
-                hints = _Hints(self._ranges, files)
-                for number, wanted in enumerate(self._ranges):
-                    hints.advance(number)
+                for wanted in self._ranges:
                     self._wait_for_room(wanted)
                     self._deliver(wanted, self._read(files[wanted.file], wanted))
         except _StoppedError:
@@ -196,8 +192,8 @@ class ReadAhead:
                 self._require_wanted()
             started = now
 
-        self._buffers.trim(self._max_bytes - self._held_bytes)
         data = self._buffers.take(wanted.num_bytes)
+        self._buffers.trim(2 * self._max_bytes - self._held_bytes - wanted.num_bytes)
         file.read_into(data, wanted.offset, after_part)
         return data
 
@@ -206,29 +202,6 @@ class ReadAhead:
             self._held[wanted] = data
             self._held_bytes += wanted.num_bytes
             self._changed.notify_all()
-
-
-class _Hints:
-    """Tells the system what is coming, a step at a time, each in the order of the file."""
-
-    def __init__(self, ranges: Sequence[ByteRange], files: dict[DataFile, OpenFile]) -> None:
-        self._ranges = ranges
-        self._files = files
-        self._num_hinted = 0
-        self._bytes_ahead = 0
-
-    def advance(self, number: int) -> None:
-        """Range `number` is about to be read."""
-        if number > 0:
-            self._bytes_ahead -= self._ranges[number - 1].num_bytes
-        if self._bytes_ahead > _HINTED_BYTES - _HINT_STEP_BYTES:
-            return
-        first = self._num_hinted
-        while self._num_hinted < len(self._ranges) and self._bytes_ahead < _HINTED_BYTES:
-            self._bytes_ahead += self._ranges[self._num_hinted].num_bytes
-            self._num_hinted += 1
-        for span in joined(self._ranges[first : self._num_hinted]):
-            self._files[span.file].will_need(span.offset, span.num_bytes)
 
 
 def joined(ranges: Sequence[ByteRange]) -> list[ByteRange]:

@@ -84,8 +84,12 @@ def can_concat(parts: Sequence[PackedWeight]) -> tuple[bool, str]:
     return True, ""
 
 
-def concat_outputs(parts: Sequence[PackedWeight]) -> PackedWeight:
-    """Fuse records along N into one. Exact; the parts must satisfy `can_concat`."""
+def concat_outputs(parts: Sequence[PackedWeight], *, with_codes: bool = True) -> PackedWeight:
+    """Fuse records along N into one. Exact; the parts must satisfy `can_concat`.
+
+    Args:
+        with_codes: False leaves them on the meta device, for who takes them from the parts.
+    """
     fusable, reason = can_concat(parts)
     if not fusable:
         raise ValueError(f"cannot fuse: {reason}")
@@ -94,7 +98,7 @@ def concat_outputs(parts: Sequence[PackedWeight]) -> PackedWeight:
     integer_zeros = first.mins is None and first.codebook is None
     return PackedWeight(
         bits=first.bits,
-        codes=_codes_side_by_side(parts),
+        codes=side_by_side([p.codes for p in parts]) if with_codes else _no_codes(parts),
         scales=torch.cat([p.scales for p in parts], dim=1),
         group_size=first.group_size,
         in_features=first.in_features,
@@ -109,14 +113,20 @@ def concat_outputs(parts: Sequence[PackedWeight]) -> PackedWeight:
     )
 
 
-def _codes_side_by_side(parts: Sequence[PackedWeight]) -> torch.Tensor:
-    """Into memory that numpy asks huge pages for: faults on small ones take as long as the copy."""
-    codes = [part.codes for part in parts]
-    if any(c.device.type != "cpu" for c in codes):
-        return torch.cat(codes, dim=1)
+def _no_codes(parts: Sequence[PackedWeight]) -> torch.Tensor:
+    # Made, not concatenated: the first operation on the meta device costs a second of imports.
+    shape = (len(parts[0].codes), sum(p.out_features for p in parts))
+    return torch.empty(shape, dtype=torch.int32, device="meta")
+
+
+def side_by_side(codes: Sequence[torch.Tensor]) -> torch.Tensor:
+    """Codes of neighbouring outputs as one tensor, in memory that numpy asks huge pages for: faults on small ones take
+    as long as the copy."""
+    if len(codes) == 1 or any(c.device.type != "cpu" for c in codes):
+        return torch.cat(list(codes), dim=1)
     shape = (len(codes[0]), sum(c.shape[1] for c in codes))
     out = torch.from_numpy(np.empty(shape, np.int32))
-    return torch.cat(codes, dim=1, out=out)
+    return torch.cat(list(codes), dim=1, out=out)
 
 
 def concat_biases(biases: Sequence[torch.Tensor | None], sizes: Sequence[int]) -> torch.Tensor | None:

@@ -46,7 +46,10 @@ def _plan(name: str, weights: Sequence[Weight], why_separate: str, target: Targe
 
 
 def fuse(parts: Sequence[Weight]) -> tuple[list[Weight], str]:
-    """The parts as one weight [sum of outputs]; or as they are, with the reason, where they cannot be one."""
+    """The parts as one weight [sum of outputs]; or as they are, with the reason, where they cannot be one.
+
+    Codes of several parts are on the meta device: `prepare` takes them piece by piece.
+    """
     if len(parts) == 1:
         return list(parts), ""
     dense = [p for p in parts if isinstance(p, DenseWeight)]
@@ -57,7 +60,7 @@ def fuse(parts: Sequence[Weight]) -> tuple[list[Weight], str]:
     if len(packed) < len(parts):
         return list(parts), "some parts are quantized and some are not"
     possible, reason = can_concat(packed)
-    return ([concat_outputs(packed)], "") if possible else (list(parts), reason)
+    return ([concat_outputs(packed, with_codes=False)], "") if possible else (list(parts), reason)
 
 
 class Linear:
@@ -80,7 +83,11 @@ class Linear:
         self.name = name
         self.target = target
         self.plan = _plan(name, weights, why_separate, target, order_is_folded)
-        self.parts: list[PreparedLinear] = [prepare(w, target, is_sensitive=is_sensitive) for w in weights]
+        is_merged = len(weights) < len(parts)
+        pieces = [p.codes for p in parts if isinstance(p, PackedWeight)] if is_merged else []
+        self.parts: list[PreparedLinear] = [
+            prepare(w, target, is_sensitive=is_sensitive, pieces=pieces) for w in weights
+        ]
         self.in_features = self.parts[0].in_features
         self.out_features = sum(p.out_features for p in self.parts)
 

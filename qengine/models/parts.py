@@ -1,6 +1,7 @@
 """One rank's part of the linears of a layer: each is read whole, cut, and let go of before the next one is read.
 
-The order of work is convert, fold, cut, fuse; then the result is prepared for the device, before the next is asked for.
+The order of work is convert, fold, cut; then the result is fused and prepared for the device, before the next is asked
+for.
 Invariant: the parts of all ranks add up to the layer, exactly; a rank that has everything gets the weights as they were
 read. Only the first rank keeps the biases of o and down, whose results are added up.
 """
@@ -13,7 +14,7 @@ from dataclasses import dataclass
 import torch
 
 from qengine.config import ModelConfig
-from qengine.layers.linear import Weight, fuse
+from qengine.layers.linear import Weight
 from qengine.models.shapes import LinearShape, MergedShape
 from qengine.parallel.split import RankShape
 from quant_kernels.packing import select_outputs, take_input_order
@@ -24,7 +25,7 @@ ReadLinear = Callable[[LinearShape], Weight]
 
 @dataclass(frozen=True, slots=True)
 class PartReader:
-    """What the rank of `shape` needs of merged linears, fused where they can be.
+    """What the rank of `shape` needs of merged linears, part by part.
 
     Attributes:
         config: of the whole model.
@@ -39,7 +40,7 @@ class PartReader:
         """The columns of this rank's heads."""
         queries, keys = self._columns(self.shape.query_heads), self._columns(self.shape.kv_heads)
         cuts = zip(merged.parts, (queries, keys, keys), strict=True)
-        return fuse([slice_outputs(self.read(part), outputs) for part, outputs in cuts])[0]
+        return [slice_outputs(self.read(part), outputs) for part, outputs in cuts]
 
     def o(self, merged: MergedShape) -> Sequence[Weight]:
         """The rows of this rank's query heads."""
@@ -60,7 +61,7 @@ class PartReader:
 
     def gate_up(self, merged: MergedShape, order: torch.Tensor | None) -> Sequence[Weight]:
         """The outputs that `down` takes, in its order."""
-        return fuse([self._inner(self.read(part), order) for part in merged.parts])[0]
+        return [self._inner(self.read(part), order) for part in merged.parts]
 
     def _inner(self, weight: Weight, order: torch.Tensor | None) -> Weight:
         return slice_outputs(weight, self.shape.intermediate) if order is None else select_outputs(weight, order)

@@ -8,14 +8,17 @@ record, bit for bit (float32 scales stay float32).
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import numpy as np
 import torch
 
 from quant_kernels.footprint import native_bytes, native_group
 from quant_kernels.linear.whole import WholeLinear
 from quant_kernels.native.binding import Library
-from quant_kernels.native.structures import ScaleKind, Weight, ZeroKind
+from quant_kernels.native.structures import COLUMNS, ScaleKind, Weight, ZeroKind
 from quant_kernels.packed_weight import PackedWeight
+from quant_kernels.packing import side_by_side
 
 KERNEL = "cpu_int8"
 _SCALES = {torch.float16: ScaleKind.FLOAT16, torch.bfloat16: ScaleKind.BFLOAT16, torch.float32: ScaleKind.FLOAT32}
@@ -51,11 +54,15 @@ class CpuInt8Linear(WholeLinear):
 
     Args:
         is_fine: multiply by activations of 15 bits and a sign, which takes half as long again; always with 8 bits.
+        pieces: int32 [K * bits / 32, n] each, the codes of neighbouring outputs; none for the weight's own codes. So
+            merged linears need not be copied side by side first.
     """
 
     kernel = KERNEL
 
-    def __init__(self, weight: PackedWeight, library: Library, *, is_fine: bool = False) -> None:
+    def __init__(
+        self, weight: PackedWeight, library: Library, *, is_fine: bool = False, pieces: Sequence[torch.Tensor] = ()
+    ) -> None:
         group = _group(weight)
         assert group is not None, "ask can_run first"
         self.in_features = weight.num_inputs
@@ -79,13 +86,28 @@ class CpuInt8Linear(WholeLinear):
             zero_const=weight.zero_const or 0,
             is_fine=is_fine or weight.bits == 8,
         )
-        self._pack(weight, group)
+        self._pack(weight, group, pieces or [weight.codes])
 
-    def _pack(self, weight: PackedWeight, group: int) -> None:
+    def _pack(self, weight: PackedWeight, group: int, pieces: Sequence[torch.Tensor]) -> None:
         zeros = weight.mins if weight.mins is not None else weight.zeros
         scales = _rows(weight.scales, weight, group)
         table = None if zeros is None else _rows(zeros, weight, group)
-        self._library.pack(self.record, self.data, weight.codes.contiguous(), scales, table)
+        if any(piece.shape[1] % COLUMNS for piece in pieces[:-1]):
+            pieces = [side_by_side(pieces)]
+        bytes_per_output = self.data.numel() // (-(-self.out_features // COLUMNS) * COLUMNS)
+        first = 0
+        for piece in pieces:
+            end = first + piece.shape[1]
+            record = Weight.from_buffer_copy(self.record)
+            record.n = piece.shape[1]
+            self._library.pack(
+                record,
+                self.data[first * bytes_per_output :],
+                piece.contiguous(),
+                scales[:, first:end].contiguous(),
+                None if table is None else table[:, first:end].contiguous(),
+            )
+            first = end
 
     @property
     def num_bytes(self) -> int:

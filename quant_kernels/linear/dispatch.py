@@ -7,6 +7,7 @@ Invariant: every weight gets a prepared linear, and nothing slower than the best
 from __future__ import annotations
 
 import logging
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Protocol
 
@@ -23,6 +24,7 @@ from quant_kernels.native.binding import Library
 from quant_kernels.ops.base import LayerOps
 from quant_kernels.ops.torch_ops import TorchOps
 from quant_kernels.packed_weight import DenseWeight, PackedWeight
+from quant_kernels.packing import side_by_side
 from quant_kernels.scheme import ACTIVATION_DTYPES
 from quant_kernels.tuning.card import SHARED_PER_BLOCK
 from quant_kernels.tuning.select import Selector
@@ -155,19 +157,28 @@ def choose(weight: PackedWeight | DenseWeight, target: Target) -> tuple[str, str
     return DenseLinear.kernel, f"expanded at load: {reason}"
 
 
-def prepare(weight: PackedWeight | DenseWeight, target: Target, *, is_sensitive: bool = False) -> PreparedLinear:
+def prepare(
+    weight: PackedWeight | DenseWeight,
+    target: Target,
+    *,
+    is_sensitive: bool = False,
+    pieces: Sequence[torch.Tensor] = (),
+) -> PreparedLinear:
     """Lay a weight out for the target with the kernel that `choose` names.
 
     Args:
         is_sensitive: errors of its result weigh more than those of others; a kernel that rounds activations to 8 bits
             rounds them more finely here, and for all weights of 8 bits.
+        pieces: the codes of neighbouring outputs, where those of the weight itself are on the meta device.
     """
     kernel, _ = choose(weight, target)
-    if isinstance(weight, PackedWeight) and kernel == CpuInt4Linear.kernel:
-        return CpuInt4Linear(weight)
     if isinstance(weight, PackedWeight) and kernel == CpuInt8Linear.kernel:
         assert target.native is not None, "chosen only where there is one"
-        return CpuInt8Linear(weight, target.native, is_fine=is_sensitive or weight.bits == 8)
+        return CpuInt8Linear(weight, target.native, is_fine=is_sensitive or weight.bits == 8, pieces=pieces)
+    if isinstance(weight, PackedWeight) and pieces:
+        weight = replace(weight, codes=side_by_side(pieces))
+    if isinstance(weight, PackedWeight) and kernel == CpuInt4Linear.kernel:
+        return CpuInt4Linear(weight)
     if isinstance(weight, PackedWeight) and kernel == P16:
         module = try_import("quant_kernels.linear.p16.prepared")
         assert module is not None, "choose has looked for triton"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import mmap
 import os
 import random
 import threading
@@ -145,21 +146,21 @@ def test_what_was_read_before_an_error_is_still_given(file: DataFile, monkeypatc
         assert reader.read(planned[1]).tobytes() == content(planned[1])
 
 
-def test_hints_cover_every_byte_once_and_go_through_the_file_in_order(
-    file: DataFile, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr("converters.read_ahead._HINTED_BYTES", 40_000)
-    monkeypatch.setattr("converters.read_ahead._HINT_STEP_BYTES", 30_000)
-    hints: list[tuple[int, int]] = []
-    monkeypatch.setattr(OpenFile, "will_need", lambda self, offset, count: hints.append((offset, count)))
-    planned = pieces(file)
-    planned[0], planned[1] = planned[1], planned[0]
-    with ReadAhead(planned) as reader:
+def test_buffers_are_used_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    size, fresh = 2**20, []
+
+    def make(num_bytes: int) -> mmap.mmap:
+        fresh.append(num_bytes)
+        return mmap.mmap(-1, num_bytes)
+
+    monkeypatch.setattr("converters.buffers._fresh", make)
+    (tmp_path / "large").write_bytes(bytes(32 * size))
+    planned = [ByteRange(DataFile.at(tmp_path / "large"), start, size) for start in range(0, 32 * size, size)]
+    with ReadAhead(planned, max_bytes=4 * size) as reader:
         for part in planned:
             reader.read(part)
-    assert [offset for offset, _ in hints] == sorted(offset for offset, _ in hints)
-    assert hints[0] == (0, 40_000)
-    assert sum(count for _, count in hints) == len(CONTENT)
+    # Those that are held, one that is read into and one that was given away; not a new one for each of 32.
+    assert len(fresh) <= 8
 
 
 def test_neighbours_are_joined_and_others_are_not(file: DataFile) -> None:

@@ -105,7 +105,7 @@ def test_a_check_that_cannot_start_says_nothing_of_the_cards() -> None:
 def test_no_process_and_no_descriptor_is_left() -> None:
     before = set(os.listdir("/proc/self/fd"))
     probe("stalls-in-copy", limit_s=0.2)
-    assert set(os.listdir("/proc/self/fd")) == before
+    assert set(os.listdir("/proc/self/fd")) <= before
     probes = [pid for pid in filter(str.isdigit, os.listdir("/proc")) if "stalls-in-copy" in _command_line(pid)]
     assert not probes
 

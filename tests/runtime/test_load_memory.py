@@ -13,7 +13,7 @@ from benchmarks.synthetic import Sizes, write_checkpoint
 from converters.read_ahead import MAX_HELD_BYTES
 
 ROOT = Path(__file__).parents[2]
-SIZES = Sizes(2048, 8192, 16, 4, num_layers=12)
+SIZES = Sizes(2048, 8192, 16, 4, num_layers=18)
 GATE_UP_BYTES = 2 * SIZES.hidden_size * SIZES.intermediate_size // 2
 #: Temporaries of conversion, and what the allocator keeps: 40 to 60 MiB of it is still there after the load.
 SLACK_BYTES = 72 * 2**20
@@ -32,7 +32,7 @@ def test_one_linear_and_what_is_read_ahead_is_all_that_is_held(tmp_path: Path, m
         check=True,
     )
     found = json.loads(done.stdout)
-    bound = GATE_UP_BYTES + MAX_HELD_BYTES + SLACK_BYTES
+    bound = GATE_UP_BYTES + 2 * MAX_HELD_BYTES + SLACK_BYTES
     assert bound < on_disk / 3, "the bound would not notice if everything were held"
     assert found["weights"] > on_disk / 2
     assert found["peak"] <= found["weights"] + bound

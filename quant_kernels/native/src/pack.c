@@ -1,12 +1,15 @@
 /* Weights from one layout to another, bit for bit: a record's words to the kernels' blocks, a GGUF file's rows to words.
  *
- * A strip of 16 outputs is one piece of work: its words are neighbours in every row of a table that is written. */
+ * A strip of outputs is one piece of work: their words are neighbours in every row of a table. */
 #include <string.h>
 
 #include "qk.h"
 #include "team.h"
 
 /* A record's words to blocks. */
+
+/* Blocks that are one piece of work: a row's words for them lie side by side, and each block is a stream of writes. */
+#define PACKED_BLOCKS 8
 
 typedef struct {
     const qk_weight *weight;
@@ -15,41 +18,62 @@ typedef struct {
     const uint8_t *scales, *zeros;
 } packing;
 
+static int64_t columns_of(const qk_weight *w, int64_t block) {
+    const int64_t left = w->n - block * QK_COLUMNS;
+    return left < QK_COLUMNS ? left : QK_COLUMNS;
+}
+
 static void copy_columns(const uint8_t *row, int64_t item, int64_t first, int64_t count, uint8_t *out) {
     memcpy(out, row + first * item, (size_t)(count * item));
     memset(out + count * item, 0, (size_t)((QK_COLUMNS - count) * item));
 }
 
-static void pack_block(const packing *p, int64_t block) {
+/* Four codes of 4 bits a byte apart, below those of the other half. */
+static inline uint32_t spread_nibbles(uint32_t word) {
+    uint32_t low = word & 0xffff, high = word >> 16;
+    low = (low | low << 8) & 0x00ff00ff, high = (high | high << 8) & 0x00ff00ff;
+    low = (low | low << 4) & 0x0f0f0f0f, high = (high | high << 4) & 0x0f0f0f0f;
+    return low | high << 4;
+}
+
+/* A row's words of one block. Bytes are as they are on the little-endian machines that this is for. */
+static void pack_unit(const uint32_t *row, int64_t count, int32_t bits, uint8_t *out) {
+    uint32_t unit[QK_COLUMNS] = {0};
+    memcpy(unit, row, sizeof(uint32_t) * (size_t)count);
+    if (bits == 4)
+        for (int64_t c = 0; c < QK_COLUMNS; c++) unit[c] = spread_nibbles(unit[c]);
+    memcpy(out, unit, sizeof unit);
+}
+
+/* Group `g` of all blocks from `first` to `last`, row by row: rows of words are far apart in memory. */
+static void pack_group(const packing *p, int64_t g, int64_t first, int64_t last) {
     const qk_weight *w = p->weight;
-    const int64_t first = block * QK_COLUMNS, count = w->n - first < QK_COLUMNS ? w->n - first : QK_COLUMNS;
     const int64_t scale = qk_scale_bytes(w), zero = qk_zero_bytes(w), words = w->group * w->bits / 32;
-    uint8_t *out = p->out + block * (w->k / w->group) * qk_group_bytes(w);
-    for (int64_t g = 0; g < w->k / w->group; g++) {
-        copy_columns(p->scales + g * w->n * scale, scale, first, count, out);
-        out += QK_COLUMNS * scale;
-        if (zero != 0) copy_columns(p->zeros + g * w->n * zero, zero, first, count, out);
-        out += QK_COLUMNS * zero;
-        for (int64_t i = 0; i < words; i++, out += 4 * QK_COLUMNS) {
-            const uint32_t *row = p->words + (g * words + i) * w->n + first;
-            uint32_t unit[QK_COLUMNS] = {0};
-            memcpy(unit, row, sizeof(uint32_t) * (size_t)count);
-            for (int64_t c = 0; c < QK_COLUMNS && w->bits == 4; c++) {
-                uint32_t low = unit[c] & 0xffff, high = unit[c] >> 16;
-                low = (low | low << 8) & 0x00ff00ff, high = (high | high << 8) & 0x00ff00ff;
-                low = (low | low << 4) & 0x0f0f0f0f, high = (high | high << 4) & 0x0f0f0f0f;
-                unit[c] = low | high << 4;
-            }
-            memcpy(out, unit, sizeof unit); /* Bytes as they are on the little-endian machines that this is for. */
-        }
+    const int64_t block_bytes = (w->k / w->group) * qk_group_bytes(w);
+    uint8_t *const out = p->out + first * block_bytes + g * qk_group_bytes(w);
+    for (int64_t b = first; b < last; b++) {
+        uint8_t *heads = out + (b - first) * block_bytes;
+        copy_columns(p->scales + g * w->n * scale, scale, b * QK_COLUMNS, columns_of(w, b), heads);
+        if (zero == 0) continue;
+        heads += QK_COLUMNS * scale;
+        copy_columns(p->zeros + g * w->n * zero, zero, b * QK_COLUMNS, columns_of(w, b), heads);
+    }
+    for (int64_t i = 0; i < words; i++) {
+        const uint32_t *row = p->words + (g * words + i) * w->n;
+        uint8_t *codes = out + QK_COLUMNS * (scale + zero) + i * 4 * QK_COLUMNS;
+        for (int64_t b = first; b < last; b++, codes += block_bytes)
+            pack_unit(row + b * QK_COLUMNS, columns_of(w, b), w->bits, codes);
     }
 }
 
 static void pack_member(qk_team *team, int member, void *argument) {
     const packing *p = argument;
-    const int64_t blocks = qk_blocks(p->weight);
+    const int64_t blocks = qk_blocks(p->weight), groups = p->weight->k / p->weight->group;
     (void)member;
-    for (int64_t b; (b = qk_take(team, 1)) < blocks;) pack_block(p, b);
+    for (int64_t strip; (strip = qk_take(team, 1)) * PACKED_BLOCKS < blocks;) {
+        const int64_t first = strip * PACKED_BLOCKS, end = first + PACKED_BLOCKS;
+        for (int64_t g = 0; g < groups; g++) pack_group(p, g, first, end < blocks ? end : blocks);
+    }
 }
 
 /* From words [k * bits / 32, n] of codes, and tables [k / group, n] in the types that `weight` names. */
