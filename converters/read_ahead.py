@@ -3,8 +3,9 @@
     planned ranges   | taken | taken | held, at most `max_bytes` | later ...
                                        ^ preads of 16 MiB
 
-Ranges are read in the order of the plan, which is the model's: a layer's are neighbours in every file that people make,
-so the system's own read-ahead keeps the disk busy. (Asking it for more, sorted by place, cost a third of the rate.)
+Ranges are read in the order of the plan, which is the model's, but as many as may be held at once in the order of the
+file: a layer's are neighbours in every file that people make, so the system's own read-ahead keeps the disk busy.
+(Asking it for more cost a third of the rate: pages that are asked for come one by one.)
 Ranks in other processes share the page cache: the first one's reads are copies in memory for the others, so each byte
 comes off the disk once as long as they stay so close to each other that the cache still holds it.
 Buffers are used again, since the first touch of fresh memory takes longer than the copy into it.
@@ -16,7 +17,7 @@ from __future__ import annotations
 
 import threading
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
 from types import TracebackType
@@ -25,9 +26,9 @@ from typing import Protocol
 from converters.buffers import Buffers
 from converters.files import Bytes, DataFile, OpenFile
 
-#: Bytes that are held for the asker; a range that is larger waits until nothing else is held. Buffers that wait to be used
-#: again may have what is left of twice as much.
-MAX_HELD_BYTES = 48 * 2**20
+#: Bytes that are held for the asker; a range that is larger waits until nothing else is held. Buffers that wait to be
+#: used again may have half as much, and what is left of it.
+MAX_HELD_BYTES = 128 * 2**20
 
 
 @dataclass(frozen=True, slots=True)
@@ -82,13 +83,15 @@ class ReadAhead:
 
     Args:
         ranges: in the order in which they will be asked for. Others, and the same ones again, are read when asked for.
-        max_bytes: how much is held that was not asked for yet; as much again waits in buffers to be used again.
+        max_bytes: how much is held that was not asked for yet; half as much waits in buffers to be used again. By
+            default twice the largest range, and no more than `MAX_HELD_BYTES`.
     """
 
-    def __init__(self, ranges: Sequence[ByteRange], *, max_bytes: int = MAX_HELD_BYTES) -> None:
+    def __init__(self, ranges: Sequence[ByteRange], *, max_bytes: int | None = None) -> None:
         self.times = ReadTimes()
         self._ranges = list(dict.fromkeys(ranges))
-        self._max_bytes = max_bytes
+        largest = max((wanted.num_bytes for wanted in ranges), default=0)
+        self._max_bytes = min(MAX_HELD_BYTES, 2 * largest) if max_bytes is None else max_bytes
         self._changed = threading.Condition()
         self._planned = set(self._ranges)
         self._buffers = Buffers()
@@ -157,7 +160,7 @@ class ReadAhead:
                 files: dict[DataFile, OpenFile] = {}
                 for file in dict.fromkeys(wanted.file for wanted in self._ranges):
                     files[file] = stack.enter_context(file.open())
-                for wanted in self._ranges:
+                for wanted in _in_file_order(self._ranges, self._max_bytes):
                     self._wait_for_room(wanted)
                     self._deliver(wanted, self._read(files[wanted.file], wanted))
         except _StoppedError:
@@ -193,7 +196,7 @@ class ReadAhead:
             started = now
 
         data = self._buffers.take(wanted.num_bytes)
-        self._buffers.trim(2 * self._max_bytes - self._held_bytes - wanted.num_bytes)
+        self._buffers.trim(self._max_bytes * 3 // 2 - self._held_bytes - wanted.num_bytes)
         file.read_into(data, wanted.offset, after_part)
         return data
 
@@ -204,10 +207,27 @@ class ReadAhead:
             self._changed.notify_all()
 
 
+def _in_file_order(ranges: Sequence[ByteRange], max_bytes: int) -> Iterator[ByteRange]:
+    """The ranges, neighbours of up to `max_bytes` together in the order of their files."""
+    batch: list[ByteRange] = []
+    num_bytes = 0
+    for wanted in ranges:
+        if num_bytes + wanted.num_bytes > max_bytes:
+            yield from sorted(batch, key=_place)
+            batch, num_bytes = [], 0
+        batch.append(wanted)
+        num_bytes += wanted.num_bytes
+    yield from sorted(batch, key=_place)
+
+
+def _place(wanted: ByteRange) -> tuple[str, int]:
+    return str(wanted.file.path), wanted.offset
+
+
 def joined(ranges: Sequence[ByteRange]) -> list[ByteRange]:
     """The ranges in the order of their files, with neighbours as one."""
     spans: list[ByteRange] = []
-    for wanted in sorted(ranges, key=lambda r: (str(r.file.path), r.offset)):
+    for wanted in sorted(ranges, key=_place):
         last = spans[-1] if spans else None
         if last is not None and last.file == wanted.file and last.end == wanted.offset:
             spans[-1] = ByteRange(last.file, last.offset, last.num_bytes + wanted.num_bytes)

@@ -42,6 +42,14 @@ def unpack_columns(words: torch.Tensor, bits: int) -> torch.Tensor:
     return unpack_rows(words.t().contiguous(), bits).t().contiguous()
 
 
+def is_constant(words: torch.Tensor, bits: int, value: int) -> bool:
+    """Whether every field of int32 [G, C], packed along columns, is `value`."""
+    if 32 % bits:
+        return bool((unpack_columns(words, bits) == value).all())
+    word = sum(value << shift for shift in range(0, 32, bits))
+    return bool((words == (word - 2**32 if word >= 2**31 else word)).all())
+
+
 def pack_columns(fields: torch.Tensor, bits: int) -> torch.Tensor:
     """uint8 [G, N] of 4 or 8 bits to int32 [G, N * bits / 32], LSB first along columns."""
     return pack_codes(fields.t().contiguous(), bits).t().contiguous()

@@ -18,7 +18,7 @@ import torch
 
 from converters.detect import QuantizationScheme
 from converters.formats.base import read_bias, read_scales
-from converters.formats.bitfields import add_one_to_words, unpack_columns, widen_rows
+from converters.formats.bitfields import add_one_to_words, is_constant, unpack_columns, widen_rows
 from converters.formats.gptq_headers import GPTQHeaders, Layout
 from converters.formats.groups import ordered_weight, read_group_of_row
 from converters.report import Notices
@@ -90,8 +90,7 @@ class _ZeroPoints:
         words = checkpoint.read(name)
         if is_symmetric:
             # Files exist that say v1 and store v2: with a constant zero point both mean the same.
-            stored = unpack_columns(words, layout.bits)
-            if bool((stored == middle - 1).all()) or bool((stored == middle).all()):
+            if any(is_constant(words, layout.bits, value) for value in (middle - 1, middle)):
                 return middle, None
             self._notices.warn(
                 "symmetric", f"config says symmetric, but the zero points of {slot.name} vary; reading them as they are"
