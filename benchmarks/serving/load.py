@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import asyncio
+import json
+import re
+import socket
 import time
 from collections.abc import AsyncGenerator, Mapping, Sequence
 from contextlib import aclosing
@@ -19,6 +22,8 @@ from qengine.client.api import ServerError
 
 #: Ids below this are in every vocabulary of interest, and those of the bundled model's that are no special tokens.
 VOCAB_SIZE = 10_000
+_TEXT = re.compile(rb'"text":"[^"]')
+_READ_BYTES = 65536
 
 
 @dataclass(frozen=True, slots=True)
@@ -80,3 +85,31 @@ def send(server: Server, requests: Sequence[LoadRequest], due_s: Sequence[float]
     cpu_began = server.cpu_seconds()
     outcomes = asyncio.run(run_load(requests, due_s or [0.0] * len(requests), stream, clock=time.perf_counter))
     return LoadResult(outcomes, refusals, server.cpu_seconds() - cpu_began)
+
+
+def time_to_first_text(server: Server, request: LoadRequest) -> float | None:
+    """Seconds from connecting to the first text of one streamed answer, which is awaited to its end; None without text.
+
+    A plain socket that does nothing but wait: the client's own work is not what is measured.
+
+    Raises:
+        BenchmarkError: if the answer is not a good one.
+    """
+    host, port = server.address.host, server.address.port
+    payload = json.dumps(request.body(server.model)).encode()
+    head = (
+        f"POST /v1/completions HTTP/1.1\r\nHost: {host}:{port}\r\nContent-Type: application/json\r\n"
+        f"Content-Length: {len(payload)}\r\nConnection: close\r\n\r\n"
+    )
+    received, first_s = b"", None
+    began = time.perf_counter()
+    with socket.create_connection((host, port)) as connection:
+        connection.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+        connection.sendall(head.encode() + payload)
+        while data := connection.recv(_READ_BYTES):
+            received += data
+            if first_s is None and _TEXT.search(received):
+                first_s = time.perf_counter() - began
+    if b" 200 " not in received.partition(b"\r\n")[0] or b"data: [DONE]" not in received:
+        raise BenchmarkError(f"a request for its first text was answered with {received[:200]!r}")
+    return first_s

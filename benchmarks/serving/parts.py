@@ -15,7 +15,7 @@ from http.client import HTTPConnection
 from typing import Any
 
 from benchmarks.common import BenchmarkError, Spread
-from benchmarks.serving.load import LoadResult, requests_of, send
+from benchmarks.serving.load import LoadResult, requests_of, send, time_to_first_text
 from benchmarks.serving.probe import watched
 from benchmarks.serving.reference import Reference
 from benchmarks.serving.servers import Cores, Server
@@ -102,14 +102,17 @@ def inter_token(server: Server, shape: Shape, num_streams: int, say: Say) -> dic
 
 
 def first_byte(server: Server, alone: Reference, shape: Shape, say: Say) -> dict[str, Any]:
-    """Until the first text of a single request: over HTTP with a new connection each time, and of the engine alone."""
+    """Until the first text of a single request: over HTTP with a new connection each time, and of the engine alone.
+
+    Both are told by what does nothing else: a plain socket, and a loop around the engine's steps.
+    """
     seeds = _seeds()
     served: list[float] = []
     direct: list[float] = []
     for number in range(_FIRST_BYTE_PROBES + 2):
         requests = requests_of(1, shape.input_len, _FIRST_BYTE_TOKENS, next(seeds))
         reading = alone.run(requests)
-        ttft = send(server, requests).check().outcomes[0].ttft_s
+        ttft = time_to_first_text(server, requests[0])
         # Random tokens may make no text at all; then there is nothing to compare. The first two warm up.
         if number >= 2 and ttft is not None and reading.first_text_s:
             served.append(ttft * 1000)

@@ -10,6 +10,7 @@ from __future__ import annotations
 import logging
 import shutil
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -184,6 +185,17 @@ def test_extreme_codes_do_not_overflow(library: Library, bits: int, is_fine: boo
         expected = torch.full_like(got, sign * 64 * 127 * (2**bits - 1))
         # Fine sums have more bits than float32, and a scale that is no power of two.
         assert torch.allclose(got, expected, rtol=2**-22 if is_fine else 0, atol=0)
+
+
+@needs_library
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("widths", [(16, 32, 7), (150, 16), (10, 20)])
+def test_pieces_are_laid_out_as_the_whole_is(library: Library, kind: str, widths: tuple[int, ...]) -> None:
+    record = random_record(96, sum(widths), 32, kind=kind, bias=True)
+    pieces = record.codes.split(widths, dim=1)
+    bare = replace(record, codes=torch.empty_like(record.codes, device="meta"))
+    whole, joined = CpuInt8Linear(record, library), CpuInt8Linear(bare, library, pieces=pieces)
+    assert torch.equal(whole.data, joined.data)
 
 
 @needs_library
