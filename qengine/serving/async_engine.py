@@ -38,6 +38,8 @@ from qengine.tokenizer import Tokenizer
 logger = logging.getLogger(__name__)
 
 NUM_TOKENIZER_THREADS = 2
+#: What a first text may take to leave before the next step begins all the same.
+_MOST_HELD_SECONDS = 0.001
 _STOPPING = "the server is shutting down"
 _T = TypeVar("_T")
 
@@ -123,6 +125,7 @@ class AsyncEngine:
         self._death: str | None = None  # Why the engine stopped; each caller gets an exception of its own.
         self._should_stop = False
         self._delivery_is_due = False
+        self._is_held = False  # The engine thread waits until a first text has left.
         # Touched in the event loop only.
         self._loop: asyncio.AbstractEventLoop | None = None
         self._mailboxes: dict[str, Mailbox] = {}
@@ -335,6 +338,7 @@ class AsyncEngine:
                     if isinstance(report, RequestOutput) and report.finished:
                         self._forget(unfinished, report.request_id)
                     yield report
+                self._go_on()
         finally:
             for timer in timers:
                 timer.cancel()
@@ -405,8 +409,10 @@ class AsyncEngine:
                 if self._recorder is not None:
                     self._recorder.tell_load(self._engine.load(), self._engine.totals)
                 if outputs:
+                    self._is_held = any(_is_beginning(output) for output in outputs)
                     self._post({output.request_id: output for output in outputs})
                     self._unwatch([output.request_id for output in outputs])
+                    self._let_first_texts_leave()
         except BaseException as error:  # Whatever it was, every waiting client must hear of it.
             logger.critical("the engine stopped after an internal failure", exc_info=error)
             if self._recorder is not None:
@@ -416,6 +422,20 @@ class AsyncEngine:
                 self._on_death()
         else:
             self._die(_STOPPING)
+
+    def _let_first_texts_leave(self) -> None:
+        """Where a step began an answer, let the event loop send it first: on a core that both share it would wait for
+        the kernel to take the core from the next step, which takes milliseconds."""
+        with self._wakeup:
+            self._wakeup.wait_for(lambda: not self._is_held or self._should_stop, _MOST_HELD_SECONDS)
+            self._is_held = False
+
+    def _go_on(self) -> None:
+        """In the event loop: somebody has sent what there was and asks for more."""
+        if self._is_held:
+            with self._wakeup:
+                self._is_held = False
+                self._wakeup.notify()
 
     def _step(self) -> list[RequestOutput]:
         self._step_began = time.monotonic()
@@ -527,3 +547,7 @@ class AsyncEngine:
 
 def _death_error(reason: str) -> EngineDeadError:
     return ShutDownError(reason) if reason == _STOPPING else EngineDeadError(reason)
+
+
+def _is_beginning(output: RequestOutput) -> bool:
+    return any(len(choice.token_ids) == 1 for choice in output.outputs)

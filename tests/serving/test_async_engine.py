@@ -90,6 +90,20 @@ def test_a_slow_reader_finds_only_the_newest() -> None:
     play(scenario)
 
 
+def test_the_next_step_waits_until_a_first_text_has_left(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("qengine.serving.async_engine._MOST_HELD_SECONDS", WAIT_SECONDS)
+
+    async def scenario(engine: AsyncEngine, scripted: ScriptedEngine) -> None:
+        async with aclosing(engine.generate("hi", SamplingParams(max_tokens=5), "a")) as outputs:
+            await anext(outputs)
+            await asyncio.sleep(0.05)
+            assert scripted.num_steps == 1, "it is still on its way"
+            assert [output async for output in outputs][-1].finished
+        assert scripted.num_steps == 5
+
+    play(scenario)
+
+
 def test_a_blocked_event_loop_is_woken_once() -> None:
     async def scenario(engine: AsyncEngine, scripted: ScriptedEngine) -> None:
         loop = asyncio.get_running_loop()
