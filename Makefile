@@ -40,7 +40,7 @@ demo: $(VENV)/stamp-install  ## serve the bundled model at http://127.0.0.1:8000
 	@$(PY) -m qengine serve $(if $(MODEL),"$(MODEL)") --port "$(PORT)" $(ARGS)
 
 test: lint resources  ## lint, compile the GPU kernels, then the whole test suite, on all cores (JOBS=1, ARGS=... goes to pytest)
-	@$(PY) -m pytest --numprocesses $(JOBS) --dist loadfile $(ARGS)
+	@$(PY) -m pytest --numprocesses $(JOBS) --dist loadfile --no-loadscope-reorder $(ARGS)
 
 test-long: $(VENV)/stamp-test  ## overload, soak and many more requests; half an hour (SOAK_MINUTES=..., ARGS=... goes to pytest)
 	@SOAK_MINUTES="$(SOAK_MINUTES)" $(PY) -m pytest -m long -v -s $(ARGS)

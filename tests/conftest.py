@@ -1,16 +1,31 @@
 """Settings of the whole suite: one thread, because tiny models lose more to waking threads than they gain; Ctrl-C as in
-a terminal, because a job that runs in the background starts with it ignored; and, where there is no GPU, Triton's
-interpreter, which must be asked for before any kernel is imported."""
+a terminal, because a job that runs in the background starts with it ignored; where there is no GPU, Triton's interpreter,
+which must be asked for before any kernel is imported; and the longest files first, so that no worker is left with one."""
 
 from __future__ import annotations
 
 import os
 import signal
 
+import pytest
 import torch
+
+#: Files that take the longest, the longest first.
+LONGEST = (
+    "tests/engine/test_triton_engine.py",
+    "tests/cli/test_whole_way.py",
+    "tests/converters/test_fuzz.py",
+    "tests/benchmarks/test_gpu_models.py",
+    "tests/cli/test_quantize.py",
+)
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 torch.set_num_threads(1)
 if not torch.cuda.is_available():
     os.environ["TRITON_INTERPRET"] = "1"
 signal.signal(signal.SIGINT, signal.default_int_handler)
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    places = {name: place for place, name in enumerate(LONGEST)}
+    items.sort(key=lambda item: places.get(item.nodeid.partition("::")[0], len(places)))
