@@ -27,7 +27,7 @@ import torch
 from benchmarks.common import REPOSITORY, BenchmarkError, InputError, Spread, check_writable, write_text
 from benchmarks.machine import environment_record, publishable
 from benchmarks.synthetic import LLAMA_8B, METHODS, write_checkpoint
-from converters.read_ahead import ByteRange, ReadAhead, joined
+from converters.read_ahead import ByteRange, ReadAhead, place
 from qengine.config import LoadConfig
 from qengine.models.shapes import slots
 from qengine.runtime.loader import OpenedModel, load_timed, open_model
@@ -180,10 +180,22 @@ def _load(opened: OpenedModel) -> Reading:
 def _read_plainly(ranges: Sequence[ByteRange]) -> None:
     """In the order of the files, into one buffer that is used again: as fast as the disk and the kernel are."""
     buffer = memoryview(bytearray(_PART_BYTES))
-    for span in joined(ranges):
+    for span in _joined(ranges):
         with span.file.open() as file:
             for offset in range(span.offset, span.end, _PART_BYTES):
                 os.preadv(file.descriptor, [buffer[: min(_PART_BYTES, span.end - offset)]], offset)
+
+
+def _joined(ranges: Sequence[ByteRange]) -> list[ByteRange]:
+    """The ranges in the order of their files, with neighbours as one."""
+    spans: list[ByteRange] = []
+    for wanted in sorted(ranges, key=place):
+        last = spans[-1] if spans else None
+        if last is not None and last.file == wanted.file and last.end == wanted.offset:
+            spans[-1] = ByteRange(last.file, last.offset, last.num_bytes + wanted.num_bytes)
+        else:
+            spans.append(wanted)
+    return spans
 
 
 def _read_ahead(ranges: Sequence[ByteRange]) -> None:

@@ -4,8 +4,8 @@
                                        ^ preads of 16 MiB
 
 Ranges are read in the order of the plan, which is the model's, but as many as may be held at once in the order of the
-file: a layer's are neighbours in every file that people make, so the system's own read-ahead keeps the disk busy.
-(Asking it for more cost a third of the rate: pages that are asked for come one by one.)
+file: most of a layer's are neighbours there, so the system's own read-ahead keeps the disk busy. (Asking it for more
+cost a third of the rate: pages that are asked for come one by one.)
 Ranks in other processes share the page cache: the first one's reads are copies in memory for the others, so each byte
 comes off the disk once as long as they stay so close to each other that the cache still holds it.
 Buffers are used again, since the first touch of fresh memory takes longer than the copy into it.
@@ -84,20 +84,19 @@ class ReadAhead:
     Args:
         ranges: in the order in which they will be asked for. Others, and the same ones again, are read when asked for.
         max_bytes: how much is held that was not asked for yet; half as much waits in buffers to be used again. By
-            default twice the largest range, and no more than `MAX_HELD_BYTES`.
+            default twice the largest range or an eighth of all, and no more than `MAX_HELD_BYTES`.
     """
 
     def __init__(self, ranges: Sequence[ByteRange], *, max_bytes: int | None = None) -> None:
         self.times = ReadTimes()
         self._ranges = list(dict.fromkeys(ranges))
-        largest = max((wanted.num_bytes for wanted in ranges), default=0)
-        self._max_bytes = min(MAX_HELD_BYTES, 2 * largest) if max_bytes is None else max_bytes
+        self._max_bytes = _window(self._ranges) if max_bytes is None else max_bytes
         self._changed = threading.Condition()
         self._planned = set(self._ranges)
         self._buffers = Buffers()
         self._held: dict[ByteRange, Bytes] = {}
         self._held_bytes = 0
-        self._is_asked = False
+        self._asked: ByteRange | None = None
         self._is_stopped = False
         self._error: BaseException | None = None
         self._thread = threading.Thread(target=self._run, name="read-ahead", daemon=True)
@@ -128,11 +127,11 @@ class ReadAhead:
         with self._changed:
             self._planned.discard(wanted)
             # Who asks out of order must not wait for room that only it can make.
-            self._is_asked = True
+            self._asked = wanted
             self._changed.notify_all()
             while wanted not in self._held and self._error is None:
                 self._changed.wait()
-            self._is_asked = False
+            self._asked = None
             self.times.waited_seconds += time.perf_counter() - started
             if wanted not in self._held:
                 assert self._error is not None, "the wait ends with the range or an error"
@@ -172,9 +171,12 @@ class ReadAhead:
 
     def _wait_for_room(self, wanted: ByteRange) -> None:
         with self._changed:
-            while not (self._is_stopped or self._is_asked or self._fits(wanted)):
+            while not (self._is_stopped or self._is_missing() or self._fits(wanted)):
                 self._changed.wait()
             self._require_wanted()
+
+    def _is_missing(self) -> bool:
+        return self._asked is not None and self._asked not in self._held
 
     def _fits(self, wanted: ByteRange) -> bool:
         return not self._held or self._held_bytes + wanted.num_bytes <= self._max_bytes
@@ -207,30 +209,25 @@ class ReadAhead:
             self._changed.notify_all()
 
 
+def _window(ranges: Sequence[ByteRange]) -> int:
+    """Bytes to hold by default."""
+    sizes = [wanted.num_bytes for wanted in ranges]
+    return min(MAX_HELD_BYTES, max(2 * max(sizes, default=0), sum(sizes) // 8))
+
+
 def _in_file_order(ranges: Sequence[ByteRange], max_bytes: int) -> Iterator[ByteRange]:
     """The ranges, neighbours of up to `max_bytes` together in the order of their files."""
     batch: list[ByteRange] = []
     num_bytes = 0
     for wanted in ranges:
         if num_bytes + wanted.num_bytes > max_bytes:
-            yield from sorted(batch, key=_place)
+            yield from sorted(batch, key=place)
             batch, num_bytes = [], 0
         batch.append(wanted)
         num_bytes += wanted.num_bytes
-    yield from sorted(batch, key=_place)
+    yield from sorted(batch, key=place)
 
 
-def _place(wanted: ByteRange) -> tuple[str, int]:
+def place(wanted: ByteRange) -> tuple[str, int]:
+    """What ranges are sorted by to be in the order of their files."""
     return str(wanted.file.path), wanted.offset
-
-
-def joined(ranges: Sequence[ByteRange]) -> list[ByteRange]:
-    """The ranges in the order of their files, with neighbours as one."""
-    spans: list[ByteRange] = []
-    for wanted in sorted(ranges, key=_place):
-        last = spans[-1] if spans else None
-        if last is not None and last.file == wanted.file and last.end == wanted.offset:
-            spans[-1] = ByteRange(last.file, last.offset, last.num_bytes + wanted.num_bytes)
-        else:
-            spans.append(wanted)
-    return spans

@@ -122,7 +122,9 @@ def _no_codes(parts: Sequence[PackedWeight]) -> torch.Tensor:
 def side_by_side(codes: Sequence[torch.Tensor]) -> torch.Tensor:
     """Codes of neighbouring outputs as one tensor, in memory that numpy asks huge pages for: faults on small ones take
     as long as the copy."""
-    if len(codes) == 1 or any(c.device.type != "cpu" for c in codes):
+    if len(codes) == 1:
+        return codes[0]
+    if any(c.device.type != "cpu" for c in codes):
         return torch.cat(list(codes), dim=1)
     shape = (len(codes[0]), sum(c.shape[1] for c in codes))
     out = torch.from_numpy(np.empty(shape, np.int32))

@@ -1,6 +1,7 @@
 """Settings of the whole suite: one thread, because tiny models lose more to waking threads than they gain; Ctrl-C as in
-a terminal, because a job that runs in the background starts with it ignored; where there is no GPU, Triton's interpreter,
-which must be asked for before any kernel is imported; and the longest files first, so that no worker is left with one."""
+a terminal, because a job that runs in the background starts with it ignored; where there is no GPU, Triton's
+interpreter, which must be asked for before any kernel is imported; and the longest files first, so that no worker is
+left alone with one."""
 
 from __future__ import annotations
 

@@ -24,6 +24,7 @@ from qengine.client.api import ServerError
 VOCAB_SIZE = 10_000
 _TEXT = re.compile(rb'"text":"[^"]')
 _READ_BYTES = 65536
+_TIMEOUT_S = 60.0
 
 
 @dataclass(frozen=True, slots=True)
@@ -103,13 +104,16 @@ def time_to_first_text(server: Server, request: LoadRequest) -> float | None:
     )
     received, first_s = b"", None
     began = time.perf_counter()
-    with socket.create_connection((host, port)) as connection:
-        connection.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
-        connection.sendall(head.encode() + payload)
-        while data := connection.recv(_READ_BYTES):
-            received += data
-            if first_s is None and _TEXT.search(received):
-                first_s = time.perf_counter() - began
+    try:
+        with socket.create_connection((host, port), timeout=_TIMEOUT_S) as connection:
+            connection.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+            connection.sendall(head.encode() + payload)
+            while data := connection.recv(_READ_BYTES):
+                received += data
+                if first_s is None and _TEXT.search(received):
+                    first_s = time.perf_counter() - began
+    except OSError as error:
+        raise BenchmarkError(f"a request for its first text failed: {error}") from error
     if b" 200 " not in received.partition(b"\r\n")[0] or b"data: [DONE]" not in received:
         raise BenchmarkError(f"a request for its first text was answered with {received[:200]!r}")
     return first_s

@@ -117,6 +117,8 @@ def first_byte(server: Server, alone: Reference, shape: Shape, say: Say) -> dict
         if number >= 2 and ttft is not None and reading.first_text_s:
             served.append(ttft * 1000)
             direct.append(reading.first_text_s * 1000)
+    if not served:
+        raise BenchmarkError("no request for its first text got any")
     overheads = [a - b for a, b in zip(served, direct, strict=True)]
     say(f"{len(overheads)} requests: {statistics.median(overheads):.1f} ms more than the engine alone")
     return {

@@ -11,7 +11,8 @@ from dataclasses import dataclass
 
 import torch
 
-from quant_kernels.linear.dispatch import PreparedLinear, Target, prepare
+from quant_kernels.linear.cpu_int8 import KERNEL as CPU_INT8
+from quant_kernels.linear.dispatch import PreparedLinear, Target, choose, prepare
 from quant_kernels.linear.plan import LinearPlan, plan
 from quant_kernels.ops.base import LayerOps
 from quant_kernels.packed_weight import DenseWeight, PackedWeight
@@ -38,17 +39,17 @@ class MergedPlan:
 
 def plan_linear(name: str, parts: Sequence[Weight], target: Target, *, order_is_folded: bool = False) -> MergedPlan:
     """The plan that `Linear` of the same arguments has; see `quant_kernels.linear.plan` for what may be left out."""
-    return _plan(name, *fuse(parts), target, order_is_folded)
+    return _plan(name, *_fuse(parts, with_codes=False), target, order_is_folded)
 
 
 def _plan(name: str, weights: Sequence[Weight], why_separate: str, target: Target, order_is_folded: bool) -> MergedPlan:
     return MergedPlan(name, tuple(plan(w, target) for w in weights), why_separate, order_is_folded)
 
 
-def fuse(parts: Sequence[Weight]) -> tuple[list[Weight], str]:
+def _fuse(parts: Sequence[Weight], *, with_codes: bool) -> tuple[list[Weight], str]:
     """The parts as one weight [sum of outputs]; or as they are, with the reason, where they cannot be one.
 
-    Codes of several parts are on the meta device: `prepare` takes them piece by piece.
+    Without codes those of the fused weight are on the meta device, for `prepare` to take them piece by piece.
     """
     if len(parts) == 1:
         return list(parts), ""
@@ -60,7 +61,7 @@ def fuse(parts: Sequence[Weight]) -> tuple[list[Weight], str]:
     if len(packed) < len(parts):
         return list(parts), "some parts are quantized and some are not"
     possible, reason = can_concat(packed)
-    return ([concat_outputs(packed, with_codes=False)], "") if possible else (list(parts), reason)
+    return ([concat_outputs(packed, with_codes=with_codes)], "") if possible else (list(parts), reason)
 
 
 class Linear:
@@ -79,12 +80,14 @@ class Linear:
         order_is_folded: bool = False,
         is_sensitive: bool = False,
     ) -> None:
-        weights, why_separate = fuse(parts)
+        in_pieces = choose(parts[0], target)[0] == CPU_INT8
+        weights, why_separate = _fuse(parts, with_codes=not in_pieces)
+        is_merged = in_pieces and len(weights) < len(parts)
+        pieces = [p.codes for p in parts if isinstance(p, PackedWeight)] if is_merged else []
+        del parts  # They go before the fused ones are laid out.
         self.name = name
         self.target = target
         self.plan = _plan(name, weights, why_separate, target, order_is_folded)
-        is_merged = len(weights) < len(parts)
-        pieces = [p.codes for p in parts if isinstance(p, PackedWeight)] if is_merged else []
         self.parts: list[PreparedLinear] = [
             prepare(w, target, is_sensitive=is_sensitive, pieces=pieces) for w in weights
         ]

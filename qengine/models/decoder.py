@@ -242,7 +242,8 @@ class _Builder:
         config, local, ops = self._config, self._local, self._target.ops
         input_norm, post_norm, *head_norms = layer_norms(config, layer)
         qkv, o, gate_up, down = merged_linears(config, layer)
-        # All but gate_up, half of a layer's weights, and a quarter of what coarse activations cost (docs/cpu.md).
+        # In the order of `slots`. Sensitive are all but gate_up, which is half of a layer's weights and a quarter of
+        # what coarse activations cost (docs/cpu.md).
         gate_up_linear, down_linear = self._folded_mlp(gate_up, down)
         qkv_linear = Linear(qkv.name, self._parts.qkv(qkv), self._target, is_sensitive=True)
         o_linear = Linear(o.name, self._parts.o(o), self._target, is_sensitive=True)

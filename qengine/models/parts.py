@@ -1,7 +1,6 @@
 """One rank's part of the linears of a layer: each is read whole, cut, and let go of before the next one is read.
 
-The order of work is convert, fold, cut; then the result is fused and prepared for the device, before the next is asked
-for.
+The order of work is convert, fold, cut; then the result is fused and prepared, and the next is asked for.
 Invariant: the parts of all ranks add up to the layer, exactly; a rank that has everything gets the weights as they were
 read. Only the first rank keeps the biases of o and down, whose results are added up.
 """

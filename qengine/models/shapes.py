@@ -127,7 +127,7 @@ def slots(config: ModelConfig, *, tied: bool, layers: range | None = None) -> It
         yield embedding
     for layer in layers:
         qkv, o, gate_up, down = merged_linears(config, layer)
-        # As files have them: by name, so that a disk reads on.
+        # As most files have them, so that a disk reads on.
         for merged in (down, gate_up, qkv, o):
             yield from merged.parts
         input_norm, post_norm, *head_norms = layer_norms(config, layer)

@@ -89,6 +89,13 @@ class CpuInt8Linear(WholeLinear):
         self._pack(weight, group, pieces or [weight.codes])
 
     def _pack(self, weight: PackedWeight, group: int, pieces: Sequence[torch.Tensor]) -> None:
+        rows = len(weight.codes)
+        if any(p.device.type != "cpu" or p.dtype != torch.int32 or len(p) != rows for p in pieces):
+            raise ValueError(f"codes are {[tuple(p.shape) for p in pieces]}, expected int32 [{rows}, ..] on the CPU")
+        if sum(piece.shape[1] for piece in pieces) != self.out_features:
+            raise ValueError(
+                f"codes are {[tuple(p.shape) for p in pieces]}, expected {self.out_features} columns in all"
+            )
         zeros = weight.mins if weight.mins is not None else weight.zeros
         scales = _rows(weight.scales, weight, group)
         table = None if zeros is None else _rows(zeros, weight, group)

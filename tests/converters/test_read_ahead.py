@@ -13,7 +13,7 @@ import pytest
 
 from converters.errors import CheckpointError
 from converters.files import Bytes, DataFile, OpenFile
-from converters.read_ahead import ByteRange, DirectReader, ReadAhead, joined
+from converters.read_ahead import MAX_HELD_BYTES, ByteRange, DirectReader, ReadAhead
 
 CONTENT = random.Random(0).randbytes(100_000)
 WAIT_SECONDS = 30
@@ -163,6 +163,34 @@ def test_buffers_are_used_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch)
     assert len(fresh) <= 8
 
 
-def test_neighbours_are_joined_and_others_are_not(file: DataFile) -> None:
-    parts = [ByteRange(file, start, count) for start, count in ((30, 10), (0, 10), (10, 10), (50, 5))]
-    assert [(span.offset, span.num_bytes) for span in joined(parts)] == [(0, 20), (30, 10), (50, 5)]
+def test_what_may_be_held_at_once_is_read_in_the_order_of_the_files(
+    tmp_path: Path, file: DataFile, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "zeros").write_bytes(bytes(100_000))
+    other = DataFile.at(tmp_path / "zeros")
+    first = [ByteRange(file, 30_000, 10_000), ByteRange(other, 0, 5_000), ByteRange(file, 0, 10_000)]
+    large = [ByteRange(other, 40_000, 50_000)]
+    last = [ByteRange(file, 90_000, 10_000), ByteRange(other, 20_000, 10_000), ByteRange(file, 60_000, 10_000)]
+    plain, order = OpenFile.read_into, []
+
+    def noting(self: OpenFile, data: Bytes, offset: int, *rest: object) -> None:
+        order.append((self.file.path.name, offset))
+        plain(self, data, offset, *rest)  # type: ignore[arg-type]
+
+    monkeypatch.setattr(OpenFile, "read_into", noting)
+    with ReadAhead([*first, *large, *last], max_bytes=30_000) as reader:
+        for part in (*first, *large, *last):
+            assert len(reader.read(part)) == part.num_bytes
+            assert reader._held_bytes <= 30_000 or list(reader._held) == large
+    batches = [sorted((part.file.path.name, part.offset) for part in batch) for batch in (first, large, last)]
+    assert order == [place for batch in batches for place in batch]
+
+
+def test_how_much_is_held_follows_the_ranges(file: DataFile) -> None:
+    def held(sizes: list[int]) -> int:
+        return ReadAhead([ByteRange(file, number, size) for number, size in enumerate(sizes)])._max_bytes
+
+    assert held([]) == 0
+    assert held([100, 300, 200]) == 600
+    assert held([100] * 80) == 1000
+    assert held([2**30]) == MAX_HELD_BYTES

@@ -258,9 +258,10 @@ def test_an_error_while_loading_leaves_no_thread(folder: Path, monkeypatch: pyte
     assert "read-ahead" not in {thread.name for thread in threading.enumerate()}
 
 
-def test_a_damaged_file_is_told_when_its_data_is_read(folder: Path) -> None:
+@pytest.mark.parametrize("value", [torch.inf, -torch.inf, torch.nan])
+def test_a_damaged_file_is_told_when_its_data_is_read(folder: Path, value: float) -> None:
     scales = load_file(folder / "model.safetensors")["model.layers.0.self_attn.q_proj.scales"]
-    scales[0, 0] = torch.inf
+    scales[-1, -1] = value
     edit_weights(folder, **{"model.layers.0.self_attn.q_proj.scales": scales})
     opened = open_folder(folder)
     with pytest.raises(LoadError, match=r"q_proj\.scales"):

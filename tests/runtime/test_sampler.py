@@ -186,6 +186,14 @@ def test_logprobs_are_raw_and_ranked() -> None:
     assert [v for _, v in record.top] == pytest.approx(values.tolist())
 
 
+@pytest.mark.parametrize("other", [0.0, -200.0, -math.inf, math.nan])
+def test_a_weight_is_zero_where_it_is_no_normal_number_whatever_the_others_are(other: float) -> None:
+    exponents = torch.tensor([[0.0, -1.0, -86.0, -95.0, -120.0, -math.inf], [other] * 6])
+    weights = torch_choice._exp(exponents.clone())
+    assert torch.equal(weights[0, :3], exponents[0, :3].exp())
+    assert weights[0, 3:].tolist() == [0.0, 0.0, 0.0]
+
+
 def test_ties_do_not_make_a_row_depend_on_its_neighbours() -> None:
     """Many equal logits, as in 16-bit arithmetic: a neighbour that needs a full sort must not reorder the ties."""
     tied = (torch.randn(1, 3000, generator=torch.Generator().manual_seed(2)) * 2).round()

@@ -23,7 +23,7 @@ from qengine.runtime.sampling.settings import RowSettings
 _FEW, _MANY = 128, 1024
 #: Weights that are added up before the running sum sees them.
 _CHUNK = 256
-#: exp of less is below float32's normal numbers, where processors take ten times as long and devices differ: it is 0.
+#: About where exp leaves float32's normal numbers. Below, it is 0: processors take ten times as long, devices differ.
 _LEAST_EXPONENT = -87.0
 
 
@@ -111,7 +111,8 @@ def _weights(logits: torch.Tensor, top: torch.Tensor, rows: _Rows) -> torch.Tens
 
 def _exp(exponents: torch.Tensor) -> torch.Tensor:
     """exp of numbers up to 0, 0 where it would not be a normal number; changes them in place."""
-    if not bool(exponents.amin() < _LEAST_EXPONENT):
+    # False for NaN too: a row's weights must not depend on what its neighbours hold.
+    if bool(exponents.amin() >= _LEAST_EXPONENT):
         return exponents.exp_()
     is_tiny = exponents < _LEAST_EXPONENT
     return exponents.clamp_(min=_LEAST_EXPONENT).exp_().masked_fill_(is_tiny, 0.0)
@@ -170,7 +171,7 @@ def _end_of_prefix(distances: torch.Tensor, rows: _Rows, total: torch.Tensor) ->
     count = distances.shape[1]
     ranks = torch.arange(count, device=distances.device)
     is_in = (ranks < rows.top_k) & (distances <= rows.farthest)
-    weights = torch.exp(distances * (-1.0 / rows.temperature)).double().masked_fill_(~is_in, 0.0)
+    weights = _exp(distances * (-1.0 / rows.temperature)).double().masked_fill_(~is_in, 0.0)
     cumulative = weights.cumsum(dim=-1)
     goal = rows.top_p * torch.where(rows.top_k <= count, cumulative[:, -1:], total)
     is_in &= (cumulative.sub_(weights) < goal) | (rows.top_p >= 1.0)
@@ -183,7 +184,7 @@ def _kept_weights(distances: torch.Tensor, rows: _Rows, limit: torch.Tensor, tie
     """Weights of a prefix, 0 for the rest, for distances [rows, n] in the order of ids."""
     tied = distances == limit
     is_kept = (distances < limit) | (tied & (tied.cumsum(dim=-1, dtype=torch.int32) <= ties))
-    return torch.exp(distances * (-1.0 / rows.temperature)).masked_fill_(~is_kept, 0.0)
+    return _exp(distances * (-1.0 / rows.temperature)).masked_fill_(~is_kept, 0.0)
 
 
 def _invert(weights: torch.Tensor, uniform: torch.Tensor) -> torch.Tensor:

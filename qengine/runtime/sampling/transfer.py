@@ -18,8 +18,8 @@ _ALIGNMENT = 16
 def to_device(arrays: Sequence[np.ndarray[Any, Any]], device: torch.device) -> list[torch.Tensor]:
     """One-dimensional arrays of one dtype as tensors on the device, moved in a single copy.
 
-    On another device each begins at a multiple of 16 bytes, which is what kernels are compiled for; on the CPU they
-    are the arrays themselves.
+    On the CPU they share the arrays' memory. On other devices each begins at a multiple of 16 bytes, which is what
+    kernels are compiled for.
     """
     if device.type == "cpu":
         return [torch.from_numpy(array) for array in arrays]

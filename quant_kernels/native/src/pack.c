@@ -8,8 +8,10 @@
 
 /* A record's words to blocks. */
 
-/* Blocks that are one piece of work: a row's words for them lie side by side, and each block is a stream of writes. */
+/* Blocks that are one piece of work, at most: a row's words for them lie side by side, each block is a stream of writes. */
 #define PACKED_BLOCKS 8
+/* Pieces for each member at least, while there are blocks enough. */
+#define PACKED_PIECES 4
 
 typedef struct {
     const qk_weight *weight;
@@ -70,9 +72,11 @@ static void pack_member(qk_team *team, int member, void *argument) {
     const packing *p = argument;
     const int64_t blocks = qk_blocks(p->weight), groups = p->weight->k / p->weight->group;
     (void)member;
-    for (int64_t strip; (strip = qk_take(team, 1)) * PACKED_BLOCKS < blocks;) {
-        const int64_t first = strip * PACKED_BLOCKS, end = first + PACKED_BLOCKS;
-        for (int64_t g = 0; g < groups; g++) pack_group(p, g, first, end < blocks ? end : blocks);
+    const int64_t share = blocks / (PACKED_PIECES * team->size);
+    const int64_t piece = share < 1 ? 1 : share < PACKED_BLOCKS ? share : PACKED_BLOCKS;
+    for (int64_t first; (first = qk_take(team, piece)) < blocks;) {
+        const int64_t end = first + piece < blocks ? first + piece : blocks;
+        for (int64_t g = 0; g < groups; g++) pack_group(p, g, first, end);
     }
 }
 
