@@ -26,6 +26,14 @@ if not torch.cuda.is_available():
     os.environ["TRITON_INTERPRET"] = "1"
 signal.signal(signal.SIGINT, signal.default_int_handler)
 
+from tests import interpreter  # noqa: E402 - it imports triton, which reads the environment
+
+interpreter.quicken()
+
+
+def pytest_runtest_setup(item: pytest.Item) -> None:
+    interpreter.check_overflow(item.nodeid.startswith("tests/quant_kernels/"))
+
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     places = {name: place for place, name in enumerate(LONGEST)}
