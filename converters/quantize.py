@@ -43,7 +43,7 @@ from converters.layers import LayerRunner, full_name, load_head, load_layer, unl
 from converters.open import open_checkpoint
 from converters.quantize_fit import check_model, dense_dtype, export_scheme, quantizer_settings
 from converters.quantize_identity import machine, model_identity, model_name
-from converters.quantize_memory import PeakMemory, plan_memory
+from converters.quantize_memory import PeakMemory, give_memory_back, plan_memory
 from converters.quantize_outcome import Observer, Preview, Quantized, plan_lines, result_lines
 from converters.quantize_report import QuantReport, as_plain, complete_report
 from converters.quantize_request import FORMATS, QuantRequest, make_request
@@ -329,6 +329,7 @@ class _Run:
         ) as bar:
             for part in bar:
                 states = self._one_part(part, states)
+                give_memory_back()
 
     def _one_part(self, part: int, states: HiddenStates | None) -> HiddenStates | None:
         """Quantize a part and keep it; returns what the next one is given."""

@@ -31,11 +31,13 @@ def _quantize(model: Path, out: Path, method: str, pipe: Any) -> None:
     pipe.send((done.planned.host, done.host_bytes))
 
 
-@pytest.mark.parametrize("method", ["rtn", "awq", "gptq", "auto"])
-def test_the_process_takes_what_was_foreseen(tmp_path: Path, method: str) -> None:
-    """A layer that is small, and yet its Hessians and activations are a good part of the process."""
-    shape = {"hidden_size": 256, "intermediate_size": 2048, "num_hidden_layers": 1, "max_position_embeddings": 512}
-    model = save_model(tmp_path / "model", make_model(**shape))
+@pytest.mark.parametrize(
+    ("method", "num_layers"), [("rtn", 1), ("awq", 1), ("gptq", 1), ("auto", 1), pytest.param("rtn", 24, id="rtn-deep")]
+)
+def test_the_process_takes_what_was_foreseen(tmp_path: Path, method: str, num_layers: int) -> None:
+    """A layer that is small, and yet its Hessians and activations are a good part of the process; and many of them."""
+    shape = {"hidden_size": 256, "intermediate_size": 2048, "max_position_embeddings": 512}
+    model = save_model(tmp_path / "model", make_model(**shape, num_hidden_layers=num_layers))
     write_texts(tmp_path / "texts.jsonl", count=8, length=520)
     context = multiprocessing.get_context("spawn")
     receiving, sending = context.Pipe(duplex=False)
