@@ -129,8 +129,10 @@ class PeakMemory:
 
 
 def give_memory_back() -> None:
-    """Have the C library return what is free to the system. It keeps freed pieces of up to 32 MB, and no two layers of a
-    small model fit into the same holes: thirty of them held as much as ten."""
+    """Have the C library return what is free to the system.
+
+    It keeps freed pieces of up to 32 MB, and the tensors of one layer leave holes that the next one's do not fit into.
+    """
     with contextlib.suppress(OSError, AttributeError):
         ctypes.CDLL(None).malloc_trim(0)
 
