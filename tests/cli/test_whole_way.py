@@ -27,6 +27,8 @@ SMALL = {
     "convert": "",
 }
 PATIENCE = 900
+#: One thread: other tests have the other cores, and threads that wait for each other spin.
+ENVIRONMENT = {"PYTHONPATH": str(ROOT), "PATH": "/usr/bin:/bin", "LANG": "C.UTF-8", "OMP_NUM_THREADS": "1"}
 
 
 def readme_commands() -> dict[str, str]:
@@ -46,7 +48,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def run(name: str, folder: Path) -> str:
-    environment = {"PYTHONPATH": str(ROOT), "PATH": "/usr/bin:/bin", "HOME": str(folder), "LANG": "C.UTF-8"}
+    environment = {**ENVIRONMENT, "HOME": str(folder)}
     done = subprocess.run(
         words(name), cwd=folder, env=environment, capture_output=True, text=True, timeout=PATIENCE, check=False
     )
@@ -58,7 +60,7 @@ def run(name: str, folder: Path) -> str:
 def server(folder: Path) -> Iterator[str]:
     """Its address; killed at the end."""
     process = subprocess.Popen(
-        words("serve"), cwd=folder, env={"PYTHONPATH": str(ROOT), "PATH": "/usr/bin:/bin"}, text=True,
+        words("serve"), cwd=folder, env=ENVIRONMENT, text=True,
         stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
     )  # fmt: skip
     watchdog = threading.Timer(PATIENCE, process.kill)
