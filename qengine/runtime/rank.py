@@ -19,6 +19,7 @@ from collections.abc import Iterator, Sequence
 import torch
 
 from qengine.errors import ConfigError, LoadError, StepMemoryError
+from qengine.imports import freeze_live_objects
 from qengine.logs import set_up_logging
 from qengine.runtime.channel import Channel, ChannelClosedError, ProtocolError
 from qengine.runtime.links import Links, connect_links
@@ -99,6 +100,7 @@ def _serve(channel: Channel) -> None:
             with _signs_of_life(channel):
                 worker.allocate(order.plan)
                 worker.warm_up(order.plan)
+            freeze_live_objects()
             report: Report | None = Done()
         else:
             spent_before = links.collective_seconds

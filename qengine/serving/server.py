@@ -20,6 +20,7 @@ from functools import partial
 
 from qengine.config import CacheConfig, EngineConfig
 from qengine.engine import Engine
+from qengine.imports import freeze_live_objects
 from qengine.runtime.start_times import process_age
 from qengine.serving.app import make_app
 from qengine.serving.async_engine import AsyncEngine, Timeouts
@@ -143,6 +144,7 @@ def _load_and_serve(
 ) -> int:
     signals.set_interrupting(True)
     engine = start()
+    freeze_live_objects()
     signals.set_interrupting(False)
     async_engine = serve(engine, on_death=signals.wake)
     try:

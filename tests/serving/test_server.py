@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import json
 import os
 import re
@@ -78,6 +79,7 @@ def run_with(
     finally:
         for number, handler in before.items():
             signal.signal(number, handler)
+        gc.unfreeze()
 
 
 def is_answering(port: int) -> bool:
@@ -238,6 +240,20 @@ def test_an_engine_that_dies_while_it_is_stopped_is_told_by_the_exit_code(monkey
             assert answer.result().status_code == 500
 
     assert run_with(story, lambda config: engine, monkeypatch) == EXIT_ENGINE_DEAD
+
+
+def test_the_collector_leaves_what_the_start_made_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A walk through all of it would stop every stream for as long as it takes."""
+    in_walks = []
+
+    def story(url: str) -> None:
+        wait_until(lambda: health(url) == 200)
+        in_walks.append(len(gc.get_objects()))
+        send(signal.SIGTERM)
+
+    before = len(gc.get_objects())
+    assert run_with(story, lambda config: ScriptedEngine(), monkeypatch) == 0
+    assert in_walks[0] < before / 10
 
 
 def test_a_load_error_is_raised_and_frees_the_port(monkeypatch: pytest.MonkeyPatch) -> None:
