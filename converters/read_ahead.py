@@ -29,6 +29,8 @@ from converters.files import Bytes, DataFile, OpenFile
 #: Bytes that are held for the asker; a range that is larger waits until nothing else is held. Buffers that wait to be
 #: used again may have half as much, and what is left of it.
 MAX_HELD_BYTES = 128 * 2**20
+#: Reads in the order of the file are not worth it among fewer bytes than this.
+_LAST_BATCH_BYTES = 8 * 2**20
 
 
 @dataclass(frozen=True, slots=True)
@@ -216,12 +218,16 @@ def _window(ranges: Sequence[ByteRange]) -> int:
 
 
 def _in_file_order(ranges: Sequence[ByteRange], max_bytes: int) -> Iterator[ByteRange]:
-    """The ranges, neighbours of up to `max_bytes` together in the order of their files."""
+    """The ranges, neighbours of up to `max_bytes` together in the order of their files.
+
+    Toward the end ever fewer are taken together: what the last ones become is made when nothing is left to read.
+    """
     batch: list[ByteRange] = []
-    num_bytes = 0
+    num_bytes, num_left = 0, sum(wanted.num_bytes for wanted in ranges)
     for wanted in ranges:
-        if num_bytes + wanted.num_bytes > max_bytes:
+        if num_bytes + wanted.num_bytes > min(max_bytes, max(num_left // 2, _LAST_BATCH_BYTES)):
             yield from sorted(batch, key=place)
+            num_left -= num_bytes
             batch, num_bytes = [], 0
         batch.append(wanted)
         num_bytes += wanted.num_bytes

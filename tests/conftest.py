@@ -1,12 +1,13 @@
 """Settings of the whole suite: one thread, because tiny models lose more to waking threads than they gain; Ctrl-C as in
-a terminal, because a job that runs in the background starts with it ignored; where there is no GPU, Triton's
-interpreter, which must be asked for before any kernel is imported; and the longest files first, so that no worker is
-left alone with one."""
+a terminal, because a job that runs in the background starts with it ignored; compiled modules are kept, because
+hundreds of processes import them; where there is no GPU, Triton's interpreter, which must be asked for before any
+kernel is imported; and the longest files first, so that no worker is left alone with one."""
 
 from __future__ import annotations
 
 import os
 import signal
+import sys
 
 import pytest
 import torch
@@ -22,6 +23,8 @@ LONGEST = (
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 torch.set_num_threads(1)
+os.environ.pop("PYTHONDONTWRITEBYTECODE", None)
+sys.dont_write_bytecode = False
 if not torch.cuda.is_available():
     os.environ["TRITON_INTERPRET"] = "1"
 signal.signal(signal.SIGINT, signal.default_int_handler)

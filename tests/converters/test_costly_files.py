@@ -12,6 +12,7 @@ import sys
 from array import array
 from collections.abc import Callable, Mapping
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -41,6 +42,8 @@ MB = 2**20
 FILE = "model.safetensors"
 
 Maker = Callable[[Path], None]
+#: Large files are made when the tests run, not where they are collected.
+LateMaker = Callable[[], Maker]
 
 
 # JSON
@@ -102,30 +105,33 @@ def index(content: bytes) -> Maker:
     return make
 
 
-FOLDERS: Mapping[str, tuple[Maker, str]] = {
-    "a header of empty objects": (header(many(b'{"a":[', b"{},", b"]}", MAX_HEADER_BYTES)), "brackets and commas"),
+FOLDERS: Mapping[str, tuple[LateMaker, str]] = {
+    "a header of empty objects": (
+        lambda: header(many(b'{"a":[', b"{},", b"]}", MAX_HEADER_BYTES)),
+        "brackets and commas",
+    ),
     "a header of empty objects, as many as are read": (
-        header(many(b'{"a":[', b"{},", b"]}", MAX_HEADER_BYTES, MAX_JSON_MARKS)),
+        lambda: header(many(b'{"a":[', b"{},", b"]}", MAX_HEADER_BYTES, MAX_JSON_MARKS)),
         "needs dtype",
     ),
-    "a header of numbers": (header(many(b'{"a":[', b"1e9,", b"]}", MAX_HEADER_BYTES)), "brackets and commas"),
-    "a header of keys": (header(keys(MAX_JSON_MARKS - 2, "1")), "needs dtype"),
-    "a header over the limit": (header(b'{"' + b"a" * MAX_HEADER_BYTES + b'":1}'), "at most"),
+    "a header of numbers": (lambda: header(many(b'{"a":[', b"1e9,", b"]}", MAX_HEADER_BYTES)), "brackets and commas"),
+    "a header of keys": (lambda: header(keys(MAX_JSON_MARKS - 2, "1")), "needs dtype"),
+    "a header over the limit": (lambda: header(b'{"' + b"a" * MAX_HEADER_BYTES + b'":1}'), "at most"),
     "a header with a string as long as it": (
-        header(b'{"__metadata__":{"a":"' + b"a" * (MAX_HEADER_BYTES - 60) + ASTRAL + b'"}}'),
+        lambda: header(b'{"__metadata__":{"a":"' + b"a" * (MAX_HEADER_BYTES - 60) + ASTRAL + b'"}}'),
         "__metadata__",
     ),
-    "a header of 30,000 tensors": (header(keys(30_000, NOTHING)), "read"),
-    "four files of 35,000 tensors": (four_shards, "tensors"),
-    "40 files with long metadata": (long_metadata, "__metadata__"),
-    "an index of empty objects": (index(many(b'{"weight_map":[', b"{},", b"]}", MAX_HEADER_BYTES)), "brackets"),
+    "a header of 30,000 tensors": (lambda: header(keys(30_000, NOTHING)), "read"),
+    "four files of 35,000 tensors": (lambda: four_shards, "tensors"),
+    "40 files with long metadata": (lambda: long_metadata, "__metadata__"),
+    "an index of empty objects": (lambda: index(many(b'{"weight_map":[', b"{},", b"]}", MAX_HEADER_BYTES)), "brackets"),
     "an index of as many names as are read": (
-        index(b'{"weight_map":' + keys(MAX_JSON_MARKS - 10, '"x.s"') + b"}"),
+        lambda: index(b'{"weight_map":' + keys(MAX_JSON_MARKS - 10, '"x.s"') + b"}"),
         "not there",
     ),
-    "an index over the limit": (index(b'{"' + b"a" * MAX_HEADER_BYTES + b'":1}'), "at most"),
+    "an index over the limit": (lambda: index(b'{"' + b"a" * MAX_HEADER_BYTES + b'":1}'), "at most"),
     **{
-        f"{name} {what}": (file_of(name, content), said)
+        f"{name} {what}": (partial(file_of, name, content), said)
         for name in ("config.json", "quantize_config.json")
         for what, content, said in (
             ("of empty lists", many(b'{"a":[', b"[],", b"]}", MAX_JSON_BYTES), "brackets"),
@@ -210,45 +216,51 @@ def own(chars: str, count: int) -> list[str]:
 
 
 SHORT_ASTRAL = "\N{GRINNING FACE}".encode() + b"aaaaaaaa"
-GGUFS: Mapping[str, tuple[Maker, str]] = {
-    "more tensors than are read": (gguf(infos=infos(MAX_TENSORS + 1)), "at most"),
-    "as many tensors as are read": (gguf(infos=infos(MAX_TENSORS), data=bytes(32 * MAX_TENSORS)), "read"),
+GGUFS: Mapping[str, tuple[LateMaker, str]] = {
+    "more tensors than are read": (lambda: gguf(infos=infos(MAX_TENSORS + 1)), "at most"),
+    "as many tensors as are read": (lambda: gguf(infos=infos(MAX_TENSORS), data=bytes(32 * MAX_TENSORS)), "read"),
     "tensors beyond the file, the first already": (
-        gguf(infos=[tensor_info(f"{n:x}", (2**40,)) for n in range(MAX_TENSORS)]),
+        lambda: gguf(infos=[tensor_info(f"{n:x}", (2**40,)) for n in range(MAX_TENSORS)]),
         "ends at byte",
     ),
-    "as many pairs as are read": (gguf(*(u32_pair(f"{n:x}", n) for n in range(MAX_PAIRS - 9))), "read"),
-    "a string of more than is read": (gguf(pair("k", STRING, text(b"a" * (MB + 1)))), "at most"),
+    "as many pairs as are read": (lambda: gguf(*(u32_pair(f"{n:x}", n) for n in range(MAX_PAIRS - 9))), "read"),
+    "a string of more than is read": (lambda: gguf(pair("k", STRING, text(b"a" * (MB + 1)))), "at most"),
     "strings that grow fourfold": (
-        gguf(*(pair(f"k{n}", STRING, text("\N{GRINNING FACE}".encode() + b"a" * (MB - 4))) for n in range(31))),
+        lambda: gguf(*(pair(f"k{n}", STRING, text("\N{GRINNING FACE}".encode() + b"a" * (MB - 4))) for n in range(31))),
         "read|too much",
     ),
-    "an array of long strings": (gguf(strings(*[b"a" * 2**16] * 500)), "read|too much"),
-    "an array of empty strings": (gguf(strings(*[b""] * 1_300_000)), "read"),
-    "an array of too many empty strings": (gguf(strings(*[b""] * 2_500_000)), "too much"),
-    "an array of short strings that grow": (gguf(strings(*[SHORT_ASTRAL] * 1_500_000)), "too much"),
-    "an array of too many numbers": (gguf(array_pair("k", U32, 2_200_000, bytes(8_800_000))), "too much"),
-    "numbers as many as are read": (gguf(array_pair("k", F32, 2_050_000, b"\1\1\1\1" * 2_050_000)), "read"),
+    "an array of long strings": (lambda: gguf(strings(*[b"a" * 2**16] * 500)), "read|too much"),
+    "an array of empty strings": (lambda: gguf(strings(*[b""] * 1_300_000)), "read"),
+    "an array of too many empty strings": (lambda: gguf(strings(*[b""] * 2_500_000)), "too much"),
+    "an array of short strings that grow": (lambda: gguf(strings(*[SHORT_ASTRAL] * 1_500_000)), "too much"),
+    "an array of too many numbers": (lambda: gguf(array_pair("k", U32, 2_200_000, bytes(8_800_000))), "too much"),
+    "numbers as many as are read": (lambda: gguf(array_pair("k", F32, 2_050_000, b"\1\1\1\1" * 2_050_000)), "read"),
     "many arrays of numbers": (
-        gguf(*(array_pair(f"k{n}", F32, 100_000, bytes(400_000)) for n in range(23))),
+        lambda: gguf(*(array_pair(f"k{n}", F32, 100_000, bytes(400_000)) for n in range(23))),
         "too much",
     ),
-    "three parts with heads of 12 MiB": (three_parts, "at most"),
-    "two parts of 40,000 tensors": (parts_of_many_tensors, "at most"),
-    "a head of 200 million": (rope_of_a_head_of(200_000_000), "head size"),
-    "a token of a megabyte": (vocabulary(["<unk>", "a" * (MB - 1)]), "at most"),
-    "tokens of 1,024 characters": (vocabulary(own("a" * 1019, 4096)), "read"),
-    "tokens of 8 million characters": (vocabulary(own("a" * 1000, 8000)), "at most"),
-    "tokens that are all in each other": (vocabulary(["a" * n for n in range(1, 1025)]), "merges"),
-    "tokens of which any two make a third": (vocabulary([f"{n:x}" for n in range(1, 600_000)]), "merges"),
-    "a vocabulary as large as published ones": (vocabulary([f"{n:x}" for n in range(1, 150_000)]), "read"),
-    "tokens that are all looked for in every text": (vocabulary(own("aaaaa", 100_000), [4] * 100_000), "at most"),
-    "as many of them as are read": (vocabulary(own("aaaaa", 2**16), [4] * 2**16), "read"),
-    "one merge a million times": (
-        vocabulary(["a", "aa"], model="gpt2", merges=["a a"] * 1_000_000),
+    "three parts with heads of 12 MiB": (lambda: three_parts, "at most"),
+    "two parts of 40,000 tensors": (lambda: parts_of_many_tensors, "at most"),
+    "a head of 200 million": (lambda: rope_of_a_head_of(200_000_000), "head size"),
+    "a token of a megabyte": (lambda: vocabulary(["<unk>", "a" * (MB - 1)]), "at most"),
+    "tokens of 1,024 characters": (lambda: vocabulary(own("a" * 1019, 4096)), "read"),
+    "tokens of 8 million characters": (lambda: vocabulary(own("a" * 1000, 8000)), "at most"),
+    "tokens that are all in each other": (lambda: vocabulary(["a" * n for n in range(1, 1025)]), "merges"),
+    "tokens of which any two make a third": (lambda: vocabulary([f"{n:x}" for n in range(1, 600_000)]), "merges"),
+    "a vocabulary as large as published ones": (lambda: vocabulary([f"{n:x}" for n in range(1, 150_000)]), "read"),
+    "tokens that are all looked for in every text": (
+        lambda: vocabulary(own("aaaaa", 100_000), [4] * 100_000),
         "at most",
     ),
-    "one merge as often as is read": (vocabulary(["a", "aa"], model="gpt2", merges=["a a"] * MAX_MERGES), "read"),
+    "as many of them as are read": (lambda: vocabulary(own("aaaaa", 2**16), [4] * 2**16), "read"),
+    "one merge a million times": (
+        lambda: vocabulary(["a", "aa"], model="gpt2", merges=["a a"] * 1_000_000),
+        "at most",
+    ),
+    "one merge as often as is read": (
+        lambda: vocabulary(["a", "aa"], model="gpt2", merges=["a a"] * MAX_MERGES),
+        "read",
+    ),
 }
 CASES = {**FOLDERS, **GGUFS}
 #: Cases that hold what a published vocabulary may hold, and twice as much.
@@ -276,7 +288,7 @@ def outcomes(tmp_path_factory: pytest.TempPathFactory) -> dict[str, tuple[float,
         if name in FOLDERS:
             (folder / "config.json").write_bytes((first / "config.json").read_bytes())
             (folder / FILE).write_bytes((first / FILE).read_bytes())
-        make(folder)
+        make()(folder)
         folders.append(folder)
     done = subprocess.run(
         [sys.executable, "-m", "tests.converters.spending"], input=json.dumps([str(folder) for folder in folders]),
