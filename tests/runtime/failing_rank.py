@@ -18,7 +18,7 @@ from typing import Any
 
 import torch
 
-from qengine.runtime import rank
+from qengine.runtime import rank_service as rank
 from qengine.runtime.channel import Channel
 from qengine.runtime.messages import Start
 from qengine.runtime.out_of_memory import memory_guard

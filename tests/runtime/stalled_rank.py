@@ -6,7 +6,7 @@ import sys
 import time
 from typing import Any
 
-from qengine.runtime import rank
+from qengine.runtime import rank_service as rank
 from qengine.runtime.messages import Start
 
 

@@ -13,7 +13,7 @@ from benchmarks.gpu.models import MODELS
 from qengine.config import EngineConfig
 from qengine.errors import ConfigError, DoesNotFitError
 from qengine.parallel.split import stage_layers
-from qengine.runtime import rank as rank_module
+from qengine.runtime import rank_service as rank_module
 from qengine.runtime.messages import Start
 from qengine.runtime.model_bytes import ModelFacts, step_bytes, weight_bytes
 from qengine.runtime.opening import open_model_headers, split_opened

@@ -17,7 +17,7 @@ from qengine.runtime.links import Links
 from qengine.runtime.loader import open_model
 from qengine.runtime.messages import Check, Clear, Done, Start
 from qengine.runtime.platform import Platform
-from qengine.runtime.rank import _follow
+from qengine.runtime.rank_service import _follow
 from qengine.runtime.step_messages import StepReader
 from qengine.runtime.worker import Worker
 from quant_kernels.linear.dispatch import Target
