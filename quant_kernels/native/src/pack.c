@@ -10,6 +10,8 @@
 
 /* Blocks that are one piece of work, at most: a row's words for them lie side by side, each block is a stream of writes. */
 #define PACKED_BLOCKS 8
+/* Rows of words that are asked for before their turn: each lies on a page of its own, where no processor foresees it. */
+#define ROWS_AHEAD 8
 /* Pieces for each member at least, while there are blocks enough. */
 #define PACKED_PIECES 4
 
@@ -47,6 +49,13 @@ static void pack_unit(const uint32_t *row, int64_t count, int32_t bits, uint8_t 
     memcpy(out, unit, sizeof unit);
 }
 
+/* Ask for the words of blocks from `first` to `last` in a row, if there is one. */
+static inline void prefetch_row(const packing *p, int64_t row, int64_t first, int64_t last) {
+    const qk_weight *w = p->weight;
+    if (row >= w->k * w->bits / 32) return;
+    for (int64_t b = first; b < last; b++) __builtin_prefetch(p->words + row * w->n + b * QK_COLUMNS);
+}
+
 /* Group `g` of all blocks from `first` to `last`, row by row: rows of words are far apart in memory. */
 static void pack_group(const packing *p, int64_t g, int64_t first, int64_t last) {
     const qk_weight *w = p->weight;
@@ -62,6 +71,7 @@ static void pack_group(const packing *p, int64_t g, int64_t first, int64_t last)
     }
     for (int64_t i = 0; i < words; i++) {
         const uint32_t *row = p->words + (g * words + i) * w->n;
+        prefetch_row(p, g * words + i + ROWS_AHEAD, first, last);
         uint8_t *codes = out + QK_COLUMNS * (scale + zero) + i * 4 * QK_COLUMNS;
         for (int64_t b = first; b < last; b++, codes += block_bytes)
             pack_unit(row + b * QK_COLUMNS, columns_of(w, b), w->bits, codes);
