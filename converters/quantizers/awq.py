@@ -12,7 +12,7 @@ import torch
 from torch import nn
 
 from converters.quantizers.base import LayerView, LinearGroup, QuantSettings
-from converters.quantizers.grid import find_grid, group_index
+from converters.quantizers.grid import nearest_values
 from converters.quantizers.hessian import Moments
 
 #: Powers tried: 0, 1/STEPS ... 1.
@@ -37,9 +37,7 @@ def search_factors(layer: LayerView, group: LinearGroup, moments: Moments, setti
 
 
 def _loss(weight: torch.Tensor, factors: torch.Tensor, hessian: torch.Tensor, settings: QuantSettings) -> float:
-    scaled = weight * factors
-    grid = find_grid(scaled, settings).per_weight(group_index(weight.shape[1], settings, weight.device))
-    error = grid.nearest(scaled) / factors - weight
+    error = nearest_values(weight * factors, settings).div_(factors).sub_(weight)
     return float((error @ hessian).mul_(error).sum())
 
 

@@ -31,15 +31,15 @@ class Grid:
 
     def codes(self, weight: torch.Tensor) -> torch.Tensor:
         """The nearest codes, as floats; the tables broadcast against `weight`."""
-        return (torch.round(weight / self.scales) + self.zeros).clamp_(0, self.max_code)
+        return (weight / self.scales).round_().add_(self.zeros).clamp_(0, self.max_code)
 
     def values(self, codes: torch.Tensor) -> torch.Tensor:
         """What codes stand for."""
-        return (codes - self.zeros) * self.scales
+        return (codes - self.zeros).mul_(self.scales)
 
     def nearest(self, weight: torch.Tensor) -> torch.Tensor:
         """The nearest values."""
-        return self.values(self.codes(weight))
+        return self.codes(weight).sub_(self.zeros).mul_(self.scales)
 
     def slice(self, part: slice) -> Grid:
         """A run of columns of the tables."""
@@ -87,6 +87,14 @@ def find_grid(weight: torch.Tensor, settings: QuantSettings) -> Grid:
     """The grid of each group of a weight, from its least to its largest value: tables [N, G]."""
     groups = grouped(weight, settings.rows_per_group(weight.shape[1]))
     return range_grid(groups.amin(dim=2), groups.amax(dim=2), settings)
+
+
+def nearest_values(weight: torch.Tensor, settings: QuantSettings) -> torch.Tensor:
+    """A weight [N, K] rounded to nearest on the grids of `find_grid`."""
+    rows = settings.rows_per_group(weight.shape[1])
+    groups = grouped(weight, rows)
+    grid = range_grid(groups.amin(dim=2, keepdim=True), groups.amax(dim=2, keepdim=True), settings)
+    return grid.nearest(groups).flatten(1)[:, : weight.shape[1]]
 
 
 def search_grid(weight: torch.Tensor, importance: torch.Tensor, settings: QuantSettings) -> Grid:

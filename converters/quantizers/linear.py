@@ -7,6 +7,7 @@ Invariant: the record is exact and the result does not depend on the thread that
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 import torch
@@ -22,7 +23,7 @@ from converters.quantizers.base import (
 )
 from converters.quantizers.descent import descend
 from converters.quantizers.gptq import Factor, condition_, factorize, gptq_codes
-from converters.quantizers.grid import Grid, find_grid, group_index, pack, search_grid
+from converters.quantizers.grid import Grid, find_grid, group_index, nearest_values, pack, search_grid
 from converters.quantizers.hessian import Moments
 from converters.quantizers.recipe import Recipe, Search
 from quant_kernels.packed_weight import CODES_PER_WORD, PackedWeight
@@ -93,23 +94,21 @@ def quantize_linear(
     codes, grid = _choose(ordered, problem, settings, recipe)
     record = pack(codes, grid, settings, method=method.value, bias=linear.bias, perm=perm)
     index = group_index(weight.shape[1], settings, weight.device)
-    plain = find_grid(weight, settings).per_weight(index).nearest(weight)
+    plain = nearest_values(weight, settings)
     plain = plain if perm is None else plain[:, perm]
-    error = relative_error(ordered, grid.per_weight(index).values(codes), problem.hessian, problem.ridge)
-    rtn_error = relative_error(ordered, plain, problem.hessian, problem.ridge)
+    found = grid.per_weight(index).values(codes)
+    error, rtn_error = relative_errors(ordered, (found, plain), problem.hessian, problem.ridge)
     return record, LinearReport(name, method.value, error, rtn_error, problem.notes)
 
 
 def rounding_errors(
     layer: LayerView, group: LinearGroup, moments: Moments, settings: QuantSettings
 ) -> dict[str, float]:
-    """What plain rounding to nearest would make of each linear of a group, by `relative_error`."""
+    """What plain rounding to nearest would make of each linear of a group, by `relative_errors`."""
     errors = {}
     for name in group.names:
         weight = layer.linear(name).weight.data.float()
-        index = group_index(weight.shape[1], settings, weight.device)
-        plain = find_grid(weight, settings).per_weight(index).nearest(weight)
-        errors[name] = relative_error(weight, plain, moments.hessian)
+        [errors[name]] = relative_errors(weight, (nearest_values(weight, settings),), moments.hessian)
     return errors
 
 
@@ -143,16 +142,21 @@ def _round(weight: torch.Tensor, bias: torch.Tensor | None, settings: QuantSetti
     return pack(codes, grid, settings, method=Method.RTN.value, bias=bias)
 
 
-def relative_error(
-    weight: torch.Tensor, found: torch.Tensor, hessian: torch.Tensor, ridge: torch.Tensor | None = None
-) -> float:
-    """Mean square of the outputs' error over that of the outputs, for a Hessian to whose diagonal `ridge` was added."""
-    power, error = (_power(part, hessian, ridge) for part in (weight, found - weight))
-    return max(error, 0.0) / power if power > 0 else math.nan
+def relative_errors(
+    weight: torch.Tensor, found: Sequence[torch.Tensor], hessian: torch.Tensor, ridge: torch.Tensor | None = None
+) -> list[float]:
+    """Mean square of the outputs' error over that of the outputs, of each weight that was found for `weight`.
+
+    Args:
+        ridge: what was added to the Hessian's diagonal.
+    """
+    power = _power(weight, hessian, ridge)
+    errors = [_power(one - weight, hessian, ridge) for one in found]
+    return [max(error, 0.0) / power if power > 0 else math.nan for error in errors]
 
 
 def _power(weight: torch.Tensor, hessian: torch.Tensor, ridge: torch.Tensor | None) -> float:
-    total = float(((weight @ hessian) * weight).sum())
+    total = float((weight @ hessian).mul_(weight).sum())
     return total if ridge is None else total - float((weight.square() @ ridge).sum())
 
 

@@ -12,7 +12,7 @@ from converters.quantizers import Method, QuantSettings
 from converters.quantizers.descent import descend
 from converters.quantizers.gptq import condition_, factorize, gptq_codes
 from converters.quantizers.grid import Grid, find_grid, group_index, pack, search_grid
-from converters.quantizers.linear import relative_error
+from converters.quantizers.linear import relative_errors
 from quant_kernels.packing import unpack_codes
 from quant_kernels.reference import dequantize
 
@@ -30,7 +30,7 @@ def problem(rows: int = 24, columns: int = 192, samples: int = 400, seed: int = 
 
 def loss(weight: torch.Tensor, hessian: torch.Tensor, codes: torch.Tensor, grid: Grid) -> float:
     index = torch.arange(weight.shape[1]) // SETTINGS.group_size
-    return relative_error(weight, grid.per_weight(index).values(codes), hessian)
+    return relative_errors(weight, [grid.per_weight(index).values(codes)], hessian)[0]
 
 
 def brute_round(row: np.ndarray, sym: bool, min_zero: int) -> tuple[np.ndarray, float, int]:
