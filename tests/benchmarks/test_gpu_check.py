@@ -7,6 +7,7 @@ import json
 import subprocess
 import sys
 from collections.abc import Mapping, Sequence
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -20,10 +21,17 @@ from benchmarks.gpu.problems import ROWS, SHAPES, Workload, num_copies
 from benchmarks.gpu.report import check_results, markdown_report
 from benchmarks.gpu.report_matmul import ratios, target_lines
 
+#: Asks git, which the parts of a check do each.
+environment_once = cache(gpu_check.environment_record)
 CARD = {
     "name": "Test Card", "slug": "test-card", "arch": 90, "num_sms": 132, "l2_bytes": 50 * 2**20,
     "versions": "torch 2, triton 3", "driver_and_clocks": None,
 }  # fmt: skip
+
+
+@pytest.fixture(autouse=True)
+def _the_machine_is_asked_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(gpu_check, "environment_record", environment_once)
 
 
 def options(tmp_path: Path, **changes: Any) -> argparse.Namespace:
