@@ -3,9 +3,9 @@
     planned ranges   | taken | taken | held, at most `max_bytes` | later ...
                                        ^ preads of 16 MiB
 
-Ranges are read in the order of the plan, which is the model's, but as many as may be held at once in the order of the
-file: most of a layer's are neighbours there, so the system's own read-ahead keeps the disk busy. (Asking it for more
-cost a third of the rate: pages that are asked for come one by one.)
+Ranges are read in the order of the plan, which is the model's, but as many as may be held at once, fewer toward the
+end, in the order of the file: most of a layer's are neighbours there, so the system's own read-ahead keeps the disk
+busy. (Asking it for more cost a third of the rate: pages that are asked for come one by one.)
 Ranks in other processes share the page cache: the first one's reads are copies in memory for the others, so each byte
 comes off the disk once as long as they stay so close to each other that the cache still holds it.
 Buffers are used again, since the first touch of fresh memory takes longer than the copy into it.

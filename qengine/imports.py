@@ -3,7 +3,7 @@
 Invariant: a missing package becomes a ConfigError with the exact install line. It does not cache: Python does.
 While modules are imported and models are loaded nothing that is made is garbage, so `no_garbage` spares Python's
 collector its walks through all of torch: a sixth of the time that importing it takes. What is alive after a start stays
-so as long as the process: `freeze_live_objects` takes it out of every later walk.
+so as long as the process serves: `freeze_live_objects` takes it out of every later walk.
 """
 
 from __future__ import annotations
@@ -30,13 +30,18 @@ def no_garbage() -> Iterator[None]:
 
 
 def freeze_live_objects() -> None:
-    """Collect what is garbage and never look again at what is alive, which is meant to live as long as the process.
+    """Collect what is garbage and look no more at what is alive, which is meant to live as long as the process.
 
     A walk through all of torch lets no other thread run for a tenth of a second, and for half of one where a step
-    computes on the same core. For processes that are the program's own: in a user's, it is the user's to decide.
+    computes on the same core. For the time that a process serves; `thaw_objects` ends it.
     """
     gc.collect()
     gc.freeze()
+
+
+def thaw_objects() -> None:
+    """Have the collector look at everything again: what a start made is no longer needed."""
+    gc.unfreeze()
 
 
 def import_late(module: str, *, needed_for: str = "", install: str = "") -> ModuleType:

@@ -1,7 +1,7 @@
 """Settings of the whole suite: one thread, because tiny models lose more to waking threads than they gain; Ctrl-C as in
-a terminal, because a job that runs in the background starts with it ignored; compiled modules are kept, because
-hundreds of processes import them; where there is no GPU, Triton's interpreter, which must be asked for before any
-kernel is imported; and the longest files first, so that no worker is left alone with one."""
+a terminal, because a job that runs in the background starts with it ignored; compiled modules are kept even where the
+environment says not to, because hundreds of processes import them; where there is no GPU, Triton's interpreter, which
+must be asked for before any kernel is imported; and the longest files first, so that none is left for the end."""
 
 from __future__ import annotations
 

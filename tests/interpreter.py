@@ -79,8 +79,10 @@ def _kept_types(real: Callable[[Any, Any, Any], None]) -> Callable[[Any, Any, An
     kept: dict[Any, tuple[Any, Any, Any]] = {}
 
     def init(self: Any, element_ty: Any, shape: Any) -> None:
-        key = (element_ty.name, *[getattr(size, "value", size) for size in shape])
-        found = kept.get(key)
+        sizes = [getattr(size, "value", size) for size in shape]
+        key = (element_ty.name, *sizes)
+        # What is no int, though equal to one, is for triton to refuse.
+        found = kept.get(key) if all(type(size) is int for size in sizes) else None
         if found is None:
             real(self, element_ty, shape)
             kept[key] = (self.shape, self.numel, self.name)

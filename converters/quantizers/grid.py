@@ -23,7 +23,10 @@ _LEAST_SCALE = 2.0**-20
 
 @dataclass(frozen=True, slots=True)
 class Grid:
-    """Scales and zero points of groups of weights, float32 of any one shape; the zero points are integers."""
+    """Scales and zero points of groups of weights, float32 of one shape, any; the zero points are integers.
+
+    Results have the shape that a weight and a table give together, and are made in place from the first of them on.
+    """
 
     scales: torch.Tensor
     zeros: torch.Tensor

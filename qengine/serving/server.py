@@ -20,7 +20,7 @@ from functools import partial
 
 from qengine.config import CacheConfig, EngineConfig
 from qengine.engine import Engine
-from qengine.imports import freeze_live_objects
+from qengine.imports import freeze_live_objects, thaw_objects
 from qengine.runtime.start_times import process_age
 from qengine.serving.app import make_app
 from qengine.serving.async_engine import AsyncEngine, Timeouts
@@ -144,10 +144,10 @@ def _load_and_serve(
 ) -> int:
     signals.set_interrupting(True)
     engine = start()
-    freeze_live_objects()
     signals.set_interrupting(False)
     async_engine = serve(engine, on_death=signals.wake)
     try:
+        freeze_live_objects()
         url = base_url(listener, options)
         takes = _takes(engine)
         print(ready_banner(engine.info, service.model_names[0], url, options, takes=takes), flush=True)
@@ -160,6 +160,7 @@ def _load_and_serve(
         # It is shut down below: if it is dead before, it died.
         return EXIT_ENGINE_DEAD if async_engine.is_dead else _exit_code(signals)
     finally:
+        thaw_objects()
         async_engine.shutdown(_ABORT_SECONDS)
 
 

@@ -42,7 +42,7 @@ MB = 2**20
 FILE = "model.safetensors"
 
 Maker = Callable[[Path], None]
-#: Large files are made when the tests run, not where they are collected.
+#: The largest files are made when the tests run, not wherever they are collected.
 LateMaker = Callable[[], Maker]
 
 

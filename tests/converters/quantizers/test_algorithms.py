@@ -11,7 +11,7 @@ import torch
 from converters.quantizers import Method, QuantSettings
 from converters.quantizers.descent import descend
 from converters.quantizers.gptq import condition_, factorize, gptq_codes
-from converters.quantizers.grid import Grid, find_grid, group_index, pack, search_grid
+from converters.quantizers.grid import Grid, find_grid, group_index, nearest_values, pack, search_grid
 from converters.quantizers.linear import relative_errors
 from quant_kernels.packing import unpack_codes
 from quant_kernels.reference import dequantize
@@ -91,6 +91,17 @@ def test_a_group_of_zeros_and_one_of_huge_values_stay_finite() -> None:
     assert bool(torch.isfinite(values).all())
     assert not bool(values[:, :32].any())
     assert bool((grid.scales > 0).all())
+
+
+@pytest.mark.parametrize("settings", [SETTINGS, SYM])
+@pytest.mark.parametrize("num_inputs", [192, 176])
+def test_rounding_by_groups_is_rounding_by_weights(settings: QuantSettings, num_inputs: int) -> None:
+    """Bit for bit, with a last short group as well."""
+    weight = problem()[0][:, :num_inputs]
+    before = weight.clone()
+    index = group_index(num_inputs, settings, weight.device)
+    assert torch.equal(nearest_values(weight, settings), find_grid(weight, settings).per_weight(index).nearest(weight))
+    assert torch.equal(weight, before)
 
 
 def test_a_record_holds_what_was_chosen() -> None:
