@@ -3,9 +3,9 @@
     planned ranges   | taken | taken | held, at most `max_bytes` | later ...
                                        ^ preads of 16 MiB
 
-Ranges are read in the order of the plan, which is the model's, but as many as may be held at once, fewer toward the
-end, in the order of the file: most of a layer's are neighbours there, so the system's own read-ahead keeps the disk
-busy. (Asking it for more cost a third of the rate: pages that are asked for come one by one.)
+Ranges are read in the order of the plan, which is the model's, but as many as may be held at once in the order of the
+file: most of a layer's are neighbours there, so the system's own read-ahead keeps the disk busy. (Asking it for more
+cost a third of the rate: pages that are asked for come one by one.)
 Ranks in other processes share the page cache: the first one's reads are copies in memory for the others, so each byte
 comes off the disk once as long as they stay so close to each other that the cache still holds it.
 Buffers are used again, since the first touch of fresh memory takes longer than the copy into it.
@@ -29,8 +29,6 @@ from converters.files import Bytes, DataFile, OpenFile
 #: Bytes that are held for the asker; a range that is larger waits until nothing else is held. Buffers that wait to be
 #: used again may have half as much, and what is left of it.
 MAX_HELD_BYTES = 128 * 2**20
-#: Reads in the order of the file are not worth it among fewer bytes than this.
-_LAST_BATCH_BYTES = 8 * 2**20
 
 
 @dataclass(frozen=True, slots=True)
@@ -218,16 +216,12 @@ def _window(ranges: Sequence[ByteRange]) -> int:
 
 
 def _in_file_order(ranges: Sequence[ByteRange], max_bytes: int) -> Iterator[ByteRange]:
-    """The ranges, neighbours of up to `max_bytes` together in the order of their files.
-
-    Toward the end ever fewer are taken together: what the last ones become is made when nothing is left to read.
-    """
+    """The ranges, neighbours of up to `max_bytes` together in the order of their files."""
     batch: list[ByteRange] = []
-    num_bytes, num_left = 0, sum(wanted.num_bytes for wanted in ranges)
+    num_bytes = 0
     for wanted in ranges:
-        if num_bytes + wanted.num_bytes > min(max_bytes, max(num_left // 2, _LAST_BATCH_BYTES)):
+        if num_bytes + wanted.num_bytes > max_bytes:
             yield from sorted(batch, key=place)
-            num_left -= num_bytes
             batch, num_bytes = [], 0
         batch.append(wanted)
         num_bytes += wanted.num_bytes

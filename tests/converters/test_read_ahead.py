@@ -7,15 +7,13 @@ import os
 import random
 import threading
 from collections.abc import Iterator
-from itertools import pairwise
 from pathlib import Path
 
 import pytest
 
-from converters import read_ahead
 from converters.errors import CheckpointError
 from converters.files import Bytes, DataFile, OpenFile
-from converters.read_ahead import MAX_HELD_BYTES, ByteRange, DirectReader, ReadAhead, _in_file_order, place
+from converters.read_ahead import MAX_HELD_BYTES, ByteRange, DirectReader, ReadAhead
 
 CONTENT = random.Random(0).randbytes(100_000)
 WAIT_SECONDS = 30
@@ -186,18 +184,6 @@ def test_what_may_be_held_at_once_is_read_in_the_order_of_the_files(
             assert reader._held_bytes <= 30_000 or list(reader._held) == large
     batches = [sorted((part.file.path.name, part.offset) for part in batch) for batch in (first, large, last)]
     assert order == [place for batch in batches for place in batch]
-
-
-def test_batches_become_smaller_toward_the_end(file: DataFile, monkeypatch: pytest.MonkeyPatch) -> None:
-    """What the last one becomes is made when nothing is left to read."""
-    monkeypatch.setattr(read_ahead, "_LAST_BATCH_BYTES", 2_000)
-    planned = [ByteRange(file, start, 1_000) for start in range(99_000, -1_000, -1_000)]
-    order = list(_in_file_order(planned, 30_000))
-    assert sorted(order, key=place) == planned[::-1]
-    # In the file's order within a batch, against it from one to the next.
-    ends = [index for index in range(1, 100) if order[index].offset < order[index - 1].offset]
-    sizes = [1_000 * (end - start) for start, end in pairwise([0, *ends, 100])]
-    assert sizes == [30_000, 30_000, 20_000, 10_000, 5_000, 2_000, 2_000, 1_000]
 
 
 def test_how_much_is_held_follows_the_ranges(file: DataFile) -> None:
