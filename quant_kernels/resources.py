@@ -3,7 +3,9 @@
 Compiles each configuration that `tuning` can select for every architecture, reads shared memory, registers, spills and
 the main loop's instructions from the machine code, and prints a table. Exit code 1 if one does not fit its card,
 spills, or takes more instructions per weight than its budget: so a change that would make a kernel slow fails where
-nobody has a GPU. docs/kernels.md explains the columns. It runs no kernel.
+nobody has a GPU. What has not changed is taken from this machine's cache or the committed record; some of the record's
+entries are compiled again each time, and one that differs is a failure too. docs/kernels.md explains the columns. It
+runs no kernel.
 """
 
 from __future__ import annotations
@@ -11,12 +13,14 @@ from __future__ import annotations
 import argparse
 import json
 import os
+import random
 import shutil
 import signal
 import sys
 import tempfile
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -25,6 +29,7 @@ import triton
 from quant_kernels.compiled.cache import FigureCache
 from quant_kernels.compiled.cross_compile import cross_compile
 from quant_kernels.compiled.figures import measure
+from quant_kernels.compiled.record import RECORD, Record, make_record, read_record, record_text
 from quant_kernels.compiled.report import (
     BUDGETS,
     Resources,
@@ -41,6 +46,16 @@ from quant_kernels.tuning.tile import Tile
 DEFAULT_CACHE = Path.home() / ".cache" / "qengine" / "resources"
 _INTERRUPTED = 130
 _DECODE_TILE = Tile(16, 128).name
+#: Entries of the record that are compiled again in a run: some twenty seconds on two cores.
+_VERIFIED = 32
+
+
+@dataclass(frozen=True, slots=True)
+class Measured:
+    """Figures of every variant, in order, and the variants that were compiled on this machine, now or earlier."""
+
+    figures: list[tuple[AnyVariant, dict[str, Any]]]
+    compiled: frozenset[AnyVariant]
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -68,25 +83,44 @@ def _run(options: argparse.Namespace) -> int:
     if not variants:
         raise ValueError(f"no configuration has '{options.only}' in its name; try without --only")
     budgets = read_budgets(options.budgets)
-    measured = measure_all(variants, FigureCache(options.cache, triton.__version__), options.jobs, _progress())
+    record = read_record(triton.__version__, options.record)
+    cache = FigureCache(options.cache, triton.__version__)
+    measured = measure_all(variants, cache, record, verify=options.verify, jobs=options.jobs)
     if options.lower_budgets or options.new_budgets:
-        budgets = lowered_budgets(budgets, measured, triton.__version__, add_new=options.new_budgets)
+        budgets = lowered_budgets(budgets, measured.figures, triton.__version__, add_new=options.new_budgets)
         options.budgets.write_text(budgets_text(budgets), encoding="utf-8")
-    rows = [judge(variant, figures, budgets, triton.__version__) for variant, figures in measured]
-    sys.stdout.write(table_text(rows, everything=options.all))
+    if options.write_record:
+        record = make_record(measured.figures, triton.__version__)
+        options.record.write_text(record_text(record), encoding="utf-8")
+    rows = [judge(variant, figures, budgets, triton.__version__) for variant, figures in measured.figures]
+    problems = _record_problems(record, measured)
+    sys.stdout.write(table_text(rows, everything=options.all) + _record_text(measured, problems))
     if budgets.compiler != triton.__version__:
         sys.stdout.write(f"Budgets are for triton {budgets.compiler}; {triton.__version__} may take 15 % more.\n")
     if options.json is not None:
         text = json.dumps([row.to_json() for row in rows], indent=1)
         options.json.write_text(text + "\n", encoding="utf-8")
-    return 0 if all(row.ok for row in rows) else 1
+    return 0 if all(row.ok for row in rows) and not problems else 1
 
 
 def measure_all(
-    variants: Sequence[AnyVariant], cache: FigureCache, jobs: int, progress: Callable[[int, int], None]
-) -> list[tuple[AnyVariant, dict[str, Any]]]:
-    """The figures of every variant, in order; compiles what the cache does not know, in `jobs` processes."""
-    missing = [v for v in variants if cache.get(v) is None]
+    variants: Sequence[AnyVariant], cache: FigureCache, record: Record, *, verify: int, jobs: int
+) -> Measured:
+    """The figures of every variant; compiles what neither cache nor record knows, and `verify` of the record's."""
+    unknown = [v for v in variants if cache.get(v) is None]
+    recorded = [v for v in unknown if record.find(v) is not None]
+    # Another choice every time: what one run leaves out, the next ones find.
+    verified = set(random.sample(recorded, min(verify, len(recorded))))
+    _fill(cache, [v for v in unknown if v in verified or record.find(v) is None], jobs)
+    known = [(v, cache.get(v) or record.find(v)) for v in variants]
+    return Measured(
+        [(v, figures) for v, figures in known if figures is not None],
+        frozenset(v for v in variants if cache.get(v) is not None),
+    )
+
+
+def _fill(cache: FigureCache, missing: Sequence[AnyVariant], jobs: int) -> None:
+    progress = _progress()
     try:
         for done, (variant, figures) in enumerate(_compile(missing, jobs), start=1):
             cache.put(variant, figures)
@@ -94,8 +128,26 @@ def measure_all(
     finally:
         if missing:
             cache.save()
-    found = ((v, cache.get(v)) for v in variants)
-    return [(variant, figures) for variant, figures in found if figures is not None]
+
+
+def _record_problems(record: Record, measured: Measured) -> list[str]:
+    """Entries that are not what this machine compiled; and what a record of this compiler should have and has not."""
+    if record.compiler != triton.__version__:
+        return []
+    differing = [record.difference(v, figures) for v, figures in measured.figures if v in measured.compiled]
+    problems = [f"{line}; find out why, then run with --verify all --write-record" for line in differing if line]
+    missing = [variant for variant, _ in measured.figures if record.find(variant) is None]
+    if missing:
+        problems.append(f"{len(missing)} kernels are not in it as they are now; run with --write-record")
+    return problems
+
+
+def _record_text(measured: Measured, problems: Sequence[str]) -> str:
+    """What was compiled here, what was taken on trust, and what is wrong with the record."""
+    trusted = len(measured.figures) - len(measured.compiled)
+    text = f"{len(measured.compiled)} were compiled on this machine"
+    text += f"; {trusted} have the committed record's figures, as nothing that decides about them has changed.\n"
+    return (text if trusted else "") + "".join(f"FAILED record: {problem}\n" for problem in problems)
 
 
 def _compile(variants: Sequence[AnyVariant], jobs: int) -> Iterator[tuple[AnyVariant, dict[str, Any]]]:
@@ -242,21 +294,39 @@ def _parse(argv: Sequence[str] | None) -> argparse.Namespace:
         "--cache", type=Path, default=DEFAULT_CACHE, metavar="DIR", help="where figures are kept (%(default)s)"
     )
     parser.add_argument(
+        "--record", type=Path, default=RECORD, metavar="FILE", help="the record of figures (the committed one)"
+    )
+    parser.add_argument(
+        "--verify", type=_count, default=_VERIFIED, metavar="N",
+        help="of the record's entries that this machine never compiled, compile N (default: %(default)s) or all",
+    )  # fmt: skip
+    parser.add_argument("--write-record", action="store_true", help="write the record from what was measured")
+    parser.add_argument(
         "--budgets", type=Path, default=BUDGETS, metavar="FILE", help="the table of budgets (the committed one)"
     )
     parser.add_argument("--lower-budgets", action="store_true", help="lower the committed budgets to what was measured")
     parser.add_argument("--new-budgets", action="store_true", help="the same, and give new configurations a budget")
     options = parser.parse_args(argv)
     options.arch = options.arch or ARCHS
-    if (options.lower_budgets or options.new_budgets) and (options.only or options.arch != ARCHS):
-        parser.error("budgets are written for all configurations at once; leave --only and --arch out")
+    written = options.lower_budgets or options.new_budgets or options.write_record
+    if written and (options.only or options.arch != ARCHS):
+        parser.error("budgets and the record are written for all configurations at once; leave --only and --arch out")
     if options.json is not None and (options.json.is_dir() or not options.json.absolute().parent.is_dir()):
         parser.error(f"--json: '{options.json}' cannot be written; give a file in a folder that exists")
     if options.jobs < 1:
         parser.error(f"--jobs is {options.jobs}, expected 1 or more")
-    if options.budgets != BUDGETS and not options.budgets.is_file():
-        parser.error(f"--budgets: no file '{options.budgets}'")
+    for name, path, known in (("budgets", options.budgets, BUDGETS), ("record", options.record, RECORD)):
+        if path != known and not path.is_file() and not (name == "record" and options.write_record):
+            parser.error(f"--{name}: no file '{path}'")
     return options
+
+
+def _count(text: str) -> int:
+    if text == "all":
+        return sys.maxsize
+    if not text.isdecimal():
+        raise argparse.ArgumentTypeError(f"'{text}' is neither a number nor 'all'")
+    return int(text)
 
 
 if __name__ == "__main__":

@@ -8,8 +8,8 @@ from __future__ import annotations
 
 from dataclasses import replace
 
-from quant_kernels.compiled.report import budget_key, read_budgets, share_of_slots
-from quant_kernels.compiled.variants import Variant
+from quant_kernels.compiled.report import read_budgets, share_of_slots
+from quant_kernels.compiled.variants import Variant, row_name
 from quant_kernels.scheme import Scheme
 from quant_kernels.tuning.card import Card
 from quant_kernels.tuning.select import EXPAND, Choice
@@ -26,7 +26,7 @@ def predicted_issue_share(choice: Choice, scheme: Scheme, card: Card, bytes_per_
     # Scales of another 16-bit type cost the same; only the commonest tiles are in the table with them.
     for known in (scheme, replace(scheme, scale_dtype=scheme.dtype)):
         variant = Variant(choice.kernel, known, choice.tile, card.arch, scheme.dtype)
-        instr_per_weight = budgets.get(budget_key(variant), {}).get(str(card.arch))
+        instr_per_weight = budgets.get(row_name(variant), {}).get(str(card.arch))
         if instr_per_weight is not None:
             return share_of_slots(card, instr_per_weight, bytes_per_weight)
     return None

@@ -15,7 +15,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from quant_kernels.compiled.variants import AnyVariant
+from quant_kernels.compiled.variants import AnyVariant, row_name
 from quant_kernels.scheme import ZeroKind
 from quant_kernels.tuning.card import SHARED_PER_BLOCK, Card
 
@@ -37,7 +37,7 @@ class Budgets:
 
     def find(self, variant: AnyVariant, compiler: str) -> float | None:
         """The budget of a variant for a compiler."""
-        budget = self.rows.get(budget_key(variant), {}).get(str(variant.arch))
+        budget = self.rows.get(row_name(variant), {}).get(str(variant.arch))
         if budget is None or compiler == self.compiler:
             return budget
         return round(budget * OTHER_COMPILER, 2)
@@ -114,11 +114,6 @@ def _loop_problems(variant: AnyVariant, figures: Mapping[str, Any], budget: floa
     return problems
 
 
-def budget_key(variant: AnyVariant) -> str:
-    """The row of a variant in the table of budgets."""
-    return f"{variant.kernel} {variant.config}"
-
-
 def read_budgets(path: Path = BUDGETS) -> Budgets:
     """The table of budgets; empty where there is none yet.
 
@@ -147,7 +142,7 @@ def lowered_budgets(
     for variant, figures in measured:
         if "instr_per_weight" not in figures:
             continue
-        key, arch = budget_key(variant), str(variant.arch)
+        key, arch = row_name(variant), str(variant.arch)
         old = budgets.rows.get(key, {}).get(arch)
         new = math.ceil(figures["instr_per_weight"] * 100) / 100
         if old is not None or add_new:

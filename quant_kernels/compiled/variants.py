@@ -112,6 +112,11 @@ class Variant:
 AnyVariant = Variant | AttentionVariant | StoreVariant
 
 
+def row_name(variant: AnyVariant) -> str:
+    """The row of a variant in the tables of budgets and figures; their columns are architectures."""
+    return f"{variant.kernel} {variant.config}"
+
+
 def all_variants(tables: Path = FOLDER) -> list[AnyVariant]:
     """Everything that can be launched on any architecture, each once."""
     found: dict[AnyVariant, None] = {}

@@ -18,20 +18,21 @@ import pytest
 import torch
 import triton
 
+from quant_kernels import resources
 from quant_kernels.compiled import sass
 from quant_kernels.compiled.cache import FigureCache
+from quant_kernels.compiled.record import COLUMNS, RECORD, make_record, read_record, record_text
 from quant_kernels.compiled.report import (
     MAX_LOP3,
     Budgets,
     Resources,
-    budget_key,
     budgets_text,
     issue_share,
     lowered_budgets,
     read_budgets,
 )
 from quant_kernels.compiled.report import judge as judge_with
-from quant_kernels.compiled.variants import ARCHS, Variant, all_variants, make_scheme
+from quant_kernels.compiled.variants import ARCHS, Variant, all_variants, make_scheme, row_name
 from quant_kernels.scheme import ZeroKind
 from quant_kernels.tuning.card import KNOWN_CARDS
 from quant_kernels.tuning.tile import Tile
@@ -42,7 +43,7 @@ GOOD = {
     "shared_bytes": 37376, "registers": 120, "spill_bytes": 0, "instr_per_weight": 2.16, "lop3_per_weight": 0.5,
     "prmt_per_weight": 0.02, "i2f_per_weight": 0.0,
 }  # fmt: skip
-BUDGET = Budgets("3.9.0", {budget_key(VARIANT): {"86": 2.2}})
+BUDGET = Budgets("3.9.0", {row_name(VARIANT): {"86": 2.2}})
 
 #: A loop of five instructions on the tensor cores, one without them, and padding.
 LISTING = """
@@ -64,7 +65,7 @@ def judge(variant: Variant, figures: Mapping[str, Any], budgets: Budgets, compil
 
 
 def one_budget(variant: Variant, budget: float) -> Budgets:
-    return Budgets("3.9.0", {budget_key(variant): {str(variant.arch): budget}})
+    return Budgets("3.9.0", {row_name(variant): {str(variant.arch): budget}})
 
 
 def test_loops_are_read() -> None:
@@ -162,7 +163,7 @@ def test_another_compiler_has_some_air() -> None:
 def test_everything_that_can_be_selected_has_a_budget() -> None:
     budgets = read_budgets()
     missing = [
-        f"{budget_key(v)} sm_{v.arch}"
+        f"{row_name(v)} sm_{v.arch}"
         for v in all_variants()
         if v.scheme is not None and budgets.find(v, budgets.compiler) is None
     ]
@@ -191,7 +192,7 @@ def test_budgets_of_decode_are_as_low_as_was_asked() -> None:
         and v.tile.block_m == 16 and v.scheme.zero in (ZeroKind.CONST, ZeroKind.INTEGER)
     ]  # fmt: skip
     assert len(rows) > 100
-    high = [(budget_key(v), v.arch) for v in rows if budgets.rows[budget_key(v)][str(v.arch)] > allowed_at_start(v)]
+    high = [(row_name(v), v.arch) for v in rows if budgets.rows[row_name(v)][str(v.arch)] > allowed_at_start(v)]
     assert not high
 
 
@@ -211,10 +212,50 @@ def test_figures_are_remembered_and_damage_is_survived(tmp_path: Path) -> None:
     blocked.save()
 
 
-def run(*arguments: str, interpret: bool = False) -> subprocess.CompletedProcess[str]:
+def test_the_record_answers_for_what_it_was_made_from_alone(tmp_path: Path) -> None:
+    file = tmp_path / "record.json"
+    sizes = dict(list(GOOD.items())[:3])
+    norm = next(v for v in all_variants() if v.kernel == "add_rms_norm")
+    file.write_text(record_text(make_record([(VARIANT, GOOD), (norm, sizes)], "3.9.0")))
+    record = read_record("3.9.0", file)
+    assert record.find(VARIANT) == GOOD
+    assert record.find(norm) == sizes
+    assert record.find(replace(VARIANT, arch=90)) is None
+    assert record.difference(VARIANT, GOOD) == ""
+    assert record.difference(VARIANT, {**GOOD, "registers": 9}).endswith("has registers 120, compiled 9")
+    key = record.rows[row_name(VARIANT)]["86"][0]
+    file.write_text(file.read_text().replace(key, key[::-1]))
+    assert read_record("3.9.0", file).find(VARIANT) is None
+    assert read_record("3.10.0", file).find(norm) is None
+    assert read_record("3.9.0", tmp_path / "none").rows == {}
+
+
+def test_a_damaged_record_is_refused(tmp_path: Path) -> None:
+    file = tmp_path / "record.json"
+    for damage in (
+        "{",
+        "[]",
+        "{}",
+        '{"compiler": "3.9.0", "counting": "", "figures": {"a": {"86": ["key", 1, "2", 3]}}}',
+    ):
+        file.write_text(damage)
+        with pytest.raises(ValueError, match="take the committed one"):
+            read_record("3.9.0", file)
+
+
+def test_the_committed_record_has_every_configuration() -> None:
+    # Keys cannot be compared here, where kernels are interpreted: the command does it, and `make test` runs it.
+    record = json.loads(RECORD.read_text())
+    assert record["compiler"] == read_budgets().compiler
+    assert record["columns"] == ["key", *COLUMNS]
+    wanted: dict[str, set[str]] = {}
+    for variant in all_variants():
+        wanted.setdefault(row_name(variant), set()).add(str(variant.arch))
+    assert {name: set(row) for name, row in record["figures"].items()} == wanted
+
+
+def run(*arguments: str) -> subprocess.CompletedProcess[str]:
     environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
-    if interpret:
-        environment["TRITON_INTERPRET"] = "1"
     command = [sys.executable, "-m", "quant_kernels.resources", "--jobs", "1", *arguments]
     return subprocess.run(command, capture_output=True, text=True, timeout=300, env=environment)
 
@@ -226,7 +267,8 @@ def cache_folder(tmp_path_factory: pytest.TempPathFactory) -> str:
 
 def test_the_command_compiles_and_judges(tmp_path: Path, cache_folder: str) -> None:
     file = tmp_path / "rows.json"
-    only = ("--only", "matmul w4 float16 g128 const 16x64", "--arch", "86", "--arch", "90", "--cache", cache_folder)
+    name = "matmul w4 float16 g128 const 16x64"
+    only = ("--only", name, "--arch", "86", "--arch", "90", "--cache", cache_folder, "--verify", "all")
     done = run(*only, "--json", str(file))
     assert done.returncode == 0, done.stdout + done.stderr
     assert "All fit their cards" in done.stdout
@@ -240,17 +282,55 @@ def test_the_command_compiles_and_judges(tmp_path: Path, cache_folder: str) -> N
     assert again.returncode == 1
     assert "the budget is 1.00" in again.stdout
     assert "compiled" not in again.stderr  # The figures were remembered.
+    # A record that says otherwise is found out, and so is one that lacks a kernel.
+    for registers, word in ((7, "has registers 7, compiled"), (None, "1 kernels are not in it")):
+        wrong = json.loads(RECORD.read_text())
+        row = next(row for key, row in wrong["figures"].items() if key.startswith(name))
+        row["90"][2] = registers or 120
+        row["90"][0] = row["90"][0] if registers else "of another kernel"
+        (tmp_path / "record.json").write_text(json.dumps(wrong))
+        found = run(*only, "--record", str(tmp_path / "record.json"))
+        assert found.returncode == 1
+        assert f"FAILED record: {'sm_90' if registers else ''}" in found.stdout
+        assert word in found.stdout
 
 
-def test_wrong_calls_of_the_command() -> None:
-    interpreted = run(interpret=True)
-    assert interpreted.returncode == 2
-    assert "TRITON_INTERPRET" in interpreted.stderr
+def test_the_record_spares_compiling(tmp_path: Path) -> None:
+    done = run("--only", "silu_mul float16", "--cache", str(tmp_path), "--verify", "1")
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert "compiled 1 of 1 kernels" in done.stderr
+    assert "1 were compiled on this machine; " in done.stdout
+
+
+@pytest.mark.parametrize(
+    ("arguments", "word"),
+    [
+        (("--arch", "75"), "75"),
+        (("--json", "/no/such/folder/rows.json"), "folder that exists"),
+        (("--jobs", "0"), "--jobs is 0"),
+        (("--budgets", "/no/such/file"), "no file"),
+        (("--record", "/no/such/file"), "no file"),
+        (("--verify", "some"), "'some' is neither a number nor 'all'"),
+        (("--new-budgets", "--only", "x"), "all configurations at once"),
+        (("--write-record", "--arch", "86"), "all configurations at once"),
+    ],
+)
+def test_wrong_calls_of_the_command(arguments: tuple[str, ...], word: str, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as stopped:
+        resources.main(arguments)
+    assert stopped.value.code == 2
+    assert word in capsys.readouterr().err
+
+
+def test_interpreted_kernels_are_not_compiled(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setenv("TRITON_INTERPRET", "1")
+    assert resources.main([]) == 2
+    assert "TRITON_INTERPRET" in capsys.readouterr().err
+
+
+def test_a_name_that_no_configuration_has() -> None:
     nothing = run("--only", "no such kernel")
     assert nothing.returncode == 2
     assert "no configuration" in nothing.stderr
-    assert run("--arch", "75").returncode == 2
-    assert "folder that exists" in run("--json", "/no/such/folder/rows.json").stderr
-    assert "--jobs is 0" in run("--jobs", "0").stderr
-    assert "no file" in run("--budgets", "/no/such/file").stderr
-    assert "all configurations at once" in run("--new-budgets", "--only", "x").stderr
