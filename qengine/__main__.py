@@ -4,15 +4,18 @@ from __future__ import annotations
 
 import sys
 
-from qengine.imports import import_late
+from qengine.imports import end_without_collecting, import_late
 from qengine.interrupts import leave_at_once
 
 
 def main() -> int:
-    """Run the command line and return the exit code."""
+    """Run the command line and return the exit code, which ends the process."""
     leave_at_once()
-    code: int = import_late("qengine.cli").main()
-    return code
+    try:
+        code: int = import_late("qengine.cli").main()
+        return code
+    finally:
+        end_without_collecting()
 
 
 if __name__ == "__main__":

@@ -9,14 +9,17 @@ from __future__ import annotations
 import signal
 import sys
 
-from qengine.imports import import_late
+from qengine.imports import end_without_collecting, import_late
 
 
 def main() -> int:
-    """Serve the engine that the command line names and return the exit code."""
+    """Serve the engine that the command line names and return the exit code, which ends the process."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
-    code: int = import_late("qengine.runtime.rank_service").main(sys.argv[1:])
-    return code
+    try:
+        code: int = import_late("qengine.runtime.rank_service").main(sys.argv[1:])
+        return code
+    finally:
+        end_without_collecting()
 
 
 if __name__ == "__main__":
