@@ -8,6 +8,7 @@ from __future__ import annotations
 import os
 import signal
 import sys
+from collections.abc import Iterator
 
 import pytest
 import torch
@@ -29,9 +30,15 @@ if not torch.cuda.is_available():
     os.environ["TRITON_INTERPRET"] = "1"
 signal.signal(signal.SIGINT, signal.default_int_handler)
 
-from tests import interpreter  # noqa: E402 - it imports triton, which reads the environment
+from tests import forking, interpreter  # noqa: E402 - it imports triton, which reads the environment
 
 interpreter.quicken()
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _quick_start() -> Iterator[None]:
+    with forking.quick_start():
+        yield
 
 
 def pytest_runtest_setup(item: pytest.Item) -> None:

@@ -1,0 +1,38 @@
+"""`python -m tests.self_portrait CODE`: what a process sees of how it was started, as JSON; it ends with CODE."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import stat
+import sys
+from pathlib import Path
+
+
+def main() -> None:
+    told = {
+        "argv": sys.argv[1:],
+        "name": Path(sys.argv[0]).name,
+        "path": sys.path,
+        "folder": os.getcwd(),
+        "command line": Path("/proc/self/cmdline").read_bytes().rstrip(b"\0").decode(),
+        "parent": os.getppid(),
+        "is leader": os.getsid(0) == os.getpid(),
+        "environment": dict(os.environ),
+        "descriptors": {name: stat.S_IFMT(os.stat(int(name)).st_mode) for name in _descriptors()},
+        "signals": [signal.getsignal(number) is signal.SIG_DFL for number in (signal.SIGTERM, signal.SIGINT)],
+        "has torch": "torch" in sys.modules,
+        "heard": sys.stdin.read(),
+    }
+    print(json.dumps(told))
+    sys.exit(int(sys.argv[1]))
+
+
+def _descriptors() -> list[str]:
+    """The numbers of open descriptors, but for the folder's own."""
+    return [name for name in os.listdir("/proc/self/fd") if os.path.exists(f"/proc/self/fd/{name}")]
+
+
+if __name__ == "__main__":
+    main()
