@@ -5,13 +5,17 @@ must be asked for before any kernel is imported; and the longest files first, so
 
 from __future__ import annotations
 
+import gc
 import os
 import signal
 import sys
 from collections.abc import Iterator
 
 import pytest
-import torch
+
+gc.disable()  # Until everything is imported: none of it is garbage.
+
+import torch  # noqa: E402
 
 #: Files that take the longest, the longest first.
 LONGEST = (
@@ -48,3 +52,8 @@ def pytest_runtest_setup(item: pytest.Item) -> None:
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     places = {name: place for place, name in enumerate(LONGEST)}
     items.sort(key=lambda item: places.get(item.nodeid.partition("::")[0], len(places)))
+
+
+def pytest_collection_finish() -> None:
+    gc.freeze()
+    gc.enable()
