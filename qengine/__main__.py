@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import sys
 
-from qengine.imports import end_without_collecting, import_late
+from qengine.imports import import_late
 from qengine.interrupts import leave_at_once
+from qengine.process_end import skip_last_walk
 
 
 def main() -> int:
@@ -15,7 +16,7 @@ def main() -> int:
         code: int = import_late("qengine.cli").main()
         return code
     finally:
-        end_without_collecting()
+        skip_last_walk()
 
 
 if __name__ == "__main__":

@@ -39,12 +39,6 @@ def freeze_live_objects() -> None:
     gc.freeze()
 
 
-def end_without_collecting() -> None:
-    """For a process that ends: Python would walk through all of torch twice, in search of garbage, for 0.3 s."""
-    gc.disable()
-    gc.freeze()
-
-
 def thaw_objects() -> None:
     """Have the collector look at everything again: what a start made is no longer needed."""
     gc.unfreeze()

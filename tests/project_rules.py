@@ -19,7 +19,7 @@ PACKAGES = ("qengine", "converters", "quant_kernels")
 
 #: Where each part of qengine lives; a later entry of the same floor may import an earlier one, never the reverse.
 FLOORS: tuple[tuple[str, ...], ...] = (
-    ("errors", "environment", "imports", "interrupts", "config", "logs", "request"),
+    ("errors", "environment", "imports", "process_end", "interrupts", "config", "logs", "request"),
     ("scheduling",),
     ("parallel",),
     ("layers",),

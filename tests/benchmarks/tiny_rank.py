@@ -9,6 +9,7 @@ import torch
 
 from benchmarks.common import answer, take_stdout
 from benchmarks.gpu import fit_rank
+from qengine.process_end import exit_now
 from tests.benchmarks.tiny import machine
 
 
@@ -22,4 +23,4 @@ def main() -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    exit_now(main())

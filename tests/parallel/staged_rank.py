@@ -15,6 +15,7 @@ import torch
 from qengine.errors import TransportError
 from qengine.parallel.host_staged import HostStagedTransport
 from qengine.parallel.seats import Seat
+from qengine.process_end import exit_now
 from tests.parallel.exchanges import DTYPES, inputs_of
 
 #: Calls that are made before a rank says that it is under way.
@@ -60,3 +61,4 @@ def main() -> None:
 
 if __name__ == "__main__":
     main()
+    exit_now(0)

@@ -19,6 +19,7 @@ from typing import Any
 
 import torch
 
+from qengine.process_end import exit_now
 from qengine.runtime import rank_service as rank
 from qengine.runtime.channel import Channel
 from qengine.runtime.messages import Start
@@ -112,4 +113,4 @@ def main(bad_rank: int, how: str, rest: list[str]) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main(int(sys.argv[1]), sys.argv[2], sys.argv[3:]))
+    exit_now(main(int(sys.argv[1]), sys.argv[2], sys.argv[3:]))

@@ -6,6 +6,7 @@ import sys
 import time
 from typing import Any
 
+from qengine.process_end import exit_now
 from qengine.runtime import rank_service as rank
 from qengine.runtime.messages import Start
 
@@ -26,4 +27,4 @@ def main(bad_rank: int, rest: list[str]) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main(int(sys.argv[1]), sys.argv[2:]))
+    exit_now(main(int(sys.argv[1]), sys.argv[2:]))
