@@ -39,13 +39,13 @@ help:  ## this list
 demo: $(VENV)/stamp-install  ## serve the bundled model at http://127.0.0.1:8000 (MODEL=..., PORT=..., ARGS=...)
 	@$(PY) -m qengine serve $(if $(MODEL),"$(MODEL)") --port "$(PORT)" $(ARGS)
 
-test: lint resources  ## lint, compile the GPU kernels, then the whole test suite, on all cores (JOBS=1, ARGS=... goes to pytest)
+test: lint resources  ## lint, what the GPU kernels cost, then the whole test suite, on all cores (JOBS=1, ARGS=... goes to pytest)
 	@$(PY) -m pytest --numprocesses $(JOBS) --dist loadfile --no-loadscope-reorder $(ARGS)
 
 test-long: $(VENV)/stamp-test  ## overload, soak and many more requests; half an hour (SOAK_MINUTES=..., ARGS=... goes to pytest)
 	@SOAK_MINUTES="$(SOAK_MINUTES)" $(PY) -m pytest -m long -v -s $(ARGS)
 
-resources: $(VENV)/stamp-test  ## compile every GPU kernel, with no GPU, and check what it costs (docs/kernels.md)
+resources: $(VENV)/stamp-test  ## check what every GPU kernel costs, with no GPU; compiles what has changed (docs/kernels.md)
 	@if $(PY) -c 'import triton' 2>/dev/null; then $(PY) -m quant_kernels.resources; \
 	  else echo "triton is not installed on this system: the GPU kernels are not checked"; fi
 

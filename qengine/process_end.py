@@ -1,14 +1,16 @@
 """How a process ends: without Python's search for garbage in all of torch, which takes longer than many a command.
 
-Invariant: what was written is flushed. Neither is for a process that goes on, such as one that only calls `main`.
+Invariant: what was written is flushed. Neither function is for a process that goes on.
 """
 
 from __future__ import annotations
 
+import ctypes
 import gc
 import logging
 import os
 import sys
+from contextlib import suppress
 from typing import NoReturn
 
 from qengine.imports import thaw_objects
@@ -30,8 +32,9 @@ def exit_now(code: int) -> NoReturn:
     """End at once: nothing is taken apart, and no library can hang while it is."""
     logging.shutdown()
     for stream in (sys.stdout, sys.stderr):
-        try:
-            stream.flush()
-        except OSError:
-            continue  # Nobody reads it any more.
+        if stream is not None:
+            # A stream that is closed, or that nobody reads any more.
+            with suppress(OSError, ValueError):
+                stream.flush()
+    ctypes.CDLL(None).fflush(None)  # What libraries have printed.
     os._exit(code)

@@ -1,11 +1,11 @@
 """What every kernel costs on every card, with no card there: `python -m quant_kernels.resources`.
 
-Compiles each configuration that `tuning` can select for every architecture, reads shared memory, registers, spills and
-the main loop's instructions from the machine code, and prints a table. Exit code 1 if one does not fit its card,
-spills, or takes more instructions per weight than its budget: so a change that would make a kernel slow fails where
-nobody has a GPU. What has not changed is taken from this machine's cache or the committed record; some of the record's
-entries are compiled again each time, and one that differs is a failure too. docs/kernels.md explains the columns. It
-runs no kernel.
+Knows each configuration that `tuning` can select for every architecture by its machine code: shared memory, registers,
+spills and the main loop's instructions. Prints a table; exit code 1 if one does not fit its card, spills, or takes more
+instructions per weight than its budget: so a change that would make a kernel slow fails where nobody has a GPU. What
+has changed is compiled; the rest is known from this machine's cache or the committed record. Of the record's entries
+that this machine never compiled, each run compiles some, and one that differs is a failure too. docs/kernels.md
+explains the columns. It runs no kernel.
 """
 
 from __future__ import annotations
@@ -46,7 +46,7 @@ from quant_kernels.tuning.tile import Tile
 DEFAULT_CACHE = Path.home() / ".cache" / "qengine" / "resources"
 _INTERRUPTED = 130
 _DECODE_TILE = Tile(16, 128).name
-#: Entries of the record that are compiled again in a run: some twenty seconds on two cores.
+#: Entries of the record that are compiled in a run: some twenty seconds on two cores.
 _VERIFIED = 32
 
 
@@ -62,7 +62,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Run the command.
 
     Returns:
-        0; 1 if a configuration exceeds its card or its budget; 2 for wrong input; 130 after Ctrl-C.
+        0; 1 if a configuration exceeds its card or its budget, or the record has it otherwise or not; 2 for wrong
+        input; 130 after Ctrl-C.
     """
     options = _parse(argv)
     if triton.knobs.runtime.interpret:
@@ -89,34 +90,43 @@ def _run(options: argparse.Namespace) -> int:
     if options.lower_budgets or options.new_budgets:
         budgets = lowered_budgets(budgets, measured.figures, triton.__version__, add_new=options.new_budgets)
         options.budgets.write_text(budgets_text(budgets), encoding="utf-8")
-    if options.write_record:
-        record = make_record(measured.figures, triton.__version__)
-        options.record.write_text(record_text(record), encoding="utf-8")
     rows = [judge(variant, figures, budgets, triton.__version__) for variant, figures in measured.figures]
     problems = _record_problems(record, measured)
-    sys.stdout.write(table_text(rows, everything=options.all) + _record_text(measured, problems))
+    if options.write_record:
+        text = record_text(make_record(measured.figures, triton.__version__))
+        options.record.write_text(text, encoding="utf-8")
+    sys.stdout.write(table_text(rows, everything=options.all))
+    sys.stdout.write(_record_summary(record, measured, problems, is_written=options.write_record))
     if budgets.compiler != triton.__version__:
         sys.stdout.write(f"Budgets are for triton {budgets.compiler}; {triton.__version__} may take 15 % more.\n")
     if options.json is not None:
         text = json.dumps([row.to_json() for row in rows], indent=1)
         options.json.write_text(text + "\n", encoding="utf-8")
-    return 0 if all(row.ok for row in rows) and not problems else 1
+    return 0 if all(row.ok for row in rows) and (options.write_record or not problems) else 1
 
 
 def measure_all(
-    variants: Sequence[AnyVariant], cache: FigureCache, record: Record, *, verify: int, jobs: int
+    variants: Sequence[AnyVariant], cache: FigureCache, record: Record, *, verify: int | None, jobs: int
 ) -> Measured:
-    """The figures of every variant; compiles what neither cache nor record knows, and `verify` of the record's."""
-    unknown = [v for v in variants if cache.get(v) is None]
-    recorded = [v for v in unknown if record.find(v) is not None]
-    # Another choice every time: what one run leaves out, the next ones find.
-    verified = set(random.sample(recorded, min(verify, len(recorded))))
-    _fill(cache, [v for v in unknown if v in verified or record.find(v) is None], jobs)
+    """The figures of every variant; compiles what neither cache nor record knows.
+
+    Args:
+        verify: how many that only the record knows are compiled all the same; None compiles every variant anew.
+    """
+    _fill(cache, variants if verify is None else _to_compile(variants, cache, record, verify), jobs)
     known = [(v, cache.get(v) or record.find(v)) for v in variants]
     return Measured(
         [(v, figures) for v, figures in known if figures is not None],
         frozenset(v for v in variants if cache.get(v) is not None),
     )
+
+
+def _to_compile(variants: Sequence[AnyVariant], cache: FigureCache, record: Record, verify: int) -> list[AnyVariant]:
+    unknown = [v for v in variants if cache.get(v) is None]
+    recorded = [v for v in unknown if record.find(v) is not None]
+    # Another choice every time: what one run leaves out, the next ones find.
+    chosen = set(random.sample(recorded, min(verify, len(recorded))))
+    return [v for v in unknown if v in chosen or record.find(v) is None]
 
 
 def _fill(cache: FigureCache, missing: Sequence[AnyVariant], jobs: int) -> None:
@@ -135,19 +145,30 @@ def _record_problems(record: Record, measured: Measured) -> list[str]:
     if record.compiler != triton.__version__:
         return []
     differing = [record.difference(v, figures) for v, figures in measured.figures if v in measured.compiled]
-    problems = [f"{line}; find out why, then run with --verify all --write-record" for line in differing if line]
-    missing = [variant for variant, _ in measured.figures if record.find(variant) is None]
+    problems = [line for line in differing if line]
+    missing = sum(record.find(variant) is None for variant, _ in measured.figures)
     if missing:
-        problems.append(f"{len(missing)} kernels are not in it as they are now; run with --write-record")
+        problems.append(f"kernels that are not in it as they are now: {missing}")
     return problems
 
 
-def _record_text(measured: Measured, problems: Sequence[str]) -> str:
-    """What was compiled here, what was taken on trust, and what is wrong with the record."""
-    trusted = len(measured.figures) - len(measured.compiled)
-    text = f"{len(measured.compiled)} were compiled on this machine"
-    text += f"; {trusted} have the committed record's figures, as nothing that decides about them has changed.\n"
-    return (text if trusted else "") + "".join(f"FAILED record: {problem}\n" for problem in problems)
+def _record_summary(record: Record, measured: Measured, problems: Sequence[str], *, is_written: bool) -> str:
+    """What was compiled here, what was taken on trust, and what is wrong with the record, or was."""
+    text = ""
+    if record.compiler != triton.__version__:
+        made = f"of triton {record.compiler}" if record.compiler else "missing"
+        text += (
+            f"The record of figures is {made}: all kernels were compiled on this machine, with {triton.__version__}.\n"
+        )
+    elif trusted := len(measured.figures) - len(measured.compiled):
+        text += (
+            f"{len(measured.compiled)} were compiled on this machine; {trusted} have the committed record's figures, "
+        )
+        text += "as nothing that decides about them has changed.\n"
+    if is_written:
+        return text + "".join(f"rewritten in the record: {problem}\n" for problem in problems)
+    text += "".join(f"FAILED record: {problem}\n" for problem in problems)
+    return text + ("If that is meant, run with --verify all --write-record.\n" if problems else "")
 
 
 def _compile(variants: Sequence[AnyVariant], jobs: int) -> Iterator[tuple[AnyVariant, dict[str, Any]]]:
@@ -279,7 +300,7 @@ def _progress() -> Callable[[int, int], None]:
 def _parse(argv: Sequence[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         prog="python -m quant_kernels.resources",
-        description="Compile every kernel for every card, with none there, and check what each one costs.",
+        description="Check what every kernel costs on every card, with none there; what has changed is compiled.",
     )
     parser.add_argument("--json", type=Path, metavar="FILE", help="write all rows as JSON")
     parser.add_argument("--all", action="store_true", help="show every configuration, not only the usual ones")
@@ -298,7 +319,8 @@ def _parse(argv: Sequence[str] | None) -> argparse.Namespace:
     )
     parser.add_argument(
         "--verify", type=_count, default=_VERIFIED, metavar="N",
-        help="of the record's entries that this machine never compiled, compile N (default: %(default)s) or all",
+        help="compile N of the record's entries that this machine never compiled (default: %(default)s); "
+        "all: compile everything again",
     )  # fmt: skip
     parser.add_argument("--write-record", action="store_true", help="write the record from what was measured")
     parser.add_argument(
@@ -321,9 +343,10 @@ def _parse(argv: Sequence[str] | None) -> argparse.Namespace:
     return options
 
 
-def _count(text: str) -> int:
+def _count(text: str) -> int | None:
+    """A number; None for "all"."""
     if text == "all":
-        return sys.maxsize
+        return None
     if not text.isdecimal():
         raise argparse.ArgumentTypeError(f"'{text}' is neither a number nor 'all'")
     return int(text)

@@ -1,7 +1,8 @@
 """Settings of the whole suite: one thread, because tiny models lose more to waking threads than they gain; Ctrl-C as in
 a terminal, because a job that runs in the background starts with it ignored; compiled modules are kept even where the
 environment says not to, because hundreds of processes import them; where there is no GPU, Triton's interpreter, which
-must be asked for before any kernel is imported; and the longest files first, so that none is left for the end."""
+must be asked for before any kernel is imported; the longest files first, so that none is left for the end; ranks forked
+instead of started; and Python's collector kept from looking at what is imported, which lives as long as the tests."""
 
 from __future__ import annotations
 
@@ -57,6 +58,10 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 def pytest_collection_finish() -> None:
     gc.freeze()
     gc.enable()
+
+
+def pytest_xdist_setupnodes() -> None:
+    gc.enable()  # This process collects no tests.
 
 
 def pytest_unconfigure() -> None:

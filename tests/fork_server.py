@@ -1,8 +1,9 @@
 """`python -m tests.fork_server SOCKET PADDING`: forks processes that have torch already. `tests.forking` asks for them.
 
-A request is a JSON object and the descriptors 0, 1, 2 and those to pass on; its answer is a process id. Invariant: what
-runs in a forked process sees the command line, environment, descriptors and session that it was asked with, and is no
-child of this process but of the one that asked, which must take in orphans (PR_SET_CHILD_SUBREAPER) while it waits.
+It says "ready" once. A request is a JSON object and the descriptors 0, 1, 2 and those to pass on; its answer is a
+process id. Invariant: when the answer is given, the forked process has the command line, environment, descriptors,
+session and ignored signals that were asked for, and is a child of the process that asked, which must take in orphans
+(PR_SET_CHILD_SUBREAPER) while it waits.
 """
 
 from __future__ import annotations
@@ -13,6 +14,7 @@ import gc
 import json
 import os
 import runpy
+import signal
 import socket
 import sys
 from collections.abc import Sequence
@@ -23,8 +25,9 @@ import torch  # noqa: F401 - what every one of them would import
 
 LARGEST_REQUEST = 1 << 17
 MOST_DESCRIPTORS = 64
+READY = b"ready"
 #: Above all numbers at which descriptors are wanted.
-_OUT_OF_THE_WAY = 512
+_ASIDE = 512
 #: Places in /proc/PID/stat after the name: where the command line begins and ends in memory.
 _ARG_START, _ARG_END = 45, 46
 
@@ -32,57 +35,62 @@ _ARG_START, _ARG_END = 45, 46
 def main() -> None:
     """Answer requests until the other end is closed; in a forked process, do what was asked and return."""
     control = socket.socket(fileno=int(sys.argv[1]))
-    gc.freeze()
+    gc.freeze()  # A walk through all of torch would copy its pages into each process.
+    control.send(READY)
     while True:
         request, descriptors, _, _ = socket.recv_fds(control, LARGEST_REQUEST, MOST_DESCRIPTORS)
         if not request:
             return
-        child = _fork()
-        if child is None:
+        told, tell = os.pipe()
+        if _fork_an_orphan():
             control.detach()
-            _become(json.loads(request), descriptors)
+            _become(json.loads(request), descriptors, tell)
             return
-        for descriptor in descriptors:
+        os.close(tell)
+        control.send(os.read(told, 32))
+        for descriptor in (told, *descriptors):
             os.close(descriptor)
-        control.send(str(child).encode())
 
 
-def _fork() -> int | None:
-    """Fork a process whose parent is gone. Returns its id, or None in it, once it has another parent."""
-    told, tell = os.pipe()
+def _fork_an_orphan() -> bool:
+    """Fork a process whose parent is gone. True in it, once it has its new parent; False here, when it may have."""
     until, hold = os.pipe()
     between = os.fork()
     if between == 0:
-        child = os.fork()
-        if child:
-            os.write(tell, str(child).encode())
+        if os.fork():
             os._exit(0)
         os.close(hold)
         os.read(until, 1)
-        return None
+        return True
     os.waitpid(between, 0)
-    child = int(os.read(told, 32))
-    for descriptor in (told, tell, until, hold):
-        os.close(descriptor)
-    return child
+    os.close(until)
+    os.close(hold)
+    return False
 
 
-def _become(asked: dict[str, Any], descriptors: Sequence[int]) -> None:
-    """Be the process that was asked for, and run its module."""
+def _become(asked: dict[str, Any], descriptors: Sequence[int], tell: int) -> None:
+    """Be the process that was asked for, say so, and run its module."""
+    gc.unfreeze()
     if asked["start_new_session"]:
         os.setsid()
-    _place(descriptors, [0, 1, 2, *asked["pass_fds"]])
+    for name in ("SIGINT", "SIGTERM", "SIGHUP"):
+        usual = signal.default_int_handler if name == "SIGINT" else signal.SIG_DFL
+        signal.signal(signal.Signals[name], signal.SIG_IGN if name in asked["ignored"] else usual)
     os.environ.clear()
     os.environ.update(asked["environment"])
     module, *words = asked["words"]
     _show([sys.executable, "-m", module, *words])
     sys.argv = [module, *words]
+    _place([*descriptors, tell], [0, 1, 2, *asked["pass_fds"], _ASIDE - 1])
+    os.write(_ASIDE - 1, str(os.getpid()).encode())
+    os.close(_ASIDE - 1)
     runpy.run_module(module, run_name="__main__", alter_sys=True)
 
 
 def _place(descriptors: Sequence[int], places: Sequence[int]) -> None:
     """Move each descriptor to its place, and close all others."""
-    aside = [fcntl.fcntl(descriptor, fcntl.F_DUPFD, _OUT_OF_THE_WAY) for descriptor in descriptors]
+    assert max(places) < _ASIDE
+    aside = [fcntl.fcntl(descriptor, fcntl.F_DUPFD, _ASIDE) for descriptor in descriptors]
     for descriptor, place in zip(aside, places, strict=True):
         os.dup2(descriptor, place)
     for name in os.listdir("/proc/self/fd"):

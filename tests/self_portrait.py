@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import json
 import os
 import signal
@@ -21,7 +22,8 @@ def main() -> None:
         "is leader": os.getsid(0) == os.getpid(),
         "environment": dict(os.environ),
         "descriptors": {name: stat.S_IFMT(os.stat(int(name)).st_mode) for name in _descriptors()},
-        "signals": [signal.getsignal(number) is signal.SIG_DFL for number in (signal.SIGTERM, signal.SIGINT)],
+        "signals": [str(signal.getsignal(number)) for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)],
+        "collector": (gc.isenabled(), gc.get_freeze_count() // 1000),
         "has torch": "torch" in sys.modules,
         "heard": sys.stdin.read(),
     }

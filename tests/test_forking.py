@@ -2,17 +2,18 @@
 
 from __future__ import annotations
 
+import importlib.util
 import json
 import os
 import signal
 import subprocess
 import sys
+from pathlib import Path
 from typing import Any
 
 import pytest
 
 from tests import forking
-from tests.runtime import chatty_rank
 
 COMMAND = (sys.executable, "-m", "tests.self_portrait")
 
@@ -21,6 +22,8 @@ pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="processes are f
 
 def portrait(is_forked: bool, monkeypatch: pytest.MonkeyPatch, **options: Any) -> dict[str, Any]:
     monkeypatch.setattr(forking, "MODULES", {COMMAND[2]} if is_forked else ())
+    # Without one, a started process would also have what libraries have set behind Python's back.
+    options.setdefault("env", dict(os.environ))
     done = subprocess.run([*COMMAND, "3", "a word"], input="said", capture_output=True, text=True, **options)
     assert (done.returncode, done.stderr) == (3, "")
     found: dict[str, Any] = json.loads(done.stdout)
@@ -52,6 +55,17 @@ def test_variables_that_python_reads_at_its_start_count(monkeypatch: pytest.Monk
     assert "/somewhere" in forked["path"]
 
 
+def test_signals_that_are_ignored_here_are_ignored_there(monkeypatch: pytest.MonkeyPatch) -> None:
+    handlers = {number: signal.signal(number, signal.SIG_IGN) for number in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        started, forked = (portrait(is_forked, monkeypatch) for is_forked in (False, True))
+    finally:
+        for number, handler in handlers.items():
+            signal.signal(number, handler)
+    assert forked == started
+    assert forked["signals"] != portrait(True, monkeypatch)["signals"]
+
+
 def test_it_can_be_stopped_and_killed_and_is_gone(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(forking, "MODULES", {COMMAND[2]})
     with subprocess.Popen([*COMMAND, "0"], stdin=subprocess.PIPE) as process:
@@ -64,6 +78,42 @@ def test_it_can_be_stopped_and_killed_and_is_gone(monkeypatch: pytest.MonkeyPatc
         os.kill(process.pid, 0)
 
 
-def test_only_what_is_named_is_forked() -> None:
-    assert chatty_rank.__name__ in forking.MODULES
-    assert not any(name in forking.MODULES for name in ("qengine", "converters.quantize", "tests.converters.fuzz"))
+def test_a_server_that_dies_is_an_error_and_another_takes_its_place(monkeypatch: pytest.MonkeyPatch) -> None:
+    servers = forking.ForkServers()
+    request = {
+        "words": [COMMAND[2], "0"],
+        "environment": dict(os.environ),
+        "pass_fds": [],
+        "start_new_session": False,
+        "ignored": [],
+    }
+    with subprocess.Popen(["true"], stdin=subprocess.PIPE, stdout=subprocess.PIPE) as pipes:
+        assert pipes.stdin is not None
+        assert pipes.stdout is not None
+        descriptors = [pipes.stdout.fileno(), pipes.stdin.fileno(), 2]
+        child = servers.fork(request, descriptors)
+        assert child is not None
+        os.waitpid(child, 0)
+        [server] = servers._servers.values()
+        server._process.kill()
+        server._control.settimeout(0.5)
+        with pytest.raises(OSError, match="timed out"):
+            servers.fork(request, descriptors)
+        second = servers.fork(request, descriptors)
+        assert second is not None
+        os.waitpid(second, 0)
+        servers.close()
+
+
+@pytest.mark.parametrize(
+    "command", [COMMAND[0], COMMAND[:2], (*COMMAND[:2], "qengine"), (Path(COMMAND[0]), *COMMAND[1:])]
+)
+def test_nothing_else_is_forked(command: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(forking, "_request", lambda asked: pytest.fail("it was to be forked"))
+    with subprocess.Popen(command, stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL):
+        pass
+
+
+@pytest.mark.parametrize("name", sorted(forking.MODULES))
+def test_every_module_that_is_named_is_there(name: str) -> None:
+    assert importlib.util.find_spec(name) is not None

@@ -2,14 +2,25 @@
 
 from __future__ import annotations
 
+import os
 import subprocess
 import sys
+from contextlib import nullcontext
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
 
+from qengine import __main__
+from qengine.runtime import rank
+
 
 def run(code: str) -> tuple[int, str, str]:
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=120, check=False)
+    """Exit code and output of a program whose streams are buffered."""
+    environment = {name: value for name, value in os.environ.items() if name != "PYTHONUNBUFFERED"}
+    done = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, timeout=120, check=False, env=environment
+    )
     return done.returncode, done.stdout, done.stderr
 
 
@@ -31,23 +42,51 @@ print(gc.get_freeze_count() > 0)
 
 def test_what_was_said_is_heard_before_the_end() -> None:
     code = """
-import atexit, sys, threading
+import atexit, ctypes, sys, threading
 from qengine.process_end import exit_now
 atexit.register(print, "clean-up")
 threading.Thread(target=threading.Event().wait).start()
+ctypes.CDLL(None).printf(b", and a library's")
 sys.stdout.write("to the one")
 sys.stderr.write("and the other")
 exit_now(5)
 """
-    assert run(code) == (5, "to the one", "and the other")
+    assert run(code) == (5, "to the one, and a library's", "and the other")
 
 
-def test_an_end_that_nobody_hears_is_one_all_the_same() -> None:
-    code = """
+@pytest.mark.parametrize("loss", ["os.close(1)", "sys.stdout.close()", "sys.stdout = None"])
+def test_an_end_that_nobody_hears_is_one_all_the_same(loss: str) -> None:
+    code = f"""
 import os, sys
 from qengine.process_end import exit_now
 sys.stdout.write("to nobody")
-os.close(1)
+{loss}
 exit_now(4)
 """
     assert run(code)[0] == 4
+
+
+@pytest.mark.parametrize("ends_with", [0, KeyboardInterrupt])
+def test_the_command_skips_the_last_walk_however_it_ends(ends_with: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    def main() -> int:
+        if ends_with:
+            raise ends_with
+        return 0
+
+    skipped = []
+    monkeypatch.setattr(__main__, "leave_at_once", lambda: None)
+    monkeypatch.setattr(__main__, "import_late", lambda module: SimpleNamespace(main=main))
+    monkeypatch.setattr(__main__, "skip_last_walk", lambda: skipped.append(True))
+    with nullcontext() if ends_with == 0 else pytest.raises(ends_with):
+        assert __main__.main() == 0
+    assert skipped == [True]
+
+
+def test_a_rank_ends_at_once_with_its_code(monkeypatch: pytest.MonkeyPatch) -> None:
+    codes: list[int] = []
+    monkeypatch.setattr(sys, "argv", ["rank", "3", "4"])
+    monkeypatch.setattr(rank.signal, "signal", lambda *_: None)
+    monkeypatch.setattr(rank, "import_late", lambda module: SimpleNamespace(main=lambda words: len(words)))
+    monkeypatch.setattr(rank, "exit_now", codes.append)
+    rank.main()
+    assert codes == [2]

@@ -10,7 +10,7 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
-from quant_kernels.compiled.keys import counting_key, variant_key
+from quant_kernels.compiled.keys import VARIANT_DIGITS, counting_key, variant_key
 from quant_kernels.compiled.variants import AnyVariant
 
 #: Files of other compilers or counters that are kept.
@@ -51,4 +51,6 @@ def _read(path: Path) -> dict[str, dict[str, Any]]:
         record = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError):
         return {}
-    return record if isinstance(record, dict) else {}
+    if not isinstance(record, dict):
+        return {}
+    return {key: figures for key, figures in record.items() if len(key) == VARIANT_DIGITS}

@@ -20,7 +20,7 @@ from triton.runtime.jit import KernelInterface
 from quant_kernels.compiled import cross_compile, figures, sass
 from quant_kernels.compiled.variants import AnyVariant
 
-_VARIANT_DIGITS = 16
+VARIANT_DIGITS = 16
 _COUNTING_DIGITS = 20
 
 
@@ -29,7 +29,7 @@ def variant_key(variant: AnyVariant) -> str:
     """What decides about a variant's machine code, the compiler aside."""
     kernel, types, constants, options = variant.arguments()
     parts = (source_of(kernel), variant.arch, variant.weights_per_thread, types, constants, options)
-    return hashlib.sha256(repr(parts).encode()).hexdigest()[:_VARIANT_DIGITS]
+    return hashlib.sha256(repr(parts).encode()).hexdigest()[:VARIANT_DIGITS]
 
 
 def counting_key(compiler: str) -> str:
@@ -41,14 +41,20 @@ def counting_key(compiler: str) -> str:
     return digest.hexdigest()[:_COUNTING_DIGITS]
 
 
-def source_of(kernel: Any, seen: frozenset[str] = frozenset()) -> str:
-    """The text of a kernel, of those it calls and of the constants they use; Triton's own key has line numbers."""
+def source_of(kernel: Any, seen: frozenset[Any] = frozenset()) -> str:
+    """The text of a kernel, of those it calls and of the constants they use; Triton's own key has line numbers.
+
+    What is said to `triton.jit` counts too, as its text begins after that.
+    """
     function = kernel.fn
-    text = [getattr(kernel, "src", None) or inspect.getsource(function)]
-    for name in sorted(set(function.__code__.co_names) - seen):
+    said = [getattr(kernel, name, None) for name in ("do_not_specialize", "do_not_specialize_on_alignment", "noinline")]
+    text = [repr(said), getattr(kernel, "src", None) or inspect.getsource(function)]
+    seen |= {function}
+    for name in sorted(function.__code__.co_names):
         value = function.__globals__.get(name)
         if isinstance(value, KernelInterface):
-            text.append(source_of(value, seen | {name}))
+            if value.fn not in seen:
+                text.append(source_of(value, seen))
         elif isinstance(value, tl.constexpr):
             text.append(f"{name} = {value.value!r}")
     return "\n".join(text)

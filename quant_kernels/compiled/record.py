@@ -2,8 +2,8 @@
 
 One row per configuration, one entry per architecture: the variant's key, then its figures. So the diff of a change to a
 kernel shows what it did to registers and instructions everywhere. Invariant: an entry answers only for the key it was
-made with (`keys`), so what has changed is never taken from here. Whether entries are true is for `resources` to check,
-which compiles some of them again in every run. Nothing is compiled here.
+made with (`keys`), so what has changed is never taken from here, nor with another compiler. Whether entries are true is
+for `resources` to check, which compiles some that a machine has not compiled yet. Nothing is compiled here.
 """
 
 from __future__ import annotations
@@ -75,6 +75,7 @@ def make_record(measured: Iterable[tuple[AnyVariant, Mapping[str, Any]]], compil
     """The record of what `compiler` made."""
     rows: dict[str, dict[str, list[Any]]] = {}
     for variant, figures in measured:
+        assert set(figures) <= set(COLUMNS), "a figure that has no column would be lost"
         values = [figures[name] for name in COLUMNS if name in figures]
         rows.setdefault(row_name(variant), {})[str(variant.arch)] = [variant_key(variant), *values]
     return Record(compiler, rows)

@@ -21,7 +21,8 @@ import triton
 from quant_kernels import resources
 from quant_kernels.compiled import sass
 from quant_kernels.compiled.cache import FigureCache
-from quant_kernels.compiled.record import COLUMNS, RECORD, make_record, read_record, record_text
+from quant_kernels.compiled.keys import variant_key
+from quant_kernels.compiled.record import COLUMNS, RECORD, Record, make_record, read_record, record_text
 from quant_kernels.compiled.report import (
     MAX_LOP3,
     Budgets,
@@ -260,16 +261,11 @@ def run(*arguments: str) -> subprocess.CompletedProcess[str]:
     return subprocess.run(command, capture_output=True, text=True, timeout=300, env=environment)
 
 
-@pytest.fixture(scope="module")
-def cache_folder(tmp_path_factory: pytest.TempPathFactory) -> str:
-    return str(tmp_path_factory.mktemp("resources"))
-
-
-def test_the_command_compiles_and_judges(tmp_path: Path, cache_folder: str) -> None:
+def test_the_command_compiles_and_judges(tmp_path: Path) -> None:
     file = tmp_path / "rows.json"
-    name = "matmul w4 float16 g128 const 16x64"
-    only = ("--only", name, "--arch", "86", "--arch", "90", "--cache", cache_folder, "--verify", "all")
-    done = run(*only, "--json", str(file))
+    name, cache_folder = "matmul w4 float16 g128 const 16x64", str(tmp_path / "cache")
+    only = ("--only", name, "--arch", "86", "--arch", "90", "--cache", cache_folder)
+    done = run(*only, "--verify", "all", "--json", str(file))
     assert done.returncode == 0, done.stdout + done.stderr
     assert "All fit their cards" in done.stdout
     rows = json.loads(file.read_text())
@@ -282,24 +278,80 @@ def test_the_command_compiles_and_judges(tmp_path: Path, cache_folder: str) -> N
     assert again.returncode == 1
     assert "the budget is 1.00" in again.stdout
     assert "compiled" not in again.stderr  # The figures were remembered.
-    # A record that says otherwise is found out, and so is one that lacks a kernel.
-    for registers, word in ((7, "has registers 7, compiled"), (None, "1 kernels are not in it")):
-        wrong = json.loads(RECORD.read_text())
-        row = next(row for key, row in wrong["figures"].items() if key.startswith(name))
-        row["90"][2] = registers or 120
-        row["90"][0] = row["90"][0] if registers else "of another kernel"
-        (tmp_path / "record.json").write_text(json.dumps(wrong))
-        found = run(*only, "--record", str(tmp_path / "record.json"))
-        assert found.returncode == 1
-        assert f"FAILED record: {'sm_90' if registers else ''}" in found.stdout
-        assert word in found.stdout
 
 
+#: The committed record answers for the compiler that made it alone.
+WITH_RECORD = pytest.mark.skipif(
+    triton.__version__ != json.loads(RECORD.read_text())["compiler"], reason="the record is for another triton"
+)
+SILU = ("--only", "silu_mul float16", "--arch", "86")
+
+
+@WITH_RECORD
 def test_the_record_spares_compiling(tmp_path: Path) -> None:
-    done = run("--only", "silu_mul float16", "--cache", str(tmp_path), "--verify", "1")
+    done = run(*SILU, "--cache", str(tmp_path), "--verify", "1")
     assert done.returncode == 0, done.stdout + done.stderr
     assert "compiled 1 of 1 kernels" in done.stderr
     assert "1 were compiled on this machine; " in done.stdout
+
+
+@WITH_RECORD
+def test_a_record_that_is_wrong_is_found_out_and_rewritten(tmp_path: Path) -> None:
+    wrong, file, cache = json.loads(RECORD.read_text()), tmp_path / "record.json", ("--cache", str(tmp_path / "cache"))
+    names = [name for name in wrong["figures"] if name.startswith("silu_mul float16")]
+    wrong["figures"][names[0]]["86"][2] += 1
+    wrong["figures"][names[1]]["86"][0] = "another kernel's"
+    file.write_text(json.dumps(wrong))
+    found = run(*SILU, *cache, "--record", str(file), "--verify", "all")
+    assert found.returncode == 1
+    assert f"FAILED record: sm_86 {names[0]} has registers" in found.stdout
+    assert "FAILED record: kernels that are not in it as they are now: 1\n" in found.stdout
+    assert "--write-record" in found.stdout
+
+
+def test_writing_the_record_says_what_it_changes(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    before = Record(triton.__version__, {row_name(VARIANT): {"86": [variant_key(VARIANT), *GOOD.values()]}})
+    changed = {**GOOD, "registers": 121}
+    measured = resources.Measured([(VARIANT, changed)], frozenset([VARIANT]))
+    problems = resources._record_problems(before, measured)
+    assert problems == [f"sm_86 {row_name(VARIANT)} has registers 120, compiled 121"]
+    assert "FAILED" in resources._record_summary(before, measured, problems, is_written=False)
+    said = resources._record_summary(before, measured, problems, is_written=True)
+    assert said == f"rewritten in the record: {problems[0]}\n"
+    assert make_record(measured.figures, triton.__version__).find(VARIANT) == changed
+
+
+def test_another_compilers_record_is_not_used_and_that_is_said() -> None:
+    measured = resources.Measured([(VARIANT, GOOD)], frozenset([VARIANT]))
+    for record, word in ((Record("0.1", {}), "of triton 0.1"), (Record("", {}), "missing")):
+        assert resources._record_problems(record, measured) == []
+        assert word in resources._record_summary(record, measured, [], is_written=False)
+
+
+def test_a_sample_of_what_only_the_record_knows_is_compiled(tmp_path: Path) -> None:
+    variants = [replace(VARIANT, arch=arch) for arch in ARCHS]
+    record = make_record([(v, GOOD) for v in variants[:4]], triton.__version__)
+    cache = FigureCache(tmp_path, triton.__version__)
+    cache.put(variants[0], GOOD)
+    assert resources._to_compile(variants, cache, record, 0) == variants[4:]
+    drawn = {tuple(resources._to_compile(variants, cache, record, 1)) for _ in range(100)}
+    assert drawn == {(v, variants[4]) for v in variants[1:4]}
+    assert resources._to_compile(variants, cache, record, 9) == variants[1:]
+
+
+def test_what_is_said_to_the_compiler_beside_the_text_counts() -> None:
+    code = """
+import triton
+import quant_kernels.elementwise.silu_mul as module
+from quant_kernels.compiled.keys import source_of
+function = module.silu_mul_kernel.fn
+kinds = [{}, {"do_not_specialize": ["num_columns"]}, {"noinline": True}, {}]
+texts = [source_of(triton.jit(function, **kind)) for kind in kinds]
+print(len(set(texts)), texts[0] == texts[3])
+"""
+    environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=environment, check=True)
+    assert done.stdout == "3 True\n"
 
 
 @pytest.mark.parametrize(
