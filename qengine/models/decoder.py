@@ -19,6 +19,7 @@ from qengine.layers.linear import Linear
 from qengine.layers.mlp import GatedMLP
 from qengine.layers.norm import RMSNorm
 from qengine.layers.rope import RotaryEmbedding
+from qengine.models.decoder_layer import DecoderLayer
 from qengine.models.fused import try_stack
 from qengine.models.parts import PartReader, ReadLinear
 from qengine.models.shapes import (
@@ -38,32 +39,6 @@ from quant_kernels.ops.base import Heads, StepInputs
 from quant_kernels.packed_weight import DenseWeight
 from quant_kernels.sharding import slice_outputs
 from quant_kernels.stack import LayerStack, NativeInputs
-
-
-class DecoderLayer:
-    """One transformer block; changes the residual stream in place."""
-
-    def __init__(self, input_norm: RMSNorm, attention: Attention, post_norm: RMSNorm, mlp: GatedMLP) -> None:
-        self.input_norm = input_norm
-        self.attention = attention
-        self.post_norm = post_norm
-        self.mlp = mlp
-
-    def __call__(
-        self, sums: torch.Tensor | None, residual: torch.Tensor, cache: LayerCache, inputs: StepInputs
-    ) -> torch.Tensor:
-        """Partial sums [S, rows, hidden] of the previous layer, not yet in the residual, to those of this one."""
-        return self.feed(self.attend(sums, residual, cache, inputs), residual)
-
-    def attend(
-        self, sums: torch.Tensor | None, residual: torch.Tensor, cache: LayerCache, inputs: StepInputs
-    ) -> torch.Tensor:
-        """The first half: partial sums of the previous layer to those of attention."""
-        return self.attention(self.input_norm.add(sums, residual, self.attention.qkv.places), cache, inputs)
-
-    def feed(self, attended: torch.Tensor, residual: torch.Tensor) -> torch.Tensor:
-        """The second half: partial sums of attention to those of the MLP."""
-        return self.mlp(self.post_norm.add(attended, residual, self.mlp.gate_up.places))
 
 
 class Decoder:

@@ -8,18 +8,15 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Sequence
-from typing import TYPE_CHECKING
 
 from qengine.layers.linear import Linear
 from qengine.layers.norm import RMSNorm
 from qengine.layers.rope import RotaryEmbedding
+from qengine.models.decoder_layer import DecoderLayer
 from quant_kernels.linear.cpu_int8 import CpuInt8Linear
 from quant_kernels.linear.dispatch import Target
 from quant_kernels.stack import LayerStack, StackLayer, can_stack
 from quant_kernels.stack_check import is_right
-
-if TYPE_CHECKING:
-    from qengine.models.decoder import DecoderLayer
 
 logger = logging.getLogger(__name__)
 
