@@ -6,7 +6,6 @@ import sys
 
 from qengine.imports import import_late
 from qengine.interrupts import leave_at_once
-from qengine.process_end import skip_last_walk
 
 
 def main() -> int:
@@ -16,7 +15,7 @@ def main() -> int:
         code: int = import_late("qengine.cli").main()
         return code
     finally:
-        skip_last_walk()
+        import_late("qengine.process_end").skip_last_walk()
 
 
 if __name__ == "__main__":

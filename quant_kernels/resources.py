@@ -1,10 +1,10 @@
 """What every kernel costs on every card, with no card there: `python -m quant_kernels.resources`.
 
-Knows each configuration that `tuning` can select for every architecture by its machine code: shared memory, registers,
-spills and the main loop's instructions. Prints a table; exit code 1 if one does not fit its card, spills, or takes more
-instructions per weight than its budget: so a change that would make a kernel slow fails where nobody has a GPU. What
-has changed is compiled; the rest is known from this machine's cache or the committed record. Of the record's entries
-that this machine never compiled, each run compiles some, and one that differs is a failure too. docs/kernels.md
+Shows what each configuration that `tuning` can select takes on every architecture, from its machine code: shared
+memory, registers, spills and the main loop's instructions. Exit code 1 if one does not fit its card, spills, or takes
+more instructions per weight than its budget: so a change that would make a kernel slow fails where nobody has a GPU.
+What has changed is compiled; the rest is known from this machine's cache or the committed record. Of the record's
+entries that this machine never compiled, each run compiles some, and one that differs is a failure too. docs/kernels.md
 explains the columns. It runs no kernel.
 """
 
@@ -62,7 +62,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Run the command.
 
     Returns:
-        0; 1 if a configuration exceeds its card or its budget, or the record has it otherwise or not; 2 for wrong
+        0; 1 if a configuration exceeds its card or its budget, or the record lacks it or says otherwise; 2 for wrong
         input; 130 after Ctrl-C.
     """
     options = _parse(argv)
@@ -145,10 +145,10 @@ def _record_problems(record: Record, measured: Measured) -> list[str]:
     if record.compiler != triton.__version__:
         return []
     differing = [record.difference(v, figures) for v, figures in measured.figures if v in measured.compiled]
-    problems = [line for line in differing if line]
+    problems = [f"{line}; find out why, then --verify all --write-record" for line in differing if line]
     missing = sum(record.find(variant) is None for variant, _ in measured.figures)
     if missing:
-        problems.append(f"kernels that are not in it as they are now: {missing}")
+        problems.append(f"kernels that are not in it as they are now: {missing}; if they are right, --write-record")
     return problems
 
 
@@ -166,9 +166,8 @@ def _record_summary(record: Record, measured: Measured, problems: Sequence[str],
         )
         text += "as nothing that decides about them has changed.\n"
     if is_written:
-        return text + "".join(f"rewritten in the record: {problem}\n" for problem in problems)
-    text += "".join(f"FAILED record: {problem}\n" for problem in problems)
-    return text + ("If that is meant, run with --verify all --write-record.\n" if problems else "")
+        return text + "".join(f"rewritten in the record: {problem.partition(';')[0]}\n" for problem in problems)
+    return text + "".join(f"FAILED record: {problem}\n" for problem in problems)
 
 
 def _compile(variants: Sequence[AnyVariant], jobs: int) -> Iterator[tuple[AnyVariant, dict[str, Any]]]:

@@ -2,7 +2,7 @@
 a terminal, because a job that runs in the background starts with it ignored; compiled modules are kept even where the
 environment says not to, because hundreds of processes import them; where there is no GPU, Triton's interpreter, which
 must be asked for before any kernel is imported; the longest files first, so that none is left for the end; ranks forked
-instead of started; and Python's collector kept from looking at what is imported, which lives as long as the tests."""
+instead of started; and Python's collector kept from looking at what is imported, until a test lets it."""
 
 from __future__ import annotations
 
@@ -60,6 +60,7 @@ def pytest_collection_finish() -> None:
     gc.enable()
 
 
+@pytest.hookimpl(optionalhook=True)
 def pytest_xdist_setupnodes() -> None:
     gc.enable()  # This process collects no tests.
 

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import ctypes
 import fcntl
-import gc
+import importlib
 import json
 import os
 import runpy
@@ -21,21 +21,22 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-import torch  # noqa: F401 - what every one of them would import
-
 LARGEST_REQUEST = 1 << 17
 MOST_DESCRIPTORS = 64
+#: The command line is written over the server's, which PADDING makes long enough.
+LONGEST_COMMAND = 4000
 READY = b"ready"
 #: Above all numbers at which descriptors are wanted.
-_ASIDE = 512
+ASIDE = 512
 #: Places in /proc/PID/stat after the name: where the command line begins and ends in memory.
 _ARG_START, _ARG_END = 45, 46
 
 
 def main() -> None:
     """Answer requests until the other end is closed; in a forked process, do what was asked and return."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # It ends with those who ask, not before.
     control = socket.socket(fileno=int(sys.argv[1]))
-    gc.freeze()  # A walk through all of torch would copy its pages into each process.
+    importlib.import_module("torch")
     control.send(READY)
     while True:
         request, descriptors, _, _ = socket.recv_fds(control, LARGEST_REQUEST, MOST_DESCRIPTORS)
@@ -70,7 +71,6 @@ def _fork_an_orphan() -> bool:
 
 def _become(asked: dict[str, Any], descriptors: Sequence[int], tell: int) -> None:
     """Be the process that was asked for, say so, and run its module."""
-    gc.unfreeze()
     if asked["start_new_session"]:
         os.setsid()
     for name in ("SIGINT", "SIGTERM", "SIGHUP"):
@@ -81,16 +81,16 @@ def _become(asked: dict[str, Any], descriptors: Sequence[int], tell: int) -> Non
     module, *words = asked["words"]
     _show([sys.executable, "-m", module, *words])
     sys.argv = [module, *words]
-    _place([*descriptors, tell], [0, 1, 2, *asked["pass_fds"], _ASIDE - 1])
-    os.write(_ASIDE - 1, str(os.getpid()).encode())
-    os.close(_ASIDE - 1)
+    _place([*descriptors, tell], [0, 1, 2, *asked["pass_fds"], ASIDE - 1])
+    os.write(ASIDE - 1, str(os.getpid()).encode())
+    os.close(ASIDE - 1)
     runpy.run_module(module, run_name="__main__", alter_sys=True)
 
 
 def _place(descriptors: Sequence[int], places: Sequence[int]) -> None:
     """Move each descriptor to its place, and close all others."""
-    assert max(places) < _ASIDE
-    aside = [fcntl.fcntl(descriptor, fcntl.F_DUPFD, _ASIDE) for descriptor in descriptors]
+    assert max(places) < ASIDE
+    aside = [fcntl.fcntl(descriptor, fcntl.F_DUPFD, ASIDE) for descriptor in descriptors]
     for descriptor, place in zip(aside, places, strict=True):
         os.dup2(descriptor, place)
     for name in os.listdir("/proc/self/fd"):

@@ -3,9 +3,9 @@
 Tests start some hundred and fifty of them. While `quick_start` is on, `subprocess.Popen` has the modules below forked
 by `tests.fork_server`. Invariant: such a process is what Popen would have started, a child of this one with its command
 line, descriptors, environment, session and ignored signals. What is not the same: torch is there before its first line;
-strings hash alike in all of them; limits and umask are those of this process's start; and it is told of the end of this
-process, not of the thread that asked. What people start themselves is never forked, so the ranks of a server that a
-test starts are not either; nor is what measures its own memory or time.
+strings hash alike in all of them, and numpy's numbers begin alike; limits and umask are those of this process's start;
+and it is told of the end of this process, not of the thread that asked. What people start themselves is never forked,
+so the ranks of a server that a test starts are not either; nor is what measures its own memory or time.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 from unittest.mock import patch
 
-from tests.fork_server import LARGEST_REQUEST, READY
+from tests.fork_server import ASIDE, LARGEST_REQUEST, LONGEST_COMMAND, MOST_DESCRIPTORS, READY
 
 MODULES = frozenset(
     {
@@ -41,7 +41,7 @@ MODULES = frozenset(
 #: Python and the libraries read these once, when they are loaded: a server answers for one set of them.
 _READ_AT_START = (
     *("PYTHON", "LC_", "LANG", "TZ", "LD_", "GLIBC_", "MALLOC_"),
-    *("OMP_", "GOMP_", "KMP_", "MKL_", "OPENBLAS_", "TORCH", "TRITON", "CUDA"),
+    *("OMP_", "GOMP_", "KMP_", "MKL_", "OPENBLAS_", "PYTORCH_", "TORCH", "TRITON", "CUDA"),
 )
 #: Arguments of `Popen._execute_child` with which a process can be forked as asked.
 _PLAIN = {
@@ -54,7 +54,7 @@ _PLAIN = {
 }
 #: A server imports torch before it answers, on a machine that may be busy.
 _LIMIT_S = 120.0
-_PADDING = " " * 1000
+_PADDING = " " * LONGEST_COMMAND
 _MOST_SERVERS = 4
 _PR_SET_CHILD_SUBREAPER = 36
 
@@ -63,7 +63,7 @@ class ForkServer:
     """A process that forks others, with one set of the variables that are read at its start.
 
     Args:
-        pair: connected sockets. Both stay open: tests count the descriptors of this process.
+        pair: connected sockets. Both descriptors stay open: tests count those of this process.
     """
 
     def __init__(self, environment: Mapping[str, str], pair: tuple[socket.socket, socket.socket]) -> None:
@@ -72,8 +72,11 @@ class ForkServer:
         self._is_ready = False
         self._process = subprocess.Popen(
             [sys.executable, "-m", "tests.fork_server", str(self._theirs.fileno()), _PADDING],
-            stdin=subprocess.DEVNULL, pass_fds=[self._theirs.fileno()], env=environment, start_new_session=True,
+            stdin=subprocess.DEVNULL, pass_fds=[self._theirs.fileno()], env=environment,
         )  # fmt: skip
+        # Only the server has its end now, so that its own end is noticed.
+        with open(os.devnull) as nothing:
+            os.dup2(nothing.fileno(), self._theirs.fileno(), inheritable=False)
 
     def fork(self, request: Mapping[str, Any], descriptors: Sequence[int]) -> int:
         """The id of a new child of this process. One thread at a time.
@@ -83,13 +86,14 @@ class ForkServer:
         """
         text = json.dumps(request).encode()
         assert len(text) <= LARGEST_REQUEST
-        if not self._is_ready:
-            self._is_ready = self._control.recv(32) == READY
+        if not self._is_ready and self._control.recv(32) != READY:
+            raise OSError("the fork server did not start; what it printed says why")
+        self._is_ready = True
         with _orphans_are_ours():
             socket.send_fds(self._control, [text], descriptors)
             child = self._control.recv(32)
         if not child:
-            raise OSError("the process was forked and failed before it was what it should be")
+            raise OSError("the fork server ended, or what it forked did before it was what it should be")
         return int(child)
 
     def close(self) -> None:
@@ -126,7 +130,8 @@ class ForkServers:
                 return None
             try:
                 return self._servers[kind].fork(request, descriptors)
-            except OSError:
+            except BaseException:
+                # An answer that is still to come would be taken for that to the next request.
                 self._servers.pop(kind).close()
                 raise
 
@@ -181,7 +186,11 @@ def _can_be_forked(asked: Mapping[str, Any], folder: str) -> bool:
         return False
     if len(command) < 3 or command[2] not in MODULES or os.getcwd() != folder:
         return False
-    return asked["cwd"] in (None, folder) and all(asked.get(name, value) == value for name, value in _PLAIN.items())
+    if asked["cwd"] not in (None, folder) or any(asked.get(name, value) != value for name, value in _PLAIN.items()):
+        return False
+    passed = asked["pass_fds"]
+    is_small = len(passed) + 3 < MOST_DESCRIPTORS and max(passed, default=0) < ASIDE - 1
+    return is_small and len("".join(command).encode()) + len(command) < LONGEST_COMMAND
 
 
 def _request(asked: Mapping[str, Any]) -> dict[str, Any]:

@@ -19,7 +19,8 @@ def main() -> None:
         "folder": os.getcwd(),
         "command line": Path("/proc/self/cmdline").read_bytes().rstrip(b"\0").decode(),
         "parent": os.getppid(),
-        "is leader": os.getsid(0) == os.getpid(),
+        "session": _own_or(os.getsid(0)),
+        "group": _own_or(os.getpgid(0)),
         "environment": dict(os.environ),
         "descriptors": {name: stat.S_IFMT(os.stat(int(name)).st_mode) for name in _descriptors()},
         "signals": [str(signal.getsignal(number)) for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)],
@@ -29,6 +30,10 @@ def main() -> None:
     }
     print(json.dumps(told))
     sys.exit(int(sys.argv[1]))
+
+
+def _own_or(number: int) -> int | str:
+    return "own" if number == os.getpid() else number
 
 
 def _descriptors() -> list[str]:

@@ -48,6 +48,12 @@ def test_it_sees_what_a_started_process_sees(monkeypatch: pytest.MonkeyPatch) ->
         os.close(descriptor)
 
 
+def test_it_stays_in_the_session_unless_it_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
+    started, forked = (portrait(is_forked, monkeypatch) for is_forked in (False, True))
+    assert forked == started
+    assert (forked["session"], forked["group"]) == (os.getsid(0), os.getpgid(0))
+
+
 def test_variables_that_python_reads_at_its_start_count(monkeypatch: pytest.MonkeyPatch) -> None:
     options = {"env": {**os.environ, "PYTHONPATH": "/somewhere", "PYTHONSAFEPATH": ""}}
     started, forked = (portrait(is_forked, monkeypatch, **options) for is_forked in (False, True))
@@ -78,7 +84,7 @@ def test_it_can_be_stopped_and_killed_and_is_gone(monkeypatch: pytest.MonkeyPatc
         os.kill(process.pid, 0)
 
 
-def test_a_server_that_dies_is_an_error_and_another_takes_its_place(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_server_that_dies_is_an_error_and_another_takes_its_place() -> None:
     servers = forking.ForkServers()
     request = {
         "words": [COMMAND[2], "0"],
@@ -87,30 +93,48 @@ def test_a_server_that_dies_is_an_error_and_another_takes_its_place(monkeypatch:
         "start_new_session": False,
         "ignored": [],
     }
-    with subprocess.Popen(["true"], stdin=subprocess.PIPE, stdout=subprocess.PIPE) as pipes:
-        assert pipes.stdin is not None
-        assert pipes.stdout is not None
-        descriptors = [pipes.stdout.fileno(), pipes.stdin.fileno(), 2]
-        child = servers.fork(request, descriptors)
-        assert child is not None
-        os.waitpid(child, 0)
-        [server] = servers._servers.values()
-        server._process.kill()
-        server._control.settimeout(0.5)
-        with pytest.raises(OSError, match="timed out"):
-            servers.fork(request, descriptors)
-        second = servers.fork(request, descriptors)
-        assert second is not None
-        os.waitpid(second, 0)
-        servers.close()
+    before = len(os.listdir("/proc/self/fd"))
+    with open(os.devnull, "r+b") as nothing:
+        descriptors = [nothing.fileno(), nothing.fileno(), 2]
+        for _ in range(2):
+            child = servers.fork(request, descriptors)
+            assert child is not None
+            assert os.waitpid(child, 0)[1] == 0
+            [server] = servers._servers.values()
+            server._process.kill()
+            with pytest.raises(OSError, match=r"server ended|Broken pipe|reset by peer"):
+                servers.fork(request, descriptors)
+            assert servers._servers == {}
+        wrong = {**request, "environment": {**os.environ, "PYTHONPATH": "/", "PYTHONSAFEPATH": "1"}}
+        with pytest.raises(OSError, match="did not start"):
+            servers.fork(wrong, descriptors)
+    servers.close()
+    assert len(os.listdir("/proc/self/fd")) == before - 2 * forking._MOST_SERVERS
 
 
 @pytest.mark.parametrize(
-    "command", [COMMAND[0], COMMAND[:2], (*COMMAND[:2], "qengine"), (Path(COMMAND[0]), *COMMAND[1:])]
+    ("command", "options"),
+    [
+        (COMMAND[0], {}),
+        (COMMAND[:2], {}),
+        ((*COMMAND[:2], "qengine"), {}),
+        ((Path(COMMAND[0]), *COMMAND[1:], "0"), {}),
+        ((*COMMAND, "0"), {"cwd": "/"}),
+        ((*COMMAND, "0"), {"umask": 0o77}),
+        ((*COMMAND, "0"), {"preexec_fn": os.getpid}),
+        ((*COMMAND, "0"), {"executable": COMMAND[0]}),
+        ((*COMMAND, "0"), {"close_fds": False}),
+        ((*COMMAND, "0"), {"restore_signals": False}),
+        ((*COMMAND, "0", "x" * forking.LONGEST_COMMAND), {}),
+    ],
 )
-def test_nothing_else_is_forked(command: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_nothing_else_is_forked(command: Any, options: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(forking, "MODULES", {COMMAND[2]})
     monkeypatch.setattr(forking, "_request", lambda asked: pytest.fail("it was to be forked"))
-    with subprocess.Popen(command, stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL):
+    nowhere = dict.fromkeys(("stdin", "stdout", "stderr"), subprocess.DEVNULL)
+    with subprocess.Popen(command, **nowhere, **options) as process:
+        process.kill()
+    with pytest.raises(pytest.fail.Exception), subprocess.Popen([*COMMAND, "0"], **nowhere):
         pass
 
 

@@ -74,9 +74,12 @@ def test_the_command_skips_the_last_walk_however_it_ends(ends_with: Any, monkeyp
         return 0
 
     skipped = []
+    modules = {
+        "qengine.cli": SimpleNamespace(main=main),
+        "qengine.process_end": SimpleNamespace(skip_last_walk=lambda: skipped.append(True)),
+    }
     monkeypatch.setattr(__main__, "leave_at_once", lambda: None)
-    monkeypatch.setattr(__main__, "import_late", lambda module: SimpleNamespace(main=main))
-    monkeypatch.setattr(__main__, "skip_last_walk", lambda: skipped.append(True))
+    monkeypatch.setattr(__main__, "import_late", modules.__getitem__)
     with nullcontext() if ends_with == 0 else pytest.raises(ends_with):
         assert __main__.main() == 0
     assert skipped == [True]
@@ -84,9 +87,18 @@ def test_the_command_skips_the_last_walk_however_it_ends(ends_with: Any, monkeyp
 
 def test_a_rank_ends_at_once_with_its_code(monkeypatch: pytest.MonkeyPatch) -> None:
     codes: list[int] = []
+    modules = {
+        "qengine.runtime.rank_service": SimpleNamespace(main=len),
+        "qengine.process_end": SimpleNamespace(exit_now=codes.append),
+    }
     monkeypatch.setattr(sys, "argv", ["rank", "3", "4"])
     monkeypatch.setattr(rank.signal, "signal", lambda *_: None)
-    monkeypatch.setattr(rank, "import_late", lambda module: SimpleNamespace(main=lambda words: len(words)))
-    monkeypatch.setattr(rank, "exit_now", codes.append)
+    monkeypatch.setattr(rank, "import_late", modules.__getitem__)
     rank.main()
     assert codes == [2]
+
+
+def test_what_waits_for_ctrl_c_is_small() -> None:
+    """Until `leave_at_once` has run, Ctrl-C shows a traceback."""
+    code = "import qengine.__main__, sys; print([name for name in ('ctypes', 'logging') if name in sys.modules])"
+    assert run(code) == (0, "[]\n", "")

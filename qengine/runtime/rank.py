@@ -9,16 +9,15 @@ from __future__ import annotations
 
 import signal
 import sys
-from typing import NoReturn
 
 from qengine.imports import import_late
-from qengine.process_end import exit_now
 
 
-def main() -> NoReturn:
+def main() -> None:
     """Serve the engine that the command line names, and end."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
-    exit_now(import_late("qengine.runtime.rank_service").main(sys.argv[1:]))
+    code: int = import_late("qengine.runtime.rank_service").main(sys.argv[1:])
+    import_late("qengine.process_end").exit_now(code)
 
 
 if __name__ == "__main__":

@@ -3,7 +3,8 @@
 A variant's key covers all that decides about its machine code but the compiler: the source of the kernel and of
 everything it calls, types, constants, options and architecture. `counting_key` covers the rest: the compiler's version
 and the code that compiles and counts. Invariant: figures with both keys equal are of the same machine code, so an edit
-elsewhere costs nothing and none is ever used for another kernel.
+elsewhere costs nothing and none is ever used for another kernel. Variables that put another assembler into the compiler
+(TRITON_PTXAS_PATH and the like) are not looked at.
 """
 
 from __future__ import annotations
@@ -21,6 +22,7 @@ from quant_kernels.compiled import cross_compile, figures, sass
 from quant_kernels.compiled.variants import AnyVariant
 
 VARIANT_DIGITS = 16
+_SAID_TO_JIT = ("do_not_specialize", "do_not_specialize_on_alignment", "noinline", "debug")
 _COUNTING_DIGITS = 20
 
 
@@ -47,7 +49,7 @@ def source_of(kernel: Any, seen: frozenset[Any] = frozenset()) -> str:
     What is said to `triton.jit` counts too, as its text begins after that.
     """
     function = kernel.fn
-    said = [getattr(kernel, name, None) for name in ("do_not_specialize", "do_not_specialize_on_alignment", "noinline")]
+    said = [getattr(kernel, name, None) for name in _SAID_TO_JIT]
     text = [repr(said), getattr(kernel, "src", None) or inspect.getsource(function)]
     seen |= {function}
     for name in sorted(function.__code__.co_names):

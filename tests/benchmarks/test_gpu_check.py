@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
 import subprocess
 import sys
 from collections.abc import Mapping, Sequence
@@ -238,11 +239,12 @@ def test_pytest_understands_every_run() -> None:
 
 
 def collected(runs: Sequence[Sequence[str]]) -> list[list[str]]:
-    """The tests that pytest finds for each; all in one process, which imports torch once."""
+    """The tests that pytest finds for each, without plugins, as where a GPU is; one process imports torch for all."""
     script = "import json, pytest, sys\nfor run in json.loads(sys.argv[1]):\n    "
     script += "print('ended', int(pytest.main(['--collect-only', '-p', 'no:cacheprovider', *run])))"
     command = [sys.executable, "-c", script, json.dumps(runs)]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=120, cwd=gpu_check.REPOSITORY)
+    bare = {**os.environ, "PYTEST_DISABLE_PLUGIN_AUTOLOAD": "1"}
+    done = subprocess.run(command, capture_output=True, text=True, timeout=120, cwd=gpu_check.REPOSITORY, env=bare)
     assert done.returncode == 0, done.stdout + done.stderr
     assert done.stdout.count("ended 0") == len(runs), done.stdout[-3000:]
     return [[line for line in out.splitlines() if "::" in line] for out in done.stdout.split("ended 0")[:-1]]
