@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +23,7 @@ from quant_kernels.linear import dispatch
 from quant_kernels.linear.cpu_check import checked_library
 from quant_kernels.tuning.card import KNOWN_CARDS, Card
 from tests.engine.fixtures import path
-from tests.runtime.test_inspection import LLAMA_8B, dummy_folder
+from tests.runtime.test_inspection import dummy_folder
 
 ROOT = Path(__file__).parents[2]
 HAS_GPU = torch.cuda.is_available()
@@ -119,18 +120,22 @@ def test_every_card_in_100_columns(gpu: str, tmp_path: Path, capsys: pytest.Capt
     assert "tok/s at most" in text
 
 
-def test_the_readme_shows_real_output(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
-    """Its command, run on a folder that holds Llama 3 8B's config."""
+def test_the_readme_shows_real_output(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    """Of its command as it stands there, run in a checkout."""
     pytest.importorskip("triton")
     readme = (ROOT / "README.md").read_text(encoding="utf-8")
-    [command] = [line for line in readme.splitlines() if line.startswith("$ qengine inspect Llama-3-8B ")]
-    folder = tmp_path / "Llama-3-8B"
-    folder.mkdir()
-    (folder / "config.json").write_text(json.dumps({**LLAMA_8B, "num_hidden_layers": 32}))
-    monkeypatch.chdir(tmp_path)
+    [command] = [line for line in readme.splitlines() if line.startswith("$ qengine inspect ")]
+    monkeypatch.chdir(ROOT)
     assert output(capsys, *command.split()[3:]) in readme
+
+
+def test_the_readmes_plan_is_real(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    readme = (ROOT / "README.md").read_text(encoding="utf-8")
+    [(words, shown)] = re.findall(r"^\$ qengine plan (.+?) \| jq .*\n(\{[^}]+\})$", readme, re.MULTILINE)
+    monkeypatch.chdir(ROOT)
+    assert cli.main(["plan", *words.split()]) == 0
+    found = json.loads(capsys.readouterr().out)
+    assert {name: found[name] for name in json.loads(shown)} == json.loads(shown)
 
 
 def test_what_is_slow_is_marked_and_comes_first(capsys: pytest.CaptureFixture[str]) -> None:
