@@ -140,19 +140,21 @@ def _fill(cache: FigureCache, missing: Sequence[AnyVariant], jobs: int) -> None:
             cache.save()
 
 
-def _record_problems(record: Record, measured: Measured) -> list[str]:
-    """Entries that are not what this machine compiled; and what a record of this compiler should have and has not."""
+def _record_problems(record: Record, measured: Measured) -> list[tuple[str, str]]:
+    """Entries that are not what this machine compiled, and what is missing; each with what to do."""
     if record.compiler != triton.__version__:
         return []
     differing = [record.difference(v, figures) for v, figures in measured.figures if v in measured.compiled]
-    problems = [f"{line}; find out why, then --verify all --write-record" for line in differing if line]
+    problems = [(line, "find out why, then --verify all --write-record") for line in differing if line]
     missing = sum(record.find(variant) is None for variant, _ in measured.figures)
     if missing:
-        problems.append(f"kernels that are not in it as they are now: {missing}; if they are right, --write-record")
+        problems.append((f"kernels that are not in it as they are now: {missing}", "if they are right, --write-record"))
     return problems
 
 
-def _record_summary(record: Record, measured: Measured, problems: Sequence[str], *, is_written: bool) -> str:
+def _record_summary(
+    record: Record, measured: Measured, problems: Sequence[tuple[str, str]], *, is_written: bool
+) -> str:
     """What was compiled here, what was taken on trust, and what is wrong with the record, or was."""
     text = ""
     if record.compiler != triton.__version__:
@@ -166,8 +168,8 @@ def _record_summary(record: Record, measured: Measured, problems: Sequence[str],
         )
         text += "as nothing that decides about them has changed.\n"
     if is_written:
-        return text + "".join(f"rewritten in the record: {problem.partition(';')[0]}\n" for problem in problems)
-    return text + "".join(f"FAILED record: {problem}\n" for problem in problems)
+        return text + "".join(f"rewritten in the record: {problem}\n" for problem, _ in problems)
+    return text + "".join(f"FAILED record: {problem}; {advice}\n" for problem, advice in problems)
 
 
 def _compile(variants: Sequence[AnyVariant], jobs: int) -> Iterator[tuple[AnyVariant, dict[str, Any]]]:

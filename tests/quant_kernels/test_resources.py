@@ -317,7 +317,7 @@ def test_writing_the_record_says_what_it_changes() -> None:
     measured = resources.Measured([(VARIANT, changed)], frozenset([VARIANT]))
     problems = resources._record_problems(before, measured)
     change = f"sm_86 {row_name(VARIANT)} has registers 120, compiled 121"
-    assert problems == [f"{change}; find out why, then --verify all --write-record"]
+    assert problems == [(change, "find out why, then --verify all --write-record")]
     assert "FAILED" in resources._record_summary(before, measured, problems, is_written=False)
     said = resources._record_summary(before, measured, problems, is_written=True)
     assert said == f"rewritten in the record: {change}\n"
