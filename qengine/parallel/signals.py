@@ -179,11 +179,17 @@ class Signals:
         return False
 
     def _read(self, peer: int) -> Message | None:
-        """The message that is there; None where the peer has ended."""
+        """The next message of a peer, also of one that has ended; None where it has ended and said nothing more.
+
+        Raises:
+            BlockingIOError: nothing is there yet.
+        """
+        end = self._sockets[peer]
         try:
-            data = self._sockets[peer].recv(_MAX_MESSAGE)
+            data = end.recv(_MAX_MESSAGE)
         except ConnectionError:
-            return None
+            # A peer that ends with messages unread resets the socket, once, ahead of what it had sent.
+            data = end.recv(_MAX_MESSAGE)
         return Message.unpack(data) if data else None
 
     def _stalled(self, peer: int) -> TransportError:

@@ -24,6 +24,7 @@ import torch
 from qengine.errors import TransportError
 from qengine.parallel.host_staged import SLICED_BYTES, HostStagedTransport
 from qengine.parallel.seats import Seat, Seats, chain, shared_bytes
+from qengine.parallel.signals import Call, Message, Signals
 from tests.parallel.exchanges import DTYPES, check_sum, inputs_of
 
 T = TypeVar("T")
@@ -290,6 +291,35 @@ def test_a_rank_that_closes_is_missed_at_once_and_closing_twice_is_no_error() ->
         assert caught.value.rank == 1
         with pytest.raises(TransportError, match="it was closed"):
             transports[1].all_reduce(torch.zeros(4))
+
+
+@pytest.fixture
+def left_behind() -> Iterator[Signals]:
+    """The signals of rank 0, when rank 2 has ended because of rank 1 without reading what rank 0 sent to it."""
+    with Seats(3) as seats:
+        first, other, last = (Signals(own(seat), PATIENCE_S, 0.0) for seat in seats)
+    first.tell(2, Message(Call.SEND, 0, 0, 7, 0))
+    last.tell(0, Message(Call.SEND, 0, 2, 7, 0))
+    last.tell_failed(1)
+    last.close()
+    yield first
+    first.close()
+    other.close()
+
+
+def test_what_a_rank_said_before_it_ended_is_heard(left_behind: Signals) -> None:
+    assert left_behind.hear(2, left_behind.deadline()).sequence == 7
+    with pytest.raises(TransportError, match="rank 2 has given up because of rank 1") as caught:
+        left_behind.hear(2, left_behind.deadline())
+    assert caught.value.rank == 1
+    with pytest.raises(TransportError, match="rank 2 has ended while rank 0 waits for it"):
+        left_behind.hear(2, left_behind.deadline())
+
+
+def test_who_tells_an_ended_rank_learns_why_it_ended(left_behind: Signals) -> None:
+    with pytest.raises(TransportError, match="rank 2 has given up because of rank 1") as caught:
+        left_behind.tell(2, Message(Call.SEND, 0, 0, 8, 0))
+    assert caught.value.rank == 1
 
 
 def test_seats_that_do_not_fit_are_refused_with_their_size(monkeypatch: pytest.MonkeyPatch) -> None:
