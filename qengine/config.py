@@ -269,6 +269,15 @@ class ParallelConfig:
         """Ranks, each a process with a device of its own; numbered stage by stage."""
         return self.tensor_parallel_size * self.pipeline_parallel_size
 
+    def stage_ranks(self, stage: int) -> range:
+        """The ranks that share the layers of a stage."""
+        size = self.tensor_parallel_size
+        return range(stage * size, (stage + 1) * size)
+
+    def pipe_ranks(self, place: int) -> range:
+        """The ranks with one place in each stage, which hand activations on."""
+        return range(place, self.world_size, self.tensor_parallel_size)
+
     @property
     def answering_rank(self) -> int:
         """The rank that draws the tokens: the first one of the last stage."""

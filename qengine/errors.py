@@ -63,7 +63,8 @@ class TransportError(QEngineError):
     """Ranks cannot hand each other tensors any more: one is stalled, has ended, or has made another call.
 
     Attributes:
-        rank: the rank that is to blame as far as this one can tell, or None.
+        rank: the rank that is to blame as far as this one can tell, or None; by its place in the transport, while the
+            text has its number among all ranks of the model.
     """
 
     def __init__(self, message: str, *, rank: int | None = None) -> None:

@@ -43,17 +43,26 @@ class Group(Protocol):
     def recv(self, tensors: list[torch.Tensor], source: int, tag: int) -> Work: ...
 
 
-def connect(backend: Literal["gloo", "nccl"], store: Store, rank: int, size: int, limit_s: float) -> DistTransport:
+def connect(
+    backend: Literal["gloo", "nccl"],
+    store: Store,
+    rank: int,
+    size: int,
+    limit_s: float,
+    names: Sequence[int] | None = None,
+) -> DistTransport:
     """Meet the other ranks at a store that all of them share, which may have no other group's keys in it.
 
     Args:
         store: `torch.distributed.PrefixStore` sets the groups of one store apart.
         limit_s: for the meeting and for every call after it, in seconds.
+        names: by rank, its number among all ranks of the model, for errors; None where these are all of them.
 
     Raises:
         TransportError: if the others do not come, or this torch has no such backend.
     """
     limit = timedelta(seconds=limit_s)
+    names = tuple(range(size) if names is None else names)
     made: Any
     try:
         if backend == "gloo":
@@ -65,8 +74,12 @@ def connect(backend: Literal["gloo", "nccl"], store: Store, rank: int, size: int
         else:
             raise TransportError("this build of torch has no NCCL; see https://pytorch.org for one with CUDA")
     except RuntimeError as error:
-        raise TransportError(f"rank {rank} of {size} cannot meet the others over {backend}: {error}") from error
-    return DistTransport(made, limit_s)
+        raise TransportError(f"{_among(rank, names)} cannot meet the others over {backend}: {error}") from error
+    return DistTransport(made, limit_s, names)
+
+
+def _among(rank: int, names: Sequence[int]) -> str:
+    return f"rank {names[rank]} of ranks {', '.join(map(str, names))}"
 
 
 class DistTransport:
@@ -75,12 +88,14 @@ class DistTransport:
     Args:
         group: a process group of the ranks that this transport joins, and no others.
         limit_s: the longest that a call on CPU tensors may take, in seconds.
+        names: by rank, its number among all ranks of the model, for errors.
     """
 
-    def __init__(self, group: Group, limit_s: float) -> None:
+    def __init__(self, group: Group, limit_s: float, names: Sequence[int]) -> None:
         self._group: Group | None = group
         self._rank = group.rank()
         self._size = group.size()
+        self._names = names
         self._limit = timedelta(seconds=limit_s)
         self._dead: str | None = None
 
@@ -115,12 +130,14 @@ class DistTransport:
     def send(self, x: torch.Tensor, to: int) -> None:
         """Hand x to a rank that receives it; raises as `all_reduce`."""
         contiguous = x.contiguous()
-        self._complete(f"send to rank {to}", x, lambda group: group.send([contiguous], to, 0), peer=to)
+        self._complete(f"send to rank {self._names[to]}", x, lambda group: group.send([contiguous], to, 0), peer=to)
 
     def receive(self, x: torch.Tensor, source: int) -> torch.Tensor:
         """Fill x, which must lie in one piece, from a rank that sends it; raises as `all_reduce`."""
         assert x.is_contiguous(), "what comes is written to x, which must lie in one piece"
-        self._complete(f"receive from rank {source}", x, lambda group: group.recv([x], source, 0), peer=source)
+        self._complete(
+            f"receive from rank {self._names[source]}", x, lambda group: group.recv([x], source, 0), peer=source
+        )
         return x
 
     def close(self) -> None:
@@ -131,7 +148,9 @@ class DistTransport:
     def _complete(self, what: str, x: torch.Tensor, start: Callable[[Group], Work], *, peer: int | None = None) -> None:
         """Start a call and see it through."""
         if self._dead is not None or self._group is None:
-            raise TransportError(f"the transport of rank {self._rank} cannot be used any more: {self._dead}")
+            raise TransportError(
+                f"the transport of rank {self._names[self._rank]} cannot be used any more: {self._dead}"
+            )
         try:
             work = start(self._group)
             if x.device.type == "cpu":
@@ -140,5 +159,5 @@ class DistTransport:
                 # The host goes on: the stream waits, and a step that is recorded must not be waited for.
                 work.wait()
         except RuntimeError as error:
-            self._dead = f"{what} failed on rank {self._rank} of {self._size}: {error}"
+            self._dead = f"{what} failed on {_among(self._rank, self._names)}: {error}"
             raise TransportError(self._dead, rank=peer) from error

@@ -46,14 +46,15 @@ _16_BIT_FLOATS = (torch.float16, torch.bfloat16)
 class _AllOrNothing:
     """Guards calls. One that fails leaves ranks at different places: peers are told, and no other call begins."""
 
-    def __init__(self, rank: int, signals: Signals) -> None:
+    def __init__(self, seat: Seat, signals: Signals) -> None:
         self.dead: str | None = None
-        self._rank = rank
+        self._rank = seat.rank
+        self._name = seat.names[seat.rank]
         self._signals = signals
 
     def __enter__(self) -> None:
         if self.dead is not None:
-            raise TransportError(f"the transport of rank {self._rank} cannot be used any more: {self.dead}")
+            raise TransportError(f"the transport of rank {self._name} cannot be used any more: {self.dead}")
 
     def __exit__(self, kind: object, error: BaseException | None, trace: object) -> None:
         if error is not None:
@@ -73,6 +74,8 @@ class HostStagedTransport:
 
     def __init__(self, seat: Seat, limit_s: float = DEFAULT_LIMIT_S, spin_s: float = DEFAULT_SPIN_S) -> None:
         self._rank = seat.rank
+        self._names = seat.names
+        self._own = seat.names[seat.rank]
         self._size = seat.size
         self._slot_bytes = seat.slot_bytes
         self._signals = Signals(seat, limit_s, spin_s)
@@ -84,7 +87,7 @@ class HostStagedTransport:
         self._num_exchanges = 0
         self._num_sent = [0] * seat.size
         self._num_received = [0] * seat.size
-        self._guard = _AllOrNothing(seat.rank, self._signals)
+        self._guard = _AllOrNothing(seat, self._signals)
         self._stream: torch.cuda.Stream | None = None
 
     @property
@@ -211,7 +214,7 @@ class HostStagedTransport:
         found_call = (found.call, found.dtype, found.sequence, found.num_bytes)
         if found_call != (expected.call, expected.dtype, expected.sequence, expected.num_bytes):
             raise TransportError(
-                f"rank {peer} is in {found}, but rank {self._rank} expects {expected} from it: "
+                f"rank {self._names[peer]} is in {found}, but rank {self._own} expects {expected} from it: "
                 "ranks must make the same calls in the same order",
                 rank=peer,
             )

@@ -43,6 +43,7 @@ class Seat:
         slot_bytes: of one slot, a multiple of the page size. `HostStagedTransport` says how slots are used.
         memory_fd: the shared memory.
         peer_fds: by rank, a socket to it; -1 for this rank itself.
+        names: by rank, its number among all ranks of the model, of which these may be a few; errors say it.
         pairs: those that have a mailbox, in the order of their slots, which follow those of the ranks.
     """
 
@@ -51,6 +52,7 @@ class Seat:
     slot_bytes: int
     memory_fd: int
     peer_fds: tuple[int, ...]
+    names: tuple[int, ...]
     pairs: tuple[Pair, ...] = ()
 
     @property
@@ -77,7 +79,7 @@ class Seat:
         """The seat that was written. Its descriptors must have been inherited."""
         record = json.loads(text)
         pairs = tuple((source, target) for source, target in record["pairs"])
-        return Seat(**{**record, "peer_fds": tuple(record["peer_fds"]), "pairs": pairs})
+        return Seat(**{**record, **{key: tuple(record[key]) for key in ("peer_fds", "names")}, "pairs": pairs})
 
 
 def chain(size: int) -> tuple[Pair, ...]:
@@ -97,17 +99,26 @@ def _num_slots(size: int, pairs: Sequence[Pair]) -> int:
 class Seats:
     """The seats of all ranks, made in the process that starts them. Leaving the block closes this process's copies."""
 
-    def __init__(self, size: int, pairs: Sequence[Pair] = (), slot_bytes: int = DEFAULT_SLOT_BYTES) -> None:
+    def __init__(
+        self,
+        size: int,
+        pairs: Sequence[Pair] = (),
+        slot_bytes: int = DEFAULT_SLOT_BYTES,
+        names: Sequence[int] | None = None,
+    ) -> None:
         """Allocate the memory and the sockets.
 
         Args:
             pairs: of ranks that send and receive; a rank sends to no other.
+            names: by rank, its number among all ranks of the model; None where these are all of them.
 
         Raises:
             TransportError: if the machine has no room for them.
         """
         assert size >= 2, "a single rank has nobody to reach"
         assert slot_bytes > 0, "a slot must hold something"
+        names = tuple(range(size) if names is None else names)
+        assert len(names) == size, f"{len(names)} names for {size} ranks"
         slot_bytes = -(-slot_bytes // mmap.PAGESIZE) * mmap.PAGESIZE
         self._fds: list[int] = []
         peers = [[-1] * size for _ in range(size)]
@@ -119,7 +130,8 @@ class Seats:
                 peers[a][b], peers[b][a] = (end.detach() for end in ends)
                 self._fds += [peers[a][b], peers[b][a]]
             self._seats = [
-                Seat(rank, size, slot_bytes, memory_fd, tuple(row), tuple(pairs)) for rank, row in enumerate(peers)
+                Seat(rank, size, slot_bytes, memory_fd, tuple(row), names, tuple(pairs))
+                for rank, row in enumerate(peers)
             ]
             # Now, not on the first write, which could only be answered with a signal that ends the rank.
             os.posix_fallocate(memory_fd, 0, self._seats[0].memory_bytes)

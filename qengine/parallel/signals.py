@@ -80,7 +80,8 @@ class Signals:
         assert limit_s > 0, "a wait without a limit may never end"
         self.limit_s = limit_s
         self._spin_ns = int(spin_s * 1e9)
-        self._rank = seat.rank
+        self._names = seat.names
+        self._own = seat.names[seat.rank]
         self._sockets = {rank: socket.socket(fileno=fd) for rank, fd in enumerate(seat.peer_fds) if fd >= 0}
         self._polls = {rank: select.poll() for rank in self._sockets}
         self._early: dict[int, deque[Message]] = {rank: deque() for rank in self._sockets}
@@ -162,7 +163,7 @@ class Signals:
             raise self._stalled(peer)
         message = self._read(peer)
         if message is None:
-            raise TransportError(f"rank {peer} has ended while rank {self._rank} waits for it", rank=peer)
+            raise TransportError(f"rank {self._names[peer]} has ended while rank {self._own} waits for it", rank=peer)
         if message.call is Call.FAILED:
             raise self._gave_up(peer, message)
         return message
@@ -194,14 +195,14 @@ class Signals:
 
     def _stalled(self, peer: int) -> TransportError:
         return TransportError(
-            f"rank {peer} has not answered rank {self._rank} for {self.limit_s:g} s: it is stalled, "
+            f"rank {self._names[peer]} has not answered rank {self._own} for {self.limit_s:g} s: it is stalled, "
             "or it is computing something that takes longer than the limit",
             rank=peer,
         )
 
     def _gave_up(self, peer: int, message: Message) -> TransportError:
-        blame = "an error of its own" if message.rank == peer else f"rank {message.rank}"
-        return TransportError(f"rank {peer} has given up because of {blame}", rank=message.rank)
+        blame = "an error of its own" if message.rank == peer else f"rank {self._names[message.rank]}"
+        return TransportError(f"rank {self._names[peer]} has given up because of {blame}", rank=message.rank)
 
     def _ended(self, peer: int) -> TransportError:
         """Why a peer no longer reads: what it said before it ended, if anything."""
@@ -209,4 +210,6 @@ class Signals:
             while (message := self._read(peer)) is not None:
                 if message.call is Call.FAILED:
                     return self._gave_up(peer, message)
-        return TransportError(f"rank {peer} has ended; rank {self._rank} cannot go on without it", rank=peer)
+        return TransportError(
+            f"rank {self._names[peer]} has ended; rank {self._own} cannot go on without it", rank=peer
+        )

@@ -32,6 +32,7 @@ class Watchdog:
     Args:
         what: that takes time, as the start of a sentence: "NCCL initialization".
         advice: called for what to try, if it comes to that.
+        on_late: called with what was not done, before the processes are killed and whoever watches them wonders.
 
     Raises:
         TransportError: on leaving the block, if the time was up.
@@ -43,11 +44,13 @@ class Watchdog:
         limit_s: float,
         processes: Sequence[subprocess.Popen[bytes]],
         advice: Callable[[], str] | None = None,
+        on_late: Callable[[str], None] | None = None,
     ) -> None:
         self._what = what
         self._limit_s = limit_s
         self._processes = processes
         self._advice = advice
+        self._on_late = on_late
         self._lock = threading.Lock()
         self._is_over = False
         self._was_late = False
@@ -72,12 +75,17 @@ class Watchdog:
             if self._is_over:
                 return
             self._was_late = True
+            if self._on_late is not None:
+                self._on_late(self._what_was_late())
             for process in self._processes:
                 children.kill(process)
 
+    def _what_was_late(self) -> str:
+        return f"{self._what} did not finish within {self._limit_s:g} s"
+
     def _message(self) -> str:
         advice = "" if self._advice is None else "\n" + self._advice()
-        return f"{self._what} did not finish within {self._limit_s:g} s; all ranks were ended.{advice}"
+        return f"{self._what_was_late()}; all ranks were ended.{advice}"
 
 
 def nccl_advice(topology_command: Sequence[str] = _TOPOLOGY_COMMAND) -> str:

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from typing import Literal
 
 import torch
 
@@ -102,20 +103,21 @@ def connect_links(
     """
     tp, pp = parallel.tensor_parallel_size, parallel.pipeline_parallel_size
     stage, place = divmod(rank, tp)
+    of_stage, of_pipe = parallel.stage_ranks(stage), parallel.pipe_ranks(place)
     met = Rendezvous(rendezvous, tp * pp)
 
-    def meet(name: str, own: int, size: int, seat: str | None) -> Transport:
-        if size == 1:
+    def meet(name: str, ranks: range, seat: str | None) -> Transport:
+        if len(ranks) == 1:
             return SingleTransport()
         if seat is not None:
             return HostStagedTransport(Seat.from_text(seat), limit_s)
-        return choose_transport(device, met, name, own, size, limit_s)
+        return choose_transport(device, met, name, ranks.index(rank), ranks, limit_s)
 
     split = split_opened(opened, tp, shares) if tp > 1 else None
-    shared = meet(f"stage{stage}", place, tp, seats[0])
+    shared = meet(f"stage{stage}", of_stage, seats[0])
     # A GPU's collectives are only queued when their call returns.
     group = TPGroup(TimedTransport(shared) if tp > 1 and device.type == "cpu" else shared, split)
-    pipe = meet(f"pipe{place}", stage, pp, seats[1])
+    pipe = meet(f"pipe{place}", of_pipe, seats[1])
     for transport in (group.transport, pipe):
         _greet(transport, device)
     _greet_neighbours(pipe, device)
@@ -141,7 +143,13 @@ def _greet_neighbours(pipe: Transport, device: torch.device) -> None:
 
 
 def choose_transport(
-    device: torch.device, met: Rendezvous, name: str, rank: int, size: int, limit_s: float
+    device: torch.device, met: Rendezvous, name: str, place: int, ranks: Sequence[int], limit_s: float
 ) -> Transport:
-    """What carries tensors in the group `name` on devices like this: NCCL between GPUs, gloo between CPUs."""
-    return connect("nccl" if device.type == "cuda" else "gloo", met.place(name), rank, size, limit_s)
+    """What carries tensors in the group `name` on devices like this: NCCL between GPUs, gloo between CPUs.
+
+    Args:
+        place: this rank's, among `ranks`.
+        ranks: of the group, by their numbers in the model.
+    """
+    backend: Literal["nccl", "gloo"] = "nccl" if device.type == "cuda" else "gloo"
+    return connect(backend, met.place(name), place, len(ranks), limit_s, ranks)

@@ -180,9 +180,12 @@ class Result(_Message, frozen=True):
 
 
 class Failed(_Message, frozen=True):
-    """Instead of any answer: the rank cannot go on. `kind` is "internal" for what is no fault of the user's."""
+    """Instead of any answer: the rank cannot go on.
 
-    kind: Literal["config", "load", "internal"]
+    `kind` is "internal" for what is no fault of the user's, "transport" where another rank may be the cause.
+    """
+
+    kind: Literal["config", "load", "internal", "transport"]
     text: str
 
 

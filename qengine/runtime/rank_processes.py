@@ -20,6 +20,7 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
+from pathlib import Path
 from typing import IO
 
 from qengine.errors import LoadError
@@ -29,16 +30,21 @@ from qengine.runtime.channel import Channel
 logger = logging.getLogger(__name__)
 
 _REAP_SECONDS = 1.0
+#: For the last lines of ranks that have ended.
+_LAST_LINES_SECONDS = 0.5
 _POLL_SECONDS = 0.01
+#: States of a process in /proc that does nothing until somebody tells it to go on.
+_STOPPED = ("T", "t")
 
 
 @dataclass(frozen=True, slots=True)
 class RankProcess:
-    """One rank's process and the channel to it."""
+    """One rank's process, the channel to it, and the thread that forwards what it writes."""
 
     rank: int
     process: subprocess.Popen[bytes]
     channel: Channel
+    forwarder: threading.Thread
 
     def obituary(self) -> str | None:
         """How it ended; None while it lives."""
@@ -46,7 +52,19 @@ class RankProcess:
         if code is None:
             return None
         how = f"was killed by {signal.Signals(-code).name}" if code < 0 else f"ended with exit code {code}"
-        return f"rank {self.rank} (process {self.process.pid}) {how}"
+        return f"{self} {how}"
+
+    def is_stopped(self) -> bool:
+        """Whether a signal has stopped it (SIGSTOP), or a debugger."""
+        try:
+            # The state comes after the name, which may contain anything.
+            fields = Path(f"/proc/{self.process.pid}/stat").read_text(errors="replace").rpartition(")")[2].split()
+        except OSError:
+            return False
+        return fields[0] in _STOPPED
+
+    def __str__(self) -> str:
+        return f"rank {self.rank} (process {self.process.pid})"
 
 
 class RankProcesses:
@@ -99,6 +117,10 @@ class RankProcesses:
                 return found
             time.sleep(_POLL_SECONDS)
 
+    def stopped(self) -> list[str]:
+        """Which ranks are stopped: they do nothing, and the others wait for them."""
+        return [f"{rank} is stopped" for rank in self.ranks if rank.is_stopped()]
+
     def kill(self) -> None:
         """End all of them at once; what they have in hand is lost."""
         self._is_closing = True
@@ -121,7 +143,11 @@ class RankProcesses:
             try:
                 rank.process.wait(max(0.0, deadline - time.monotonic()))
             except subprocess.TimeoutExpired:
-                logger.warning("rank %d (process %d) was killed and has not ended", rank.rank, rank.process.pid)
+                logger.warning("%s was killed and has not ended", rank)
+        deadline = time.monotonic() + _LAST_LINES_SECONDS
+        for rank in self.ranks:
+            # Often the only ones that say why; but what a rank has started may hold the pipe open.
+            rank.forwarder.join(max(0.0, deadline - time.monotonic()))
         self._waker.close()
         self._thread.join()
         for rank in self.ranks:
@@ -177,7 +203,7 @@ def _start(command: Sequence[str], rank: int, environment: Mapping[str, str], in
     assert process.stdout is not None
     forward = threading.Thread(target=_forward, args=(process.stdout, rank), name=f"qengine-log-{rank}", daemon=True)
     forward.start()
-    return RankProcess(rank, process, Channel(ours))
+    return RankProcess(rank, process, Channel(ours), forward)
 
 
 def _forward(output: IO[bytes], rank: int) -> None:

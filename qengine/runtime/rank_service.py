@@ -13,10 +13,11 @@ import socket
 import threading
 import traceback
 from collections.abc import Iterator, Sequence
+from typing import Literal
 
 import torch
 
-from qengine.errors import ConfigError, LoadError, StepMemoryError
+from qengine.errors import ConfigError, LoadError, StepMemoryError, TransportError
 from qengine.imports import freeze_live_objects
 from qengine.logs import set_up_logging
 from qengine.runtime.channel import Channel, ChannelClosedError, ProtocolError
@@ -186,7 +187,8 @@ def _report_failure(channel: Channel, error: Exception) -> None:
         failed = Failed("internal", f"out of memory in a step: {error}{_NO_WAY_BACK}")
     else:
         logger.error("%s", "".join(traceback.format_exception(error)).rstrip())
-        failed = Failed("internal", f"{type(error).__name__}: {error}")
+        kind: Literal["transport", "internal"] = "transport" if isinstance(error, TransportError) else "internal"
+        failed = Failed(kind, f"{type(error).__name__}: {error}")
     try:
         _send(channel, failed)
         while True:

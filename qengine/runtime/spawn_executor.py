@@ -15,7 +15,7 @@ import sys
 import threading
 import time
 from collections import deque
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import replace
 from typing import TypeVar
@@ -73,7 +73,7 @@ _REASONS: Mapping[type[object], str] = {
     Joined: "",
     Loaded: ": it hangs or is stopped while it loads",
     Done: ": it hangs or is stopped",
-    Result: " (--step-timeout)",
+    Result: " (--step-timeout): it hangs, or waits for one that does",
 }
 
 _R = TypeVar("_R", bound=Report)
@@ -122,6 +122,7 @@ class SpawnExecutor:
         self._answering = parallel.answering_rank
         self._step_timeout = parallel.step_timeout
         self._connect_limit_s = connect_limit_s
+        self._advice = None if route is Route.HOST_STAGED else nccl_advice
         self._is_warm = False
         #: When each rank last said anything.
         self._heard = [0.0] * parallel.world_size
@@ -183,7 +184,7 @@ class SpawnExecutor:
         """
         self._gather(Opened, timeout)
         processes = [rank.process for rank in self._processes.ranks]
-        with Watchdog("the first sum over all ranks", self._connect_limit_s, processes, nccl_advice):
+        with Watchdog("the first sum over all ranks", self._connect_limit_s, processes, self._advice, self._fail):
             self._gather(Joined, timeout=None)
 
     def load(self) -> list[Loaded]:
@@ -223,9 +224,8 @@ class SpawnExecutor:
         Raises:
             EngineDeadError: a rank failed, died, or took longer than `step_timeout`.
         """
-        timeout = self._step_timeout if self._is_warm else max(self._step_timeout, WARM_UP_SECONDS)
         try:
-            [report] = self._gather(Result, timeout, ranks=[self._processes.ranks[self._answering]])
+            [report] = self._gather(Result, self._patience, ranks=[self._processes.ranks[self._answering]])
             result = read_result(batch, report)
         except ProtocolError as error:
             self._fail(str(error))
@@ -235,6 +235,11 @@ class SpawnExecutor:
             failed = (entry for entry in batch.entries if entry.request_id in result.failed)
             self._order(Clear(tuple(sorted({block for entry in failed for block in entry.block_ids}))))
         return replace(result, collective_seconds=self._take_spent())
+
+    @property
+    def _patience(self) -> float:
+        """Seconds that a rank may take to react; the first step compiles kernels."""
+        return self._step_timeout if self._is_warm else max(self._step_timeout, WARM_UP_SECONDS)
 
     def _take_spent(self) -> tuple[float, ...]:
         """The slowest rank's seconds in collectives, of each step that all ranks have told of since the last call."""
@@ -292,10 +297,11 @@ class SpawnExecutor:
         """Listens to all ranks meanwhile: one that is about to answer an earlier step takes no other before that."""
         if self._failure is not None:
             raise self._dead()
-        left, deadline = frame(data), time.monotonic() + self._step_timeout
+        patience = self._patience
+        left, deadline = frame(data), time.monotonic() + patience
         while left := self._try_send(rank, left):
             if not self._listen() and not self._wait(deadline, taker=rank):
-                self._fail(f"rank {rank.rank} took nothing for {self._step_timeout:g} s (--step-timeout)")
+                self._fail(f"rank {rank.rank} took nothing for {patience:g} s (--step-timeout)")
                 raise self._dead()
 
     def _try_send(self, rank: RankProcess, left: memoryview) -> memoryview:
@@ -333,7 +339,8 @@ class SpawnExecutor:
             earliest = min(since.values(), default=began)
             if waiting and not self._poll(None if timeout is None else earliest + timeout):
                 silent = ", ".join(str(rank) for rank in sorted(waiting) if since[rank] == earliest)
-                self._fail(f"rank {silent} did not answer within {timeout:g} s{_REASONS[kind]}")
+                reason = f"rank {silent} did not answer within {timeout:g} s{_REASONS[kind]}"
+                self._fail("; ".join([*self._processes.stopped(), reason]))
                 raise self._dead()
         return [reports[rank] for rank in sorted(reports)]
 
@@ -394,26 +401,46 @@ class SpawnExecutor:
         return report
 
     def _failed(self, rank: int, report: Failed) -> QEngineError:
-        if report.kind != "internal":
+        if report.kind in ("config", "load"):
             self._fail(report.text)
             return ConfigError(report.text) if report.kind == "config" else LoadError(report.text)
-        self._fail_with_obituary(f"rank {rank}: {report.text}")
+        self._fail_with_obituary(f"rank {rank}: {report.text}", is_cause=report.kind == "internal")
         return self._dead()
 
-    def _fail_with_obituary(self, reason: str) -> None:
-        """Fail, but name those first that have died: whoever is left often only says that it misses them."""
-        self._fail("; ".join([*self._processes.obituaries(_OBITUARY_SECONDS), reason]))
+    def _fail_with_obituary(self, reason: str, *, is_cause: bool = False) -> None:
+        """Fail, but name those first that have died: whoever is left often only says that it misses them.
+
+        So does one that misses a rank which has failed, and was heard before that one could say why.
+        """
+        died = self._processes.obituaries(_OBITUARY_SECONDS)
+        causes = [] if is_cause else self._causes()
+        self._fail("; ".join([*died, *(causes or [reason])]))
+
+    def _causes(self) -> list[str]:
+        """What ranks have said, and nobody has heard yet, of failures that are their own."""
+        reports = ((rank.rank, report) for rank in self._processes.ranks for report in _untold_failures(rank))
+        return [f"rank {rank}: {report.text}" for rank, report in reports if report.kind != "transport"]
+
+
+def _untold_failures(rank: RankProcess) -> Iterator[Failed]:
+    """What a rank has told of a failure since it was last listened to."""
+    with suppress(ChannelClosedError, ProtocolError):
+        while (data := rank.channel.try_receive()) is not None:
+            report = decode_report(data)
+            if isinstance(report, Failed):
+                yield report
 
 
 def _take_seats(parallel: ParallelConfig, stack: contextlib.ExitStack) -> list[_TwoSeats]:
     """By rank: its seat among the ranks of its stage, and its seat between the stages; closed with the stack."""
     tp, pp = parallel.tensor_parallel_size, parallel.pipeline_parallel_size
 
-    def take(size: int, pairs: Sequence[Pair] = ()) -> list[Seat | None]:
-        return list(stack.enter_context(Seats(size, pairs))) if size > 1 else [None]
+    def take(ranks: range, pairs: Sequence[Pair] = ()) -> list[Seat | None]:
+        size = len(ranks)
+        return list(stack.enter_context(Seats(size, pairs, names=ranks))) if size > 1 else [None]
 
-    stages = [take(tp) for _ in range(pp)]
-    pipes = [take(pp, chain(pp)) for _ in range(tp)]
+    stages = [take(parallel.stage_ranks(stage)) for stage in range(pp)]
+    pipes = [take(parallel.pipe_ranks(place), chain(pp)) for place in range(tp)]
     return [(stages[stage][place], pipes[place][stage]) for stage in range(pp) for place in range(tp)]
 
 

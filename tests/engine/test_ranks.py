@@ -289,6 +289,16 @@ def test_a_rank_of_a_pipeline_that_fails_is_the_end_and_is_named(how: str, reaso
         engine.shutdown()
 
 
+def test_a_rank_that_fails_within_a_sum_says_why_before_those_that_miss_it() -> None:
+    engine = start_failing(1, "break a sum", tensor_parallel_size=2)
+    try:
+        engine.add(engine.make_request("a", [5] * 40, greedy(max_tokens=40)))
+        with pytest.raises(EngineDeadError, match="has stopped: rank 1: RuntimeError: evil sum"):
+            run_to_the_end(engine)
+    finally:
+        engine.shutdown()
+
+
 def test_a_rank_that_dies_while_nothing_runs_is_noticed_at_once() -> None:
     engine = Engine.start(EngineConfig.from_options({"model": FIXTURE, **OPTIONS, "tensor_parallel_size": 2}))
     told: list[str] = []
@@ -320,7 +330,8 @@ def test_a_rank_that_is_stopped_before_the_first_request_is_noticed_as_soon_as_l
         os.kill(victim, signal.SIGSTOP)
         engine.add(engine.make_request("a", [5] * 40, greedy()))
         begin = time.monotonic()
-        with pytest.raises(EngineDeadError, match=r"did not answer within 2 s \(--step-timeout\)"):
+        reason = rf"rank 1 \(process {victim}\) is stopped; rank 0 did not answer within 2 s \(--step-timeout\)"
+        with pytest.raises(EngineDeadError, match=reason):
             run_to_the_end(engine)
         assert time.monotonic() - begin < STEP_TIMEOUT + 5.0
     finally:

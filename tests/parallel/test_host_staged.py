@@ -293,6 +293,19 @@ def test_a_rank_that_closes_is_missed_at_once_and_closing_twice_is_no_error() ->
             transports[1].all_reduce(torch.zeros(4))
 
 
+def test_errors_name_ranks_by_their_numbers_in_the_model() -> None:
+    with Seats(2, chain(2), names=(2, 3)) as seats:
+        first, second = (HostStagedTransport(own(Seat.from_text(seat.to_text())), 0.1) for seat in seats)
+    with contextlib.closing(first), contextlib.closing(second):
+        with pytest.raises(TransportError, match="rank 3 has not answered rank 2") as caught:
+            first.receive(torch.zeros(1), source=1)
+        assert caught.value.rank == 1
+        with pytest.raises(TransportError, match="rank 2 has given up because of rank 3"):
+            second.receive(torch.zeros(1), source=0)
+        with pytest.raises(TransportError, match="the transport of rank 2 cannot be used any more"):
+            first.all_reduce(torch.zeros(1))
+
+
 @pytest.fixture
 def left_behind() -> Iterator[Signals]:
     """The signals of rank 0, when rank 2 has ended because of rank 1 without reading what rank 0 sent to it."""

@@ -1,6 +1,7 @@
 """A rank that fails as it is told: `python -m tests.runtime.failing_rank RANK HOW ...`, then what any rank is given.
 
 HOW is "raise" (in its fifth step), "raise together" (in its fifth step of two sequences), "run out" (of memory),
+"break a sum" (it fails within one, and says so after the others),
 "vanish" (the process ends there), "hang" (it answers no more from there on), "garbage" (it says nonsense), "stop"
 (the process is stopped before it opens the model), "stop loading" or "stop allocating" (it is stopped there), or "load
 slowly". The other ranks are sound.
@@ -19,6 +20,7 @@ from typing import Any
 
 import torch
 
+from qengine.parallel.host_staged import HostStagedTransport
 from qengine.process_end import exit_now
 from qengine.runtime import rank_service as rank
 from qengine.runtime.channel import Channel
@@ -36,6 +38,21 @@ def _raise(channel: Channel) -> None:
 def _run_out(channel: Channel) -> None:
     with memory_guard(torch.device("cpu")):
         raise torch.OutOfMemoryError("Tried to allocate 2.00 GiB")
+
+
+def _break_a_sum(channel: Channel) -> None:
+    def exchange(*_: Any) -> Any:
+        raise RuntimeError("evil sum")
+
+    real = rank._report_failure
+
+    def report_late(channel: Channel, error: Exception) -> None:
+        # The others are told from within the transport, before the engine is.
+        time.sleep(0.2)
+        real(channel, error)
+
+    rank._report_failure = report_late
+    HostStagedTransport._exchange = exchange  # type: ignore[method-assign]
 
 
 def _vanish(channel: Channel) -> None:
@@ -62,6 +79,7 @@ FAULTS: Mapping[str, Callable[[Channel], None]] = {
     "raise": _raise,
     "raise together": _raise,
     "run out": _run_out,
+    "break a sum": _break_a_sum,
     "vanish": _vanish,
     "hang": _hang,
     "garbage": _talk_nonsense,

@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
+import contextlib
 import sys
 from collections.abc import Iterator
 
 import pytest
 
-from qengine.config import EngineConfig
+from qengine.config import EngineConfig, ParallelConfig
 from qengine.runtime.planner import MemoryPlan
-from qengine.runtime.spawn_executor import SpawnExecutor
+from qengine.runtime.spawn_executor import SpawnExecutor, _take_seats
 from qengine.scheduling.batch import Batch, BatchEntry
 from tests.runtime.chatty_rank import ANSWER_BYTES
 
@@ -58,3 +59,12 @@ def test_a_long_order_reaches_a_rank_that_is_busy_with_a_long_answer(chatty: Spa
         assert len(result.pooled[name]) == ANSWER_BYTES
     assert results[0].collective_seconds[:1] == (2.0,)
     assert {seconds for result in results for seconds in result.collective_seconds} == {2.0}
+
+
+def test_seats_are_named_by_the_ranks_of_the_model() -> None:
+    with contextlib.ExitStack() as stack:
+        seats = _take_seats(ParallelConfig(tensor_parallel_size=2, pipeline_parallel_size=3), stack)
+        names = [tuple(seat.names if seat else () for seat in both) for both in seats]
+        places = [tuple(seat.names[seat.rank] if seat else -1 for seat in both) for both in seats]
+    assert names == [((first, first + 1), (place, place + 2, place + 4)) for first in (0, 2, 4) for place in (0, 1)]
+    assert places == [(rank, rank) for rank in range(6)]
