@@ -94,8 +94,14 @@ def test_a_rank_ends_at_once_with_its_code(monkeypatch: pytest.MonkeyPatch) -> N
     monkeypatch.setattr(sys, "argv", ["rank", "3", "4"])
     monkeypatch.setattr(rank.signal, "signal", lambda *_: None)
     monkeypatch.setattr(rank, "import_late", modules.__getitem__)
+    monkeypatch.setattr(rank, "open_channel", lambda *numbers: numbers)
     rank.main()
     assert codes == [2]
+
+
+def test_a_rank_ends_with_its_engine_before_it_has_torch() -> None:
+    code = "from qengine.runtime.rank import open_channel; import sys; print('torch' in sys.modules)"
+    assert run(code) == (0, "False\n", "")
 
 
 def test_what_waits_for_ctrl_c_is_small() -> None:

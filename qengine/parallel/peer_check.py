@@ -100,7 +100,8 @@ class Prober:
                 if probe.fault is not None:
                     return Outcome(probe.fault)
             if ended:
-                return ended[0].crash()
+                # The others end with an error of their own as soon as they miss one that was killed.
+                return min(ended, key=lambda probe: probe.process.returncode >= 0).crash()
             if not is_up and all(probe.stage is not None for probe in ranks):
                 is_up, deadline = True, time.monotonic() + self.limit_s
             if time.monotonic() > deadline:

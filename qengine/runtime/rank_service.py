@@ -9,10 +9,9 @@ from __future__ import annotations
 
 import contextlib
 import logging
-import socket
 import threading
 import traceback
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from typing import Literal
 
 import torch
@@ -43,7 +42,6 @@ from qengine.runtime.messages import (
     decode_order,
     encode,
 )
-from qengine.runtime.parent_death import die_with
 from qengine.runtime.planner import Card
 from qengine.runtime.platform import Platform, choose_device, choose_dtype, rank_device
 from qengine.runtime.step_messages import StepReader, write_result
@@ -60,11 +58,8 @@ _NO_WAY_BACK = (
 )
 
 
-def main(argv: Sequence[str]) -> int:
-    """Serve the engine with process id argv[1] over the socket argv[0]. Returns the exit code."""
-    descriptor, parent_pid = (int(word) for word in argv)
-    channel = Channel(socket.socket(fileno=descriptor))
-    die_with(parent_pid, channel)
+def main(channel: Channel) -> int:
+    """Serve the engine at the other end of `channel`. Returns the exit code."""
     try:
         _serve(channel)
     except ChannelClosedError:

@@ -12,6 +12,7 @@ from pathlib import Path
 
 import pytest
 
+from qengine.parallel import peer_check
 from qengine.parallel.cards import driver_version
 from qengine.parallel.peer_check import Outcome, Prober, choose_route
 from qengine.parallel.verdicts import SCHEMA, Cards, Route, Verdict, VerdictFile
@@ -71,6 +72,12 @@ def test_a_fault_is_found_and_named(fault: str, reason: str) -> None:
 )
 def test_what_may_be_of_the_moment_is_named_and_not_held_against_the_cards(fault: str, reason: str) -> None:
     assert probe(fault) == Outcome(reason, is_about_cards=False)
+
+
+def test_a_card_whose_process_was_killed_is_named_before_those_that_miss_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(peer_check, "_POLL_SECONDS", 3.0)  # Both have ended when they are looked at.
+    reason = "the check of card 1 was ended by SIGKILL while cards add up numbers"
+    assert probe("killed-in-sums") == Outcome(reason, is_about_cards=False)
 
 
 def test_wrong_sums_are_found() -> None:

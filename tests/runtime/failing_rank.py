@@ -26,6 +26,7 @@ from qengine.runtime import rank_service as rank
 from qengine.runtime.channel import Channel
 from qengine.runtime.messages import Start
 from qengine.runtime.out_of_memory import memory_guard
+from qengine.runtime.rank import open_channel
 from qengine.runtime.worker import Worker
 
 FIRST_BAD_STEP = 5
@@ -127,7 +128,7 @@ def main(bad_rank: int, how: str, rest: list[str]) -> int:
         return start
 
     rank._expect_start = expect_start
-    return rank.main(rest)
+    return rank.main(open_channel(*map(int, rest)))
 
 
 if __name__ == "__main__":

@@ -9,6 +9,7 @@ from typing import Any
 from qengine.process_end import exit_now
 from qengine.runtime import rank_service as rank
 from qengine.runtime.messages import Start
+from qengine.runtime.rank import open_channel
 
 
 def main(bad_rank: int, rest: list[str]) -> int:
@@ -23,7 +24,7 @@ def main(bad_rank: int, rest: list[str]) -> int:
         return real(start, *arguments)
 
     rank._connect = connect
-    return rank.main(rest)
+    return rank.main(open_channel(*map(int, rest)))
 
 
 if __name__ == "__main__":
