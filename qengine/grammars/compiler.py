@@ -56,7 +56,7 @@ class GrammarCompiler:
     Args:
         load_vocabulary: makes the model's vocabulary; called when the first grammar comes.
         cache_bytes: memory for compiled grammars, by estimate.
-        seconds: time for compiling one.
+        seconds: of processor time for compiling one.
     """
 
     def __init__(

@@ -1,20 +1,23 @@
 """Trial: each grammar is first compiled in a process of its own, which may hang, crash or be killed.
 
 Invariant: `run` returns or raises within its time limit, whatever the source, and a process that failed is never used
-again. Processes start when they are needed and end with their owner. Thread-safe.
+again. A source is judged by the processor time that it takes, not by how busy the computer is; by the clock it may take
+`CLOCK_FACTOR` times as long. Processes start when they are needed and end with their owner. Thread-safe.
 """
 
 from __future__ import annotations
 
 import queue
 import select
+import signal
 import subprocess
 import sys
 import threading
 import time
+from contextlib import suppress
 from typing import Any
 
-from qengine.errors import GrammarError
+from qengine.errors import EngineDeadError, GrammarError
 from qengine.grammars.sources import GrammarSource
 from qengine.grammars.trial_process import receive, send, vocabulary_message
 from qengine.grammars.vocabulary import Vocabulary
@@ -22,6 +25,7 @@ from qengine.grammars.vocabulary import Vocabulary
 NUM_PROCESSES = 2
 #: A busy machine needs a while to start an interpreter.
 START_SECONDS = 60.0
+CLOCK_FACTOR = 5.0
 
 
 class TooCostlyError(GrammarError):
@@ -33,7 +37,7 @@ class _Process:
 
     def __init__(self, vocabulary: Vocabulary, seconds: float) -> None:
         self._process = subprocess.Popen(
-            [sys.executable, "-m", "qengine.grammars.trial_process", str(seconds)],
+            [sys.executable, "-m", "qengine.grammars.trial_process", str(seconds), str(2 * CLOCK_FACTOR * seconds)],
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             stderr=subprocess.DEVNULL,
@@ -44,6 +48,11 @@ class _Process:
     @property
     def process_id(self) -> int:
         return self._process.pid
+
+    @property
+    def end(self) -> int | None:
+        """How it ended, as `Popen.returncode`; None while it runs."""
+        return self._process.poll()
 
     def ask(self, message: Any, seconds: float) -> Any:
         """The answer to a message; None if the process died or was killed after `seconds`."""
@@ -78,7 +87,7 @@ class Trial:
 
     Args:
         vocabulary: the tokens to try them with.
-        seconds: time for one source.
+        seconds: of processor time for one source.
     """
 
     def __init__(self, vocabulary: Vocabulary, seconds: float) -> None:
@@ -96,27 +105,39 @@ class Trial:
         Raises:
             GrammarError: it is no valid grammar.
             TooCostlyError: compiling it took too long or too much memory.
+            EngineDeadError: it is closed.
         """
         process = self._places.get()
         try:
             if self._is_closed.is_set():
-                raise GrammarError("the server is shutting down")
+                raise EngineDeadError("the engine has been shut down")
+            if process is not None and process.end is not None:
+                # Whoever ended it while it waited, it was not for this source.
+                process.kill()
+                process = None
             process = process or _Process(self._vocabulary, self._seconds)
             begin = time.monotonic()
-            answer = process.ask(
-                {"kind": source.kind, "text": source.text, "lead": source.lead},
-                self._seconds,
-            )
+            message = {"kind": source.kind, "text": source.text, "lead": source.lead}
+            answer = process.ask(message, CLOCK_FACTOR * self._seconds)
             if answer is None:
+                excess = self._excess(process.end, time.monotonic() - begin)
                 process = None
-                took_all = time.monotonic() - begin >= self._seconds
-                reason = f"it takes longer than {self._seconds:g} s" if took_all else "it takes too much memory"
-                raise TooCostlyError(f"{reason} to compile; make it simpler")
+                raise TooCostlyError(f"it takes {excess} to compile; make it simpler")
         finally:
             self._places.put(process)
+            if self._is_closed.is_set():
+                self.close()
         if "error" in answer:
             raise GrammarError(answer["error"])
         return str(answer["text"])
+
+    def _excess(self, end: int | None, seconds: float) -> str:
+        """What a source took too much of, by how its process ended, and after how long."""
+        if end == -signal.SIGPROF:
+            return f"longer than {self._seconds:g} s"
+        if seconds >= CLOCK_FACTOR * self._seconds:
+            return f"longer than {CLOCK_FACTOR * self._seconds:g} s"
+        return "too much memory"
 
     def idle_process_ids(self) -> list[int]:
         """The processes that run and wait."""
@@ -125,11 +146,11 @@ class Trial:
     def close(self) -> None:
         """End the processes; those in use end when they have answered. Idempotent."""
         self._is_closed.set()
-        for _ in range(NUM_PROCESSES):
-            try:
-                process = self._places.get_nowait()
-            except queue.Empty:
-                return
+        places = []
+        with suppress(queue.Empty):
+            while True:
+                places.append(self._places.get_nowait())
+        for process in places:
             if process is not None:
                 process.kill()
             self._places.put(None)

@@ -1,8 +1,8 @@
 """The other side of `trial`: a process that compiles strangers' grammars, so that the server's need not be the first.
 
 It reads a vocabulary, then one source after the other, and answers each with what the library reads or the reason why
-not. Invariant: an alarm ends it if one source takes too long, even inside the library and even if nobody waits any
-more; its memory is bounded. It knows nothing of models and requests.
+not. Invariant: an alarm ends it if one source takes too much processor time, even inside the library, or too long, even
+if nobody waits any more; its memory is bounded. It knows nothing of models and requests.
 """
 
 from __future__ import annotations
@@ -60,20 +60,22 @@ def _try(vocabulary: Vocabulary, source: GrammarSource) -> dict[str, str]:
     return {"error": matcher.get_error()} if matcher.is_error() else {"text": text}
 
 
-def main(seconds: float) -> None:
-    """Answer sources until the other side closes the stream."""
+def main(processor_seconds: float, seconds: float) -> None:
+    """Answer sources until the other side closes the stream; each has so much of both."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     resource.setrlimit(resource.RLIMIT_AS, (_MEMORY_BYTES, _MEMORY_BYTES))
     vocabulary = _vocabulary(receive(sys.stdin.buffer))
     _ = vocabulary.for_library
     send(sys.stdout.buffer, {"ready": True})
     while (message := receive(sys.stdin.buffer)) is not None:
-        # Nobody handles this signal, so it ends the process wherever it is.
-        signal.setitimer(signal.ITIMER_REAL, 2 * seconds)
+        # Nobody handles these signals, so they end the process wherever it is.
+        signal.setitimer(signal.ITIMER_PROF, processor_seconds)
+        signal.setitimer(signal.ITIMER_REAL, seconds)
         answer = _try(vocabulary, GrammarSource(**message))
+        signal.setitimer(signal.ITIMER_PROF, 0)
         signal.setitimer(signal.ITIMER_REAL, 0)
         send(sys.stdout.buffer, answer)
 
 
 if __name__ == "__main__":
-    main(float(sys.argv[1]))
+    main(*map(float, sys.argv[1:]))

@@ -5,15 +5,18 @@ from __future__ import annotations
 import json
 import os
 import signal
-from typing import Any
+from concurrent.futures import ThreadPoolExecutor
+from typing import IO, Any
 
 import pytest
 
-from qengine.errors import RequestError
+from qengine.errors import EngineDeadError, RequestError
+from qengine.grammars import trial
 from qengine.grammars.compiler import GrammarCompiler
 from qengine.grammars.sources import GrammarSource, source_of
 from qengine.grammars.vocabulary import Vocabulary
 from qengine.request import StructuredOutputs
+from tests.waiting import wait_until
 
 WORD = GrammarSource("regex", "[a-z]{3}")
 
@@ -94,9 +97,12 @@ def compiles(compiler: GrammarCompiler, source: GrammarSource) -> bool:
     return True
 
 
-def test_a_compile_that_hangs_is_killed_and_the_next_one_works(vocabulary: Vocabulary) -> None:
+def test_a_compile_that_hangs_is_killed_and_the_next_one_works(
+    vocabulary: Vocabulary, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(trial, "CLOCK_FACTOR", 1.0)
     compiler = GrammarCompiler(lambda: vocabulary, seconds=1.0)
-    compiler.compile(WORD)
+    assert any(compiles(compiler, WORD) for _ in range(60))
     for process_id in compiler.process_ids:
         os.kill(process_id, signal.SIGSTOP)
     with pytest.raises(RequestError, match="longer than 1 s"):
@@ -106,30 +112,85 @@ def test_a_compile_that_hangs_is_killed_and_the_next_one_works(vocabulary: Vocab
     compiler.close()
 
 
-def test_a_compile_that_crashes_takes_nobody_along(vocabulary: Vocabulary) -> None:
+def test_a_compile_that_takes_too_much_processor_time_is_ended(vocabulary: Vocabulary) -> None:
+    compiler = GrammarCompiler(lambda: vocabulary, seconds=0.02)
+    for _ in range(2):
+        with pytest.raises(RequestError, match=r"it takes longer than 0\.0?2? s to compile"):
+            compiler.compile(HOSTILE["many properties"])
+    compiler.close()
+
+
+def test_a_compile_that_crashes_takes_nobody_along(vocabulary: Vocabulary, monkeypatch: pytest.MonkeyPatch) -> None:
     compiler = GrammarCompiler(lambda: vocabulary, seconds=60)
     compiler.compile(WORD)
-    for process_id in compiler.process_ids:
-        os.kill(process_id, signal.SIGKILL)
-    fresh = GrammarSource("regex", "[0-9]")
-    with pytest.raises(RequestError, match="too much memory"):
-        compiler.compile(fresh)
+    fresh, send = GrammarSource("regex", "[0-9]"), trial.send
+
+    def kill_and_send(stream: IO[bytes], message: Any) -> None:
+        for process_id in process_ids:
+            os.kill(process_id, signal.SIGKILL)
+        send(stream, message)
+
+    with monkeypatch.context() as patched:
+        process_ids = compiler.process_ids
+        patched.setattr(trial, "send", kill_and_send)
+        with pytest.raises(RequestError, match="too much memory"):
+            compiler.compile(fresh)
     # It is no lasting property of the source.
     assert compiler.compile(fresh)
     compiler.close()
 
 
+def test_a_process_that_dies_between_two_grammars_is_the_fault_of_neither(vocabulary: Vocabulary) -> None:
+    compiler = GrammarCompiler(lambda: vocabulary, seconds=60)
+    compiler.compile(WORD)
+    [before] = compiler.process_ids
+    os.kill(before, signal.SIGKILL)
+    os.waitid(os.P_PID, before, os.WEXITED | os.WNOWAIT)
+    assert compiler.compile(GrammarSource("regex", "[0-9]"))
+    assert compiler.process_ids != [before]
+    compiler.close()
+
+
+def compile_two_at_once(compiler: GrammarCompiler) -> None:
+    """While one grammar is tried in a process that is stopped, the next one gets a process of its own."""
+    [stopped] = compiler.process_ids
+    os.kill(stopped, signal.SIGSTOP)
+    with ThreadPoolExecutor(1) as pool:
+        first = pool.submit(compiler.compile, GrammarSource("regex", "a"))
+        wait_until(lambda: not compiler.process_ids)
+        compiler.compile(GrammarSource("regex", "b"))
+        os.kill(stopped, signal.SIGCONT)
+        first.result()
+
+
+def test_a_process_in_use_ends_when_it_has_answered(vocabulary: Vocabulary) -> None:
+    compiler = GrammarCompiler(lambda: vocabulary, seconds=60)
+    compiler.compile(WORD)
+    [stopped] = compiler.process_ids
+    os.kill(stopped, signal.SIGSTOP)
+    with ThreadPoolExecutor(1) as pool:
+        first = pool.submit(compiler.compile, GrammarSource("regex", "a"))
+        wait_until(lambda: not compiler.process_ids)
+        compiler.close()
+        os.kill(stopped, signal.SIGCONT)
+        first.result()
+    assert compiler.process_ids == []
+    with pytest.raises(ProcessLookupError):
+        os.kill(stopped, 0)
+
+
 def test_processes_end_with_the_compiler(vocabulary: Vocabulary) -> None:
     compiler = GrammarCompiler(lambda: vocabulary, seconds=60)
     compiler.compile(WORD)
+    compile_two_at_once(compiler)
     process_ids = compiler.process_ids
-    assert process_ids
+    assert len(process_ids) == 2
     compiler.close()
     compiler.close()
     for process_id in process_ids:
         with pytest.raises(ProcessLookupError):
             os.kill(process_id, 0)
-    with pytest.raises(RequestError, match="shutting down"):
+    with pytest.raises(EngineDeadError, match="has been shut down"):
         compiler.compile(GrammarSource("regex", "[0-9]"))
 
 
