@@ -2,7 +2,8 @@
 a terminal, because a job that runs in the background starts with it ignored; compiled modules are kept even where the
 environment says not to, because hundreds of processes import them; where there is no GPU, Triton's interpreter, which
 must be asked for before any kernel is imported; the longest files first, so that none is left for the end; ranks forked
-instead of started; and Python's collector kept from looking at what is imported, until a test lets it."""
+instead of started; no time limit for hypothesis' examples, since timings decide nothing; and Python's collector kept
+from looking at what is imported, until a test lets it."""
 
 from __future__ import annotations
 
@@ -11,6 +12,7 @@ import os
 import signal
 import sys
 from collections.abc import Iterator
+from contextlib import suppress
 
 import pytest
 
@@ -38,6 +40,11 @@ signal.signal(signal.SIGINT, signal.default_int_handler)
 from tests import forking, interpreter  # noqa: E402 - it imports triton, which reads the environment
 
 interpreter.quicken()
+with suppress(ImportError):  # Not where a GPU is.
+    from hypothesis import settings
+
+    settings.register_profile("patient", deadline=None)
+    settings.load_profile("patient")
 
 
 @pytest.fixture(scope="session", autouse=True)

@@ -59,12 +59,14 @@ def main() -> int:
         connection.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
         print("ready", flush=True)
         due = time.perf_counter()
-        while not select.select([sys.stdin], [], [], max(0.0, due - time.perf_counter()))[0]:
+        is_over = False
+        while not is_over:  # One at least, however soon it is over.
             _ask(connection, question)
             answered = time.perf_counter()
             while due <= answered:  # Also the beats that went by meanwhile: they would have waited as long at least.
                 seconds.append(answered - due)
                 due += interval_s
+            is_over = bool(select.select([sys.stdin], [], [], max(0.0, due - time.perf_counter()))[0])
     print(json.dumps(seconds))
     return 0
 

@@ -129,6 +129,7 @@ class AsyncEngine:
         # Touched in the event loop only.
         self._loop: asyncio.AbstractEventLoop | None = None
         self._mailboxes: dict[str, Mailbox] = {}
+        self._num_offloaded = 0
         # Touched in the engine thread only: what was last told of requests that are watched and have no token yet.
         self._watched: dict[str, RequestProgress | None] = {}
         self._thread = threading.Thread(target=self._run, name="qengine-engine", daemon=True)
@@ -152,6 +153,12 @@ class AsyncEngine:
         """Whether the step that runs now should have ended long ago."""
         began = self._step_began
         return began is not None and time.monotonic() - began > LIMITS.stuck_step_seconds
+
+    @property
+    def is_idle(self) -> bool:
+        """Whether no request is in flight, and no answer is being made of what the engine said."""
+        # In this order: an answer is begun after its request has left.
+        return self.admission.num_in_flight == 0 and self._num_offloaded == 0
 
     # For callers in the event loop
 
@@ -230,12 +237,19 @@ class AsyncEngine:
             future = pool.submit(work)
         except RuntimeError as error:  # The pool is closed.
             raise ShutDownError(_STOPPING) from error
+        self._num_offloaded += 1
         try:
             return await asyncio.wrap_future(future)
         except asyncio.CancelledError as error:
             if self._should_stop and future.cancelled():
                 raise ShutDownError(_STOPPING) from error
             raise
+        except EngineDeadError as error:
+            if self._should_stop:
+                raise ShutDownError(_STOPPING) from error
+            raise
+        finally:
+            self._num_offloaded -= 1
 
     def make_request(
         self,

@@ -70,6 +70,7 @@ def run_server(config: EngineConfig, options: ServerOptions, *, start_engine: St
     """
     tracer = None if options.otlp_endpoint is None else Tracer(options.otlp_endpoint)
     listener = open_listener(options)
+    switch_seconds = sys.getswitchinterval()
     sys.setswitchinterval(_SWITCH_SECONDS)
     try:
         service = make_service(options)
@@ -87,7 +88,8 @@ def run_server(config: EngineConfig, options: ServerOptions, *, start_engine: St
                 service.stop()
                 http.stop()
     finally:
-        close_listener(listener, options)
+        close_listener(listener)
+        sys.setswitchinterval(switch_seconds)
         if tracer is not None:
             tracer.shutdown()
 
@@ -161,6 +163,9 @@ def _load_and_serve(
         return EXIT_ENGINE_DEAD if async_engine.is_dead else _exit_code(signals)
     finally:
         thaw_objects()
+        if not async_engine.is_dead:
+            # What is shut down has not died, whoever asks meanwhile.
+            service.stop()
         async_engine.shutdown(_ABORT_SECONDS)
 
 
@@ -176,7 +181,7 @@ def _drain(service: Service, engine: AsyncEngine, signals: StopSignals, timeout:
             file=sys.stderr,
             flush=True,
         )
-    while engine.admission.num_in_flight and not engine.is_dead and len(signals.received) == num_signals:
+    while not engine.is_idle and not engine.is_dead and len(signals.received) == num_signals:
         if time.monotonic() > deadline:
             break
         signals.wait(_DRAIN_POLL_SECONDS)

@@ -16,6 +16,8 @@ from qengine.serving.options import ServerOptions
 
 _BACKLOG = 2048
 _CONNECT_SECONDS = 1.0
+#: What tells a file from any other at the same path: device, number, and when it was made or changed.
+_File = tuple[int, int, int]
 
 
 def open_listener(options: ServerOptions) -> socket.socket:
@@ -42,13 +44,41 @@ def _listen_tcp(host: str, port: int) -> socket.socket:
         ) from error
 
 
+class _UnixListener(socket.socket):
+    """A listening unix socket that knows its own file."""
+
+    def __init__(self, path: str) -> None:
+        super().__init__(socket.AF_UNIX, socket.SOCK_STREAM)
+        self._path = path
+        self._file: _File | None = None
+
+    def listen_there(self) -> None:
+        self.bind(self._path)
+        os.chmod(self._path, stat.S_IRUSR | stat.S_IWUSR)  # Before listen: nobody can have connected yet.
+        self._file = _file_at(self._path)
+        self.listen(_BACKLOG)
+
+    def free_path(self) -> None:
+        """Remove the file, unless another server has put its own there since."""
+        if self._file is not None and _file_at(self._path) == self._file:
+            with suppress(FileNotFoundError):
+                os.unlink(self._path)
+
+
+def _file_at(path: str) -> _File | None:
+    try:
+        found = os.stat(path)
+    except OSError:
+        return None
+    # A number is given again as soon as its file is gone; the time tells them apart.
+    return found.st_dev, found.st_ino, found.st_ctime_ns
+
+
 def _listen_unix(path: str) -> socket.socket:
     _remove_stale(path)
-    listener = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
+    listener = _UnixListener(path)
     try:
-        listener.bind(path)
-        os.chmod(path, stat.S_IRUSR | stat.S_IWUSR)  # Before listen: nobody can have connected yet.
-        listener.listen(_BACKLOG)
+        listener.listen_there()
     except OSError as error:
         listener.close()
         raise ConfigError(f"cannot listen on --uds {path}: {_reason(error)}") from error
@@ -80,12 +110,11 @@ def _reason(error: OSError) -> str:
     return os.strerror(error.errno) if error.errno is not None else str(error)
 
 
-def close_listener(listener: socket.socket, options: ServerOptions) -> None:
+def close_listener(listener: socket.socket) -> None:
     """Close, and free a unix socket's path."""
     listener.close()
-    if options.uds is not None:
-        with suppress(FileNotFoundError):
-            os.unlink(options.uds)
+    if isinstance(listener, _UnixListener):
+        listener.free_path()
 
 
 def base_url(listener: socket.socket, options: ServerOptions) -> str:

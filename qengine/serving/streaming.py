@@ -25,6 +25,8 @@ from qengine.serving.errors import as_api_error
 Chunks = Sequence[Mapping[str, Any]]
 _T = TypeVar("_T")
 _DONE = b"data: [DONE]\n\n"
+#: Longer than a task needs to let go; one that is still there then was not told.
+_CANCEL_SECONDS = 0.2
 #: Made once: json.dumps makes one for each call that is not plain, which costs more than a token's chunk does.
 _JSON = json.JSONEncoder(ensure_ascii=False, allow_nan=False, separators=(",", ":"))
 
@@ -134,7 +136,13 @@ async def _wait_until_gone(receive: Receive) -> None:
 
 
 async def _cancel(*tasks: asyncio.Future[Any]) -> None:
-    """Cancel `tasks` and wait until each has let go of what it held."""
-    for task in tasks:
-        task.cancel()
+    """Cancel `tasks` and wait until each has let go of what it held.
+
+    Again and again: up to Python 3.11, one that comes just as a `wait_for` ends is lost.
+    """
+    pending = set(tasks)
+    while pending:
+        for task in pending:
+            task.cancel()
+        _, pending = await asyncio.wait(pending, timeout=_CANCEL_SECONDS)
     await asyncio.gather(*tasks, return_exceptions=True)

@@ -244,7 +244,7 @@ def collected(runs: Sequence[Sequence[str]]) -> list[list[str]]:
     script += "print('ended', int(pytest.main(['--collect-only', '-p', 'no:cacheprovider', *run])))"
     command = [sys.executable, "-c", script, json.dumps(runs)]
     bare = {**os.environ, "PYTEST_DISABLE_PLUGIN_AUTOLOAD": "1"}
-    done = subprocess.run(command, capture_output=True, text=True, timeout=120, cwd=gpu_check.REPOSITORY, env=bare)
+    done = subprocess.run(command, capture_output=True, text=True, timeout=300, cwd=gpu_check.REPOSITORY, env=bare)
     assert done.returncode == 0, done.stdout + done.stderr
     assert done.stdout.count("ended 0") == len(runs), done.stdout[-3000:]
     return [[line for line in out.splitlines() if "::" in line] for out in done.stdout.split("ended 0")[:-1]]

@@ -22,7 +22,8 @@ from qengine.commands.parsing import parse
 from qengine.commands.settings import chat_settings
 from qengine.commands.talking import INTERRUPTED, Answer
 from qengine.errors import ConfigError
-from tests.serving.running import Running, serving, wait_until
+from tests.serving.running import Running, serving
+from tests.waiting import wait_until
 from tests.web.talking_engine import TalkingEngine
 
 Typed = Callable[..., None]

@@ -28,7 +28,8 @@ from qengine.runtime.spawn_executor import SpawnExecutor
 from qengine.startup import start_parts
 from tests.engine.fixtures import path
 from tests.engine.test_llm import greedy, mixed_prompts, run, tokens
-from tests.serving.rank_server import own_ranks, spoil, wait_until
+from tests.serving.rank_server import own_ranks, spoil
+from tests.waiting import wait_until
 
 FIXTURE = path("llama-gptq-actorder-g32")
 #: Keys and values of one block of 16 tokens in float32: 3 layers of 2 heads of 64.
@@ -273,7 +274,8 @@ def run_to_the_end(engine: Engine) -> None:
     ],
 )
 def test_a_rank_of_a_pipeline_that_fails_is_the_end_and_is_named(how: str, reason: str) -> None:
-    engine = start_failing(1, how, pipeline_parallel_size=2, step_timeout=STEP_TIMEOUT)
+    limit = {"step_timeout": STEP_TIMEOUT} if how == "hang" else {}
+    engine = start_failing(1, how, pipeline_parallel_size=2, **limit)
     told: list[str] = []
     try:
         engine.on_failure(told.append)
@@ -370,7 +372,7 @@ def test_a_rank_that_is_stopped_in_the_start_is_a_load_error(
 
 
 def test_a_rank_that_loads_for_long_is_waited_for(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(spawn_executor, "LOADING_SILENCE_SECONDS", 2.5)
+    monkeypatch.setattr(spawn_executor, "LOADING_SILENCE_SECONDS", 4.0)
     engine = start_failing(1, "load slowly", tensor_parallel_size=2)
     engine.shutdown()
 

@@ -13,7 +13,7 @@ from contextlib import contextmanager
 import pytest
 
 from qengine.errors import TransportError
-from qengine.parallel import children
+from qengine.parallel import children, watchdog
 from qengine.parallel.watchdog import Watchdog, connections, nccl_advice
 
 #: Longer than any step of these tests takes on a busy machine.
@@ -133,7 +133,8 @@ def test_an_interrupt_is_not_replaced() -> None:
         assert processes[0].wait(PATIENCE_S) == -signal.SIGKILL
 
 
-def test_advice_shows_how_cards_are_connected() -> None:
+def test_advice_shows_how_cards_are_connected(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(watchdog, "_TOPOLOGY_SECONDS", PATIENCE_S)
     advice = nccl_advice([sys.executable, "-c", "print('GPU0 X PHB')"])
     assert "NCCL_IB_DISABLE=1" in advice
     assert advice.endswith("How the cards are connected:\nGPU0 X PHB")

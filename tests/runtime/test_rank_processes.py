@@ -13,6 +13,7 @@ import pytest
 from qengine.parallel import children
 from qengine.runtime import rank_processes
 from qengine.runtime.rank_processes import RankProcesses
+from tests.waiting import wait_until
 
 
 def test_a_process_that_cannot_be_ended_is_not_waited_for(
@@ -67,9 +68,7 @@ def test_a_stopped_process_is_named() -> None:
         assert processes.stopped() == []
         victim = processes.ranks[1].process
         victim.send_signal(signal.SIGSTOP)
-        deadline = time.monotonic() + 60.0
-        while not processes.stopped() and time.monotonic() < deadline:
-            time.sleep(0.01)
+        wait_until(lambda: bool(processes.stopped()))
         assert processes.stopped() == [f"rank 1 (process {victim.pid}) is stopped"]
     finally:
         processes.close(0.0)

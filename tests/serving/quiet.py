@@ -10,7 +10,8 @@ from contextlib import contextmanager
 
 from prometheus_client.parser import text_string_to_metric_families
 
-from tests.serving.running import Running, wait_until
+from tests.serving.running import Running
+from tests.waiting import wait_until
 
 _SPARE_FDS = 2
 _SPARE_TASKS = 2

@@ -10,14 +10,15 @@ import socket
 import subprocess
 import sys
 import threading
-import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import httpx
+
+from tests.waiting import wait_until
 
 ROOT = Path(__file__).parent.parent.parent
 FIXTURE = str(ROOT / "tests" / "fixtures" / "llama-awq-g64")
@@ -81,15 +82,6 @@ def listening_addresses(pid: int) -> set[str]:
     return found
 
 
-def wait_until(condition: Callable[[], bool], seconds: float) -> float:
-    """Seconds until `condition` came true; fails after `seconds`."""
-    begin = time.monotonic()
-    while not condition():
-        assert time.monotonic() - begin < seconds, f"it did not come true in {seconds:g} s"
-        time.sleep(0.02)
-    return time.monotonic() - begin
-
-
 @dataclass
 class RankServer:
     """A server that is ready."""
@@ -113,7 +105,7 @@ class RankServer:
     def assert_gone(self, seconds: float) -> int:
         """Wait for the end of the server; nothing of it is left. Returns the exit code."""
         code = self.process.wait(seconds)
-        wait_until(lambda: not any(is_alive(pid) for pid in self.ranks), 10.0)
+        wait_until(lambda: not any(is_alive(pid) for pid in self.ranks))
         with socket.create_server(("127.0.0.1", self.port)):
             pass
         return code

@@ -7,7 +7,8 @@ import socket
 import struct
 from typing import Any
 
-from tests.serving.running import WAIT_SECONDS, Running
+from tests.serving.running import Running
+from tests.waiting import WAIT_SECONDS
 
 
 def request_bytes(path: str, body: dict[str, Any], *headers: str) -> bytes:

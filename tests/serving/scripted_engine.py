@@ -29,6 +29,8 @@ SCRIPT = "The sky is blue, 天空 is 蓝色 and 🙂 is yellow. "
 NAN_PROMPT = "make it NaN"
 NEVER_FITS_PROMPT = "never fits"
 DIE_PROMPT = "die now"
+#: How often a held engine hears of new requests.
+_LISTEN_SECONDS = 0.005
 
 
 @dataclass
@@ -67,6 +69,7 @@ class ScriptedEngine:
 
     Attributes:
         num_permits: how many steps may still run; `hold` and `allow` make the engine as slow as a test needs.
+        listens: a step that may not run ends without a token, instead of waiting until it may.
         aborted: ids in the order they were aborted.
         num_steps: steps so far.
         answers: words of a prompt -> the answer to it.
@@ -96,6 +99,7 @@ class ScriptedEngine:
         self.script = self.tokenizer.encode(SCRIPT, add_special_tokens=False)
         self._may_step = threading.Condition()
         self.num_permits = math.inf
+        self.listens = False
         self.requests: dict[str, ScriptedRequest] = {}
         self.prepared: list[ScriptedRequest] = []
         self.aborted: list[str] = []
@@ -112,10 +116,11 @@ class ScriptedEngine:
 
     # Any thread
 
-    def hold(self) -> None:
-        """Stop before the next step, until `allow`."""
+    def hold(self, *, listens: bool = False) -> None:
+        """Stop before the next step, until `allow`; as in a step that hangs, unless the engine still `listens`."""
         with self._may_step:
             self.num_permits = 0
+            self.listens = listens
 
     def allow(self, num_steps: float = math.inf) -> None:
         """Let that many steps run after `hold`."""
@@ -206,7 +211,9 @@ class ScriptedEngine:
         if self.on_scheduled is not None:
             self.on_scheduled()
         with self._may_step:
-            self._may_step.wait_for(lambda: self.num_permits > 0)
+            while not self._may_step.wait_for(lambda: self.num_permits > 0, _LISTEN_SECONDS):
+                if self.listens:
+                    return []
             self.num_permits -= 1
         self.num_steps += 1
         running = self._running()

@@ -23,8 +23,8 @@ from qengine.serving.admission import (
     ShutDownError,
 )
 from qengine.serving.async_engine import AsyncEngine, Timeouts
-from tests.serving.running import WAIT_SECONDS
 from tests.serving.scripted_engine import DIE_PROMPT, NAN_PROMPT, NEVER_FITS_PROMPT, SCRIPT, ScriptedEngine
+from tests.waiting import WAIT_SECONDS
 
 NO_TIMEOUTS = Timeouts()
 Scenario = Callable[[AsyncEngine, ScriptedEngine], Coroutine[Any, Any, None]]
@@ -43,6 +43,10 @@ def play(scenario: Scenario, timeouts: Timeouts = NO_TIMEOUTS, **engine_options:
     assert not async_engine._mailboxes
     assert engine.is_shut_down
     return engine
+
+
+def _is_finished(report: object) -> bool:
+    return isinstance(report, RequestOutput) and report.finished
 
 
 async def until(condition: Callable[[], bool]) -> None:
@@ -82,7 +86,7 @@ def test_a_slow_reader_finds_only_the_newest() -> None:
         async with aclosing(engine.generate("hi", SamplingParams(max_tokens=50), "a")) as outputs:
             assert len((await anext(outputs)).outputs[0].token_ids) == 1
             scripted.allow()
-            await until(lambda: not scripted.has_unfinished and not engine._outbox)
+            await until(lambda: _is_finished(engine._mailboxes["a"].latest.get("a")))
             [last] = [output async for output in outputs]
             assert last.finished
             assert len(last.outputs[0].token_ids) == 50
@@ -121,7 +125,8 @@ def test_a_blocked_event_loop_is_woken_once() -> None:
             await until(lambda: scripted.has_unfinished)
             loop.call_soon_threadsafe = counting  # type: ignore[method-assign]
             scripted.allow()
-            while scripted.has_unfinished:  # The loop does not run: 50 steps leave one output and one wake-up.
+            # The loop does not run: 50 steps leave one output and one wake-up.
+            while not _is_finished(engine._outbox.get("a")):
                 threading.Event().wait(0.002)
             loop.call_soon_threadsafe = call  # type: ignore[method-assign]
             assert num_calls == 1
@@ -206,10 +211,11 @@ def test_an_id_in_use_is_refused() -> None:
 
 def test_death_reaches_everyone_and_stays() -> None:
     async def scenario(engine: AsyncEngine, scripted: ScriptedEngine) -> None:
-        scripted.hold()
+        scripted.hold(listens=True)
         tasks = [asyncio.ensure_future(collect(engine, "hi", str(i), max_tokens=100)) for i in range(3)]
         tasks.append(asyncio.ensure_future(collect(engine, DIE_PROMPT, "killer")))
-        await until(lambda: bool(scripted.allow(1)) or engine.is_dead)
+        await until(lambda: len(scripted.requests) == 4)
+        scripted.allow(1)
         results = await asyncio.gather(*tasks, return_exceptions=True)
         assert [type(result) for result in results] == [EngineDeadError] * 4
         with pytest.raises(EngineDeadError):
@@ -351,14 +357,12 @@ def test_admission_counts_back_whatever_happens() -> None:
 @pytest.mark.parametrize("is_continued", [False, True])
 def test_what_goes_on_with_an_answer_is_not_timed_out_in_the_queue(is_continued: bool) -> None:
     async def scenario(engine: AsyncEngine, scripted: ScriptedEngine) -> None:
-        scripted.hold()
+        scripted.hold(listens=True)
         first = asyncio.ensure_future(collect(engine, "hi", "a", max_tokens=40))
         await until(lambda: scripted.num_running == 1)
         pending = engine.make_request("b", "hi", SamplingParams(max_tokens=1))
         late = asyncio.ensure_future(last_of(engine.watch([pending], is_continued=is_continued)))
-        for _ in range(30):
-            await asyncio.sleep(0.01)
-            scripted.allow(1)  # Commands are heard between steps.
+        await asyncio.sleep(0.3)
         scripted.allow()
         if is_continued:
             assert (await late).finished

@@ -18,8 +18,9 @@ from qengine.serving import auth
 from qengine.serving.auth import ApiKeyGate, LoopbackGate
 from qengine.serving.exposure import check_exposure, is_loopback
 from qengine.serving.options import ServerOptions
-from tests.serving.running import WAIT_SECONDS, Running, serving
+from tests.serving.running import Running, serving
 from tests.serving.scripted_engine import ScriptedEngine
+from tests.waiting import WAIT_SECONDS
 
 KEYS = ("first-key", "second-key", "third-key")
 

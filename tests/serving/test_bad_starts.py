@@ -20,8 +20,9 @@ import pytest
 from safetensors import safe_open
 
 from qengine import cli
-from tests.serving.rank_server import FIXTURE, ROOT, children, is_alive, own_ranks, wait_until
+from tests.serving.rank_server import FIXTURE, ROOT, children, is_alive, own_ranks
 from tests.serving.test_server import free_port
+from tests.waiting import wait_until
 
 #: What starts may take at most, on a machine that does nothing else: a guard against hangs, no measurement.
 SECONDS = 60.0

@@ -20,8 +20,9 @@ from pydantic import BaseModel, Field
 
 from tests.serving.chat_templates import HERMES
 from tests.serving.openai_client import bundled_server, check_nothing_is_left, connected
-from tests.serving.running import Running, serving, wait_until
+from tests.serving.running import Running, serving
 from tests.serving.scripted_engine import DIE_PROMPT, NAN_PROMPT, ScriptedEngine
+from tests.waiting import wait_until
 
 WAIT_SECONDS = 60.0
 QUESTION = "What is the capital of France?"

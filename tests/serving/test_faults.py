@@ -26,9 +26,10 @@ from qengine.serving.limits import Limits
 from qengine.serving.open_files import NUM_OTHER_FILES, make_room
 from tests.serving.quiet import assert_quiet, num_open_files, scrape
 from tests.serving.raw import connect, is_closed, open_request, read_all, read_events, request_bytes, reset
-from tests.serving.running import WAIT_SECONDS, Running, serving, wait_until, watched_loop
+from tests.serving.running import Running, serving, watched_loop
 from tests.serving.scripted_engine import ScriptedEngine
 from tests.serving.tiny import TEXT, body, small_server
+from tests.waiting import WAIT_SECONDS, wait_until
 
 ROOT = Path(__file__).parents[2]
 #: A stream that is far larger than all buffers between server and client.
@@ -162,16 +163,17 @@ def test_those_who_do_not_read_are_dropped_and_the_others_do_not_notice(monkeypa
 
 
 def test_a_reader_that_is_slow_but_reads_is_not_dropped(monkeypatch: pytest.MonkeyPatch) -> None:
-    set_limits(monkeypatch, stalled_stream_seconds=0.2, stalled_stream_bytes=1, send_buffer_bytes=8192)
+    set_limits(monkeypatch, stalled_stream_seconds=1.0, stalled_stream_bytes=1, send_buffer_bytes=8192)
     with serving(ScriptedEngine(max_model_len=2000)) as server, assert_quiet(server):
         with open_request(server, LONG, receive_buffer=2048) as connection:
-            received = b""
+            received, num_reads = b"", 0
             while not received.endswith(b"[DONE]\n\n\r\n0\r\n\r\n"):
                 more = connection.recv(65536)
                 assert more, "the server closed"
                 received = received[-64:] + more
-                if len(more) > 60_000:
-                    time.sleep(0.01)
+                num_reads += 1
+                if num_reads % 100 == 0:
+                    time.sleep(0.05)
         assert scrape(server)["qengine:stream_stalls_total"] == 0
 
 
@@ -235,12 +237,12 @@ NESTED_RANGES = "{% for i in range(9999) %}{% for j in range(9999) %}{% endfor %
     ids=["templates", "choices", "log-probabilities", "tokens"],
 )
 def test_what_asks_for_much_is_refused_for_little(path: str, fields: dict[str, Any]) -> None:
-    """At once, that is: the bounds are generous where others use the machine too."""
+    """At once, that is."""
     with serving(ScriptedEngine(), max_logprobs=20) as server, assert_quiet(server):
         asked = {"model": "scripted", **fields}
         assert server.post(path, asked).status_code == 400
         before = resident_bytes()
-        with watched_loop(server) as lags:
+        with watched_loop(server, time.process_time) as lags:
             for _ in range(20):
                 assert server.post(path, asked).status_code == 400
         assert max(lags) < 0.5
@@ -267,7 +269,7 @@ def test_heads_that_are_too_large_are_not_kept() -> None:
 
 
 def test_heads_and_bodies_that_trickle_in_are_cut_off_and_health_is_answered(monkeypatch: pytest.MonkeyPatch) -> None:
-    set_limits(monkeypatch, head_seconds=1.0, body_seconds=1.0)
+    set_limits(monkeypatch, head_seconds=3.0, body_seconds=3.0)
     with serving(ScriptedEngine()) as server, assert_quiet(server):
         head = request_bytes(TEXT, {"model": "scripted", "prompt": "x" * 10_000})
         elsewhere = b"GET /nothing HTTP/1.1\r\nHost: localhost\r\nContent-Length: 1000\r\n\r\n"
@@ -341,7 +343,7 @@ def test_bodies_under_way_are_bounded_together(monkeypatch: pytest.MonkeyPatch) 
 
 def test_a_connection_in_use_is_not_cut(monkeypatch: pytest.MonkeyPatch) -> None:
     """The deadlines are for what is being sent: neither for an answer that takes long, nor for the pause after it."""
-    set_limits(monkeypatch, head_seconds=0.2, body_seconds=0.2)
+    set_limits(monkeypatch, head_seconds=1.0, body_seconds=1.0)
     engine = ScriptedEngine()
     with serving(engine) as server, connect(server) as connection:
         for _ in range(2):

@@ -13,8 +13,9 @@ import pytest
 
 from qengine.serving.service import Phase
 from tests.serving.raw import open_request, reset
-from tests.serving.running import WAIT_SECONDS, Running, serving, wait_until
+from tests.serving.running import Running, serving
 from tests.serving.scripted_engine import DIE_PROMPT, NAN_PROMPT, NEVER_FITS_PROMPT, SCRIPT, ScriptedEngine
+from tests.waiting import WAIT_SECONDS, wait_until
 
 CHAT = "/v1/chat/completions"
 TEXT = "/v1/completions"
@@ -296,11 +297,13 @@ def test_a_failed_request_is_a_500_and_harms_no_other(server: Running) -> None:
 def test_a_dead_engine_fails_everyone_and_health_says_so() -> None:
     engine = ScriptedEngine()
     with serving(engine) as server, server.client() as client, ThreadPoolExecutor(1) as pool:
-        engine.hold()
+        engine.hold(listens=True)
         engine.allow(1)
         with client.stream("POST", CHAT, json=chat_body(stream=True, max_tokens=200)) as stream:
             killer = pool.submit(server.post, TEXT, text_body(prompt=DIE_PROMPT))
-            wait_until(lambda: engine.allow(1) or server.service.phase is Phase.DEAD)
+            wait_until(lambda: len(engine.requests) == 2)
+            engine.allow(1)
+            wait_until(lambda: server.service.phase is Phase.DEAD)
             text = stream.read().decode()
         assert_error(killer.result(), 500, code="engine_dead")
         assert "[DONE]" not in text
@@ -357,9 +360,10 @@ def test_more_than_the_server_holds_is_429_with_retry_after() -> None:
 def test_a_client_that_leaves_aborts_what_runs_and_what_waits(stream: bool, leave: Any) -> None:
     engine = ScriptedEngine(max_num_seqs=2)
     with serving(engine) as server:
-        engine.hold()
+        engine.hold(listens=True)
         connections = [open_request(server, text_body(n=2, max_tokens=200, stream=stream)) for _ in range(3)]
-        wait_until(lambda: engine.allow(1) or len(engine.requests) == 3)
+        wait_until(lambda: len(engine.requests) == 3)
+        engine.hold()
         assert engine.num_waiting == 2
         for connection in connections:
             leave(connection)

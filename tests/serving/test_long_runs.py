@@ -18,7 +18,8 @@ from prometheus_client.parser import text_string_to_metric_families
 
 from qengine.grammars.trial import NUM_PROCESSES
 from tests.serving.open_loop import Result, Shot, capacity, percentile, poisson, run_load, shown, slope
-from tests.serving.rank_server import FIXTURE, RankServer, rank_server, wait_until
+from tests.serving.rank_server import FIXTURE, RankServer, rank_server
+from tests.waiting import wait_until
 
 pytestmark = pytest.mark.long
 

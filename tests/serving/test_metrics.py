@@ -16,9 +16,10 @@ from qengine.serving.metrics.table import table
 from qengine.step_stats import EngineLoad, StepStats
 from tests.serving.metric_names import described, render
 from tests.serving.quiet import assert_quiet, scrape
-from tests.serving.running import Running, serving, wait_until
+from tests.serving.running import Running, serving
 from tests.serving.scripted_engine import NAN_PROMPT, ScriptedEngine
 from tests.serving.tiny import PROMPT, TEXT, body, small_server, start_engine
+from tests.waiting import wait_until
 
 DOCUMENT = Path(__file__).parents[2] / "docs" / "metrics.md"
 NAMES_FILE = Path(__file__).with_name("metric_names.txt")
@@ -161,12 +162,11 @@ def test_aborted_sequences_are_counted_and_leave_the_gauges_at_zero() -> None:
 def test_while_it_waits_and_runs_the_gauges_say_so() -> None:
     engine = ScriptedEngine(max_num_seqs=1)
     with serving(engine) as server, ThreadPoolExecutor(2) as pool:
-        engine.hold()
+        engine.hold(listens=True)
         held = [
             pool.submit(server.post, TEXT, {"model": "scripted", "prompt": "hi", "max_tokens": 240}) for _ in range(2)
         ]
-        # Held in a step, the engine does not hear of the second one: it comes in between two steps.
-        wait_until(lambda: bool(engine.allow(1)) or Counted(server)["num_requests_waiting"] == 1)
+        wait_until(lambda: Counted(server)["num_requests_waiting"] == 1)
         counted = Counted(server)
         assert counted["num_requests_running"] == 1
         assert counted['num_requests_waiting_by_reason{reason="capacity"}'] == 1

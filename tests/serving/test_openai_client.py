@@ -17,7 +17,8 @@ import pytest
 from qengine.config import EngineConfig
 from qengine.engine import Engine
 from tests.engine.fixtures import expected, path
-from tests.serving.running import WAIT_SECONDS, Running, serving, wait_until
+from tests.serving.running import Running, serving
+from tests.waiting import WAIT_SECONDS, wait_until
 
 CHECKPOINT = "llama-awq-g64"
 KEY = "a-test-key"

@@ -16,8 +16,9 @@ from qengine.scheduling.batch import Batch
 from qengine.scheduling.pressure import ATTEMPTS
 from qengine.serving.service import Phase
 from tests.serving.quiet import assert_quiet, scrape
-from tests.serving.running import Running, wait_until
+from tests.serving.running import Running
 from tests.serving.tiny import TEXT, body, small_server
+from tests.waiting import wait_until
 
 ERRORS = [
     torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB\nmore"),

@@ -13,10 +13,11 @@ import pytest
 
 from qengine.request import RequestProgress, SamplingParams
 from tests.serving.response_events import named_events, replay
-from tests.serving.running import WAIT_SECONDS, Running, serving, wait_until
+from tests.serving.running import Running, serving
 from tests.serving.scripted_engine import NEVER_FITS_PROMPT, ScriptedEngine
 from tests.serving.test_http import CHAT, TEXT, assert_error, chat_body, events, text_body
 from tests.serving.tiny import small_server, start_engine
+from tests.waiting import WAIT_SECONDS, wait_until
 
 RESPONSES = "/v1/responses"
 WANTED = {"stream": True, "stream_options": {"include_progress": True}}
@@ -37,8 +38,8 @@ def server() -> Iterator[Running]:
 
 
 def wait_until_added(server: Running, number: int) -> None:
-    """Until `number` requests are in the engine, which takes them in between steps."""
-    wait_until(lambda: server.engine.allow(1) is None and len(server.engine.requests) == number)
+    """Until `number` requests are in the engine, which listens."""
+    wait_until(lambda: len(server.engine.requests) == number)
 
 
 def paced(server: Running, url: str, body: dict[str, Any]) -> list[dict[str, Any]]:
@@ -75,20 +76,22 @@ def test_who_did_not_ask_sees_nothing_of_it(server: Running, options: dict[str, 
 
 
 def test_the_place_in_the_queue_falls_as_others_leave_and_ends(server: Running) -> None:
-    server.engine.hold()
-    with ThreadPoolExecutor(3) as pool:
+    server.engine.hold(listens=True)
+    with ThreadPoolExecutor(2) as pool, server.client() as client:
         first = pool.submit(server.post, TEXT, text_body(max_tokens=200))
         wait_until_added(server, 1)
         second = pool.submit(server.post, TEXT, text_body(max_tokens=200))
         wait_until_added(server, 2)
-        third = pool.submit(server.post, CHAT, chat_body(**WANTED))
-        wait_until_added(server, 3)
-        server.engine.allow()
+        with client.stream("POST", CHAT, json=chat_body(**WANTED)) as third:
+            lines = (line.removeprefix("data: ") for line in third.iter_lines())
+            payloads = (json.loads(line) for line in lines if line.startswith("{"))
+            told = [next(payloads)["progress"]]
+            server.engine.allow()
+            told += [payload["progress"] for payload in payloads if "progress" in payload]
         assert first.result().status_code == second.result().status_code == 200
-        told = [payload["progress"] for payload in events(third.result())[:-1] if "progress" in payload]
     # The reader may miss some, but what comes is in order.
     places = [p["queue_position"] for p in told if p["state"] == "waiting"]
-    assert places
+    assert places[0] == 2
     assert places == sorted({*places}, reverse=True)
     assert {*places} <= {1, 2}
     assert all(p["computed_tokens"] == 0 for p in told if p["state"] == "waiting")
@@ -164,7 +167,7 @@ def test_progress_needs_a_stream(server: Running) -> None:
 
 
 def test_who_leaves_the_queue_is_watched_no_more(server: Running) -> None:
-    server.engine.hold()
+    server.engine.hold(listens=True)
     with ThreadPoolExecutor(1) as pool:
         first = pool.submit(server.post, TEXT, text_body(max_tokens=200))
         wait_until_added(server, 1)
@@ -172,9 +175,8 @@ def test_who_leaves_the_queue_is_watched_no_more(server: Running) -> None:
             stream = client.stream("POST", CHAT, json=chat_body(**WANTED))
             entering = other.submit(stream.__enter__)
             wait_until_added(server, 2)
-            server.engine.allow(2)
             entering.result().close()
-        wait_until(lambda: server.engine.allow(1) is None and len(server.engine.aborted) == 1)
+        wait_until(lambda: len(server.engine.aborted) == 1)
         server.engine.allow()
         assert first.result().status_code == 200
 

@@ -37,9 +37,9 @@ from tests.serving.rank_server import (
     own_ranks,
     rank_server,
     spoil,
-    wait_until,
 )
 from tests.serving.test_server import health, post, run_with, stream_of
+from tests.waiting import WAIT_SECONDS, wait_until
 
 NUM_STREAMS = 8
 STEP_TIMEOUT = 3.0
@@ -77,7 +77,7 @@ def with_streams(server: RankServer, fault: Callable[[], None]) -> tuple[Streams
     streams = Streams(server.url)
     with ThreadPoolExecutor(NUM_STREAMS) as pool:
         told = [pool.submit(streams.follow, index) for index in range(NUM_STREAMS)]
-        wait_until(lambda: streams.num_begun == NUM_STREAMS or any(one.done() for one in told), 60.0)
+        wait_until(lambda: streams.num_begun == NUM_STREAMS or any(one.done() for one in told))
         fault()
         when = time.monotonic()
         for one in told:
@@ -91,6 +91,10 @@ def value_of(scraped: str, name: str) -> float:
     return float(line.rpartition(" ")[2])
 
 
+def num_running(server: RankServer) -> float:
+    return value_of(httpx.get(server.url + "/metrics", headers=HEADERS).text, "qengine:num_requests_running")
+
+
 def assert_dead(server: RankServer, streams: Streams, when: float, seconds: float) -> None:
     """Every answer has ended with the error, in time; new ones are refused; then the server ends with its code."""
     assert len(streams.last) == NUM_STREAMS
@@ -100,7 +104,7 @@ def assert_dead(server: RankServer, streams: Streams, when: float, seconds: floa
     assert server.health() == 503
     assert (refused := server.complete()).status_code == 503
     assert refused.json()["error"]["code"] == "dead"
-    assert server.assert_gone(10.0) == EXIT_ENGINE_DEAD
+    assert server.assert_gone(WAIT_SECONDS) == EXIT_ENGINE_DEAD
 
 
 def test_a_rank_that_is_killed_ends_every_stream_and_the_server(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -139,7 +143,7 @@ def test_ranks_do_not_outlive_the_server_not_even_a_stopped_one() -> None:
 
         with pytest.raises(httpx.HTTPError):
             with_streams(server, orphan)
-        wait_until(lambda: not any(is_alive(pid) for pid in server.ranks), 10.0)
+        wait_until(lambda: not any(is_alive(pid) for pid in server.ranks))
 
 
 _START = """
@@ -164,13 +168,13 @@ def test_an_engine_that_is_killed_before_its_ranks_have_met_leaves_nothing(
     with subprocess.Popen(words, cwd=ROOT, env=variables, stderr=subprocess.PIPE, text=True) as process:
         assert process.stderr is not None
         try:
-            wait_until(lambda: len(children(process.pid)) == 2, 60.0)
+            wait_until(lambda: len(children(process.pid)) == 2)
             ranks = children(process.pid)
             if until == "stalled":
                 assert any("rank 1: stalled" in line for line in process.stderr)
         finally:
             process.kill()
-    wait_until(lambda: not any(is_alive(pid) for pid in ranks), 10.0)
+    wait_until(lambda: not any(is_alive(pid) for pid in ranks))
     assert list(tmp_path.iterdir()) == []
 
 
@@ -178,10 +182,10 @@ def test_ctrl_c_in_a_terminal_lets_answers_finish_and_leaves_nobody() -> None:
     with rank_server("-tp", "2") as server:
         with ThreadPoolExecutor(1) as pool:
             answer = pool.submit(server.complete, max_tokens=200, ignore_eos=True)
-            time.sleep(0.3)
+            wait_until(lambda: answer.done() or num_running(server) >= 1)
             os.killpg(server.process.pid, signal.SIGINT)  # A terminal sends it to the whole group.
             assert answer.result().json()["usage"]["completion_tokens"] == 200
-        assert server.assert_gone(10.0) == EXIT_INTERRUPTED
+        assert server.assert_gone(WAIT_SECONDS) == EXIT_INTERRUPTED
 
 
 @pytest.mark.parametrize("bad_rank", [0, 1])
@@ -223,7 +227,7 @@ def test_an_exception_in_the_forward_of_a_single_process(
 
 def _story_of_a_death(url: str) -> None:
     """One answer that streams and one that does not meet the same exception."""
-    wait_until(lambda: health(url) == 200, 60.0)
+    wait_until(lambda: health(url) == 200)
     with ThreadPoolExecutor(1) as pool:
         whole = pool.submit(post, url, max_tokens=200, ignore_eos=True)
         with stream_of(url, max_tokens=200, ignore_eos=True) as streamed:
@@ -253,9 +257,7 @@ def test_what_a_rank_finds_wrong_with_the_weights_reaches_the_user(tmp_path: Pat
     for file in os.listdir(FIXTURE):
         shutil.copy(Path(FIXTURE) / file, tmp_path)
     spoil(tmp_path / "model.safetensors", "model.layers.0.mlp.down_proj.scales")
-    begin = time.monotonic()
     refused = serve(str(tmp_path), "-tp", "2")
     assert refused.returncode == 2
     assert "scales has 1 values that are NaN or infinite; the file is damaged" in refused.stderr
     assert "Traceback" not in refused.stderr
-    assert time.monotonic() - begin < 30.0

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
@@ -16,12 +17,12 @@ from qengine.serving.pieces import Piece
 from qengine.serving.protocol import parse_request
 from qengine.serving.responses_output import ResponseOutput
 from qengine.serving.responses_protocol import ResponsesRequest
-from qengine.serving.service import Phase
 from tests.serving.chat_templates import HERMES, MISTRAL
 from tests.serving.response_events import named_events, replay, without_ids
-from tests.serving.running import Running, serving, wait_until
+from tests.serving.running import Running, serving
 from tests.serving.scripted_engine import DIE_PROMPT, NAN_PROMPT, NEVER_FITS_PROMPT, SCRIPT, ScriptedEngine
 from tests.serving.test_http import assert_error, chat_body
+from tests.waiting import wait_until
 
 URL = "/v1/responses"
 ADD: dict[str, Any] = {"type": "function", "name": "add", "parameters": {"type": "object"}}
@@ -435,11 +436,12 @@ def test_a_request_that_fails_at_once_has_a_status_of_its_own(server: Running) -
 def test_a_stream_that_breaks_ends_with_what_had_come() -> None:
     engine = ScriptedEngine()
     with serving(engine) as server, server.client() as client, ThreadPoolExecutor(1) as pool:
-        engine.hold()
+        engine.hold(listens=True)
         engine.allow(6)
         with client.stream("POST", URL, json=body(stream=True)) as stream:
             killer = pool.submit(server.post, URL, body(input=DIE_PROMPT))
-            wait_until(lambda: engine.allow(1) or server.service.phase is Phase.DEAD)
+            wait_until(lambda: len(engine.requests) == 2)
+            engine.allow(math.inf)
             stream.read()
         assert_error(killer.result(), 500, code="engine_dead")
         response = replay(named_events(stream))
@@ -454,12 +456,10 @@ def test_a_stream_that_breaks_ends_with_what_had_come() -> None:
 @pytest.mark.parametrize("stream", [False, True])
 def test_a_response_that_takes_too_long_has_failed_and_keeps_its_text(stream: bool) -> None:
     engine = ScriptedEngine()
-    with serving(engine, request_timeout=0.5) as server, ThreadPoolExecutor(1) as pool:
+    with serving(engine, request_timeout=2.0) as server:
         engine.hold()
         engine.allow(8)
-        pending = pool.submit(server.post, URL, body(stream=stream))
-        wait_until(lambda: server.async_engine is not None and server.async_engine.admission.num_in_flight == 1)
-        answer = pending.result()
+        answer = server.post(URL, body(stream=stream))
         engine.allow()
         response = replay(named_events(answer)) if stream else answer.json()
         assert response["status"] == "failed"
@@ -469,11 +469,11 @@ def test_a_response_that_takes_too_long_has_failed_and_keeps_its_text(stream: bo
 
 
 def test_a_client_that_leaves_frees_its_place(server: Running) -> None:
-    server.engine.hold()
+    server.engine.hold(listens=True)
     server.engine.allow(3)
     with server.client() as client, client.stream("POST", URL, json=body(stream=True)) as stream:
         next(stream.iter_bytes())
-    wait_until(lambda: server.engine.allow(1) is None and not server.engine.has_unfinished)
+    wait_until(lambda: not server.engine.has_unfinished)
     server.engine.allow()
 
 

@@ -25,14 +25,16 @@ import pytest
 
 from qengine.config import EngineConfig
 from qengine.errors import ConfigError, LoadError
-from qengine.serving import http_server, server
+from qengine.serving import http_server, large_json, server
 from qengine.serving.banner import Takes, try_command
 from qengine.serving.limits import LIMITS, Limits
 from qengine.serving.options import ServerOptions
 from qengine.serving.server import EXIT_ENGINE_DEAD, EXIT_INTERRUPTED
+from qengine.serving.signals import StopSignals
 from qengine.serving.sockets import base_url, close_listener, open_listener
-from tests.serving.running import WAIT_SECONDS, serving, wait_until
+from tests.serving.running import serving
 from tests.serving.scripted_engine import DIE_PROMPT, ScriptedEngine
+from tests.waiting import WAIT_SECONDS, wait_until
 
 ROOT = Path(__file__).parent.parent.parent
 TEXT = "/v1/completions"
@@ -51,7 +53,8 @@ def run_with(
     Returns:
         The server's exit code. Whatever `story` raises is raised.
     """
-    monkeypatch.setattr(server, "DEATH_LINGER_SECONDS", 0.5)
+    # The signal at the end of the story ends it.
+    monkeypatch.setattr(server, "DEATH_LINGER_SECONDS", WAIT_SECONDS)
     port = free_port()
     has_ended = threading.Event()
 
@@ -148,15 +151,64 @@ def test_sigterm_finishes_what_is_in_flight_and_refuses_the_rest(monkeypatch: py
     assert engine.is_shut_down
 
 
+def test_a_server_that_is_shut_down_is_not_called_dead(monkeypatch: pytest.MonkeyPatch) -> None:
+    engine, has_begun, has_looked = ScriptedEngine(), threading.Event(), threading.Event()
+    shutdown = engine.shutdown
+
+    def shut_down_slowly() -> None:
+        has_begun.set()
+        assert has_looked.wait(WAIT_SECONDS)
+        shutdown()
+
+    monkeypatch.setattr(engine, "shutdown", shut_down_slowly)
+
+    def story(url: str) -> None:
+        wait_until(lambda: health(url) == 200)
+        send(signal.SIGTERM)
+        assert has_begun.wait(WAIT_SECONDS)
+        answers = [httpx.get(url + "/health", timeout=WAIT_SECONDS), post(url)]
+        has_looked.set()
+        assert [(answer.status_code, answer.json()["error"]["code"]) for answer in answers] == [(503, "stopped")] * 2
+
+    assert run_with(story, lambda config: engine, monkeypatch) == 0
+    assert sys.getswitchinterval() > server._SWITCH_SECONDS
+
+
+def test_what_was_computed_is_answered_after_sigterm(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Answers with many log-probabilities are made one after the other, when the engine is done with them."""
+    may_be_made = threading.Event()
+    monkeypatch.setattr(large_json, "_NUM_INLINE", 0)
+    make = large_json.large_json
+
+    def make_late(*arguments: Any, **more: Any) -> Any:
+        assert may_be_made.wait(WAIT_SECONDS)
+        return make(*arguments, **more)
+
+    monkeypatch.setattr(large_json, "large_json", make_late)
+    with serving(ScriptedEngine()) as running, StopSignals() as signals, ThreadPoolExecutor(4) as pool:
+        engine = running.async_engine
+        assert engine is not None
+        content = {"model": "scripted", "prompt": "hi", "max_tokens": 3, "logprobs": 2}
+        answers = [pool.submit(running.post, TEXT, content) for _ in range(2)]
+        wait_until(lambda: engine._num_offloaded == 2 and engine.admission.num_in_flight == 0)
+        draining = pool.submit(server._drain, running.service, engine, signals, WAIT_SECONDS)
+        time.sleep(0.1)
+        assert not draining.done()
+        may_be_made.set()
+        draining.result()
+        engine.shutdown()
+        assert [answer.result().status_code for answer in answers] == [200, 200]
+
+
 def test_eight_streams_are_finished_after_sigterm(monkeypatch: pytest.MonkeyPatch) -> None:
     engine = ScriptedEngine(max_num_seqs=8)
 
     def story(url: str) -> None:
         wait_until(lambda: health(url) == 200)
-        engine.hold()
+        engine.hold(listens=True)
         with ThreadPoolExecutor(8) as pool:
             old = [pool.submit(post, url, stream=True, max_tokens=240) for _ in range(8)]
-            wait_until(lambda: bool(engine.allow(1)) or len(engine.requests) == 8)
+            wait_until(lambda: len(engine.requests) == 8)
             send(signal.SIGTERM)
             wait_until(lambda: health(url) == 503)
             assert [post(url).status_code for _ in range(3)] == [503] * 3
@@ -196,10 +248,12 @@ def test_a_second_signal_or_the_end_of_time_stops_even_a_step_that_hangs(
 @pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, EXIT_INTERRUPTED), (signal.SIGTERM, 0)])
 def test_a_signal_while_loading_ends_it(monkeypatch: pytest.MonkeyPatch, number: int, code: int) -> None:
     was_interrupted = False
+    has_begun = threading.Event()
 
     def load(config: EngineConfig) -> Any:
         nonlocal was_interrupted
         try:
+            has_begun.set()
             threading.Event().wait(WAIT_SECONDS)
         except BaseException:
             was_interrupted = True
@@ -208,6 +262,7 @@ def test_a_signal_while_loading_ends_it(monkeypatch: pytest.MonkeyPatch, number:
     def story(url: str) -> None:
         response = httpx.get(f"{url}/v1/models", timeout=WAIT_SECONDS)
         assert (response.status_code, response.json()["error"]["code"]) == (503, "loading")
+        assert has_begun.wait(WAIT_SECONDS)
         send(number)
 
     assert run_with(story, load, monkeypatch) == code
@@ -246,7 +301,7 @@ def test_the_collector_leaves_what_the_start_made_alone(monkeypatch: pytest.Monk
     in_walks = []
 
     def story(url: str) -> None:
-        wait_until(lambda: health(url) == 200)
+        wait_until(lambda: health(url) == 200 and gc.get_freeze_count() > 0)
         in_walks.append(len(gc.get_objects()))
         send(signal.SIGTERM)
 
@@ -264,7 +319,7 @@ def test_a_load_error_is_raised_and_frees_the_port(monkeypatch: pytest.MonkeyPat
     options = ServerOptions(port=free_port())
     with pytest.raises(LoadError, match="no such model"):
         server.run_server(EngineConfig(), options, start_engine=fail)
-    close_listener(open_listener(options), options)
+    close_listener(open_listener(options))
 
 
 def test_a_busy_port_fails_before_the_model_is_read() -> None:
@@ -299,12 +354,24 @@ def test_a_unix_socket_is_its_owners_and_is_freed(tmp_path: Path) -> None:
     assert not os.path.exists(path)
 
 
+def test_a_server_that_stops_leaves_its_successors_unix_socket(tmp_path: Path) -> None:
+    options = ServerOptions(uds=str(tmp_path / "socket"))
+    first = open_listener(options)
+    first.close()
+    second = open_listener(options)
+    close_listener(first)
+    with socket.socket(socket.AF_UNIX) as client:
+        client.connect(str(tmp_path / "socket"))
+    close_listener(second)
+    assert not (tmp_path / "socket").exists()
+
+
 def test_a_stale_unix_socket_is_replaced_and_a_file_is_not(tmp_path: Path) -> None:
     path = str(tmp_path / "socket")
     with socket.socket(socket.AF_UNIX) as stale:
         stale.bind(path)
     options = ServerOptions(uds=path)
-    close_listener(open_listener(options), options)
+    close_listener(open_listener(options))
     Path(path).write_text("precious")
     with pytest.raises(ConfigError, match="no socket"):
         open_listener(options)
@@ -326,7 +393,7 @@ def test_urls() -> None:
         options = ServerOptions(host=host, port=0, allow_no_auth=True)
         listener = open_listener(options)
         assert base_url(listener, options).startswith(start)
-        close_listener(listener, options)
+        close_listener(listener)
 
 
 def test_the_command_survives_any_name_and_shows_no_key() -> None:
@@ -345,7 +412,7 @@ def test_the_command_asks_with_what_the_model_takes(takes: Takes, prompt: object
 
 
 def test_a_head_that_trickles_in_is_cut_off(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(http_server, "LIMITS", Limits(head_seconds=0.3))
+    monkeypatch.setattr(http_server, "LIMITS", Limits(head_seconds=1.0))
     with serving(ScriptedEngine()) as running, socket.create_connection(("127.0.0.1", running.port)) as connection:
         connection.settimeout(WAIT_SECONDS)
         # A whole request first: the deadline is for each head, and a connection in use is not cut.

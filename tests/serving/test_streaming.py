@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import json
 from collections.abc import AsyncGenerator
+from contextlib import suppress
 from typing import Any
 
 import pytest
@@ -180,6 +181,24 @@ def test_work_is_cancelled_when_the_client_leaves() -> None:
         with pytest.raises(ClientGoneError):
             await while_connected(client.request(), work())
         assert was_cancelled
+
+    asyncio.run(asyncio.wait_for(scenario(), 20))
+
+
+def test_work_that_misses_its_cancellation_is_cancelled_again() -> None:
+    """As `asyncio.wait_for` did up to Python 3.11, when what it waited for ended just then."""
+
+    async def scenario() -> None:
+        client = Client()
+
+        async def work() -> None:
+            with suppress(asyncio.CancelledError):
+                client.leaves.set()
+                await asyncio.Event().wait()
+            await asyncio.Event().wait()
+
+        with pytest.raises(ClientGoneError):
+            await while_connected(client.request(), work())
 
     asyncio.run(asyncio.wait_for(scenario(), 20))
 

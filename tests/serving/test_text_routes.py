@@ -17,10 +17,11 @@ import pytest
 from qengine import LLM
 from tests.engine.fixtures import path as fixture
 from tests.serving.chat_templates import HERMES
-from tests.serving.running import WAIT_SECONDS, Running, serving, wait_until, watched_loop
+from tests.serving.running import Running, serving, watched_loop
 from tests.serving.scripted_engine import NAN_PROMPT, NEVER_FITS_PROMPT, ScriptedEngine
 from tests.serving.test_http import assert_error
 from tests.serving.tiny import small_server
+from tests.waiting import WAIT_SECONDS, wait_until
 
 TOKENIZE, DETOKENIZE, EMBED = "/tokenize", "/detokenize", "/v1/embeddings"
 MESSAGES = [{"role": "user", "content": "hi"}]

@@ -14,7 +14,8 @@ from pathlib import Path
 import pytest
 from playwright.sync_api import Page, Route, expect
 
-from tests.serving.running import Running, wait_until
+from tests.serving.running import Running
+from tests.waiting import wait_until
 from tests.web.conftest import PATIENCE_MS, OpenPage, talking
 
 expect.set_options(timeout=PATIENCE_MS)
@@ -69,20 +70,15 @@ def test_the_place_in_the_queue_and_the_reading_of_the_prompt_are_shown(open_pag
         server.engine.num_prefill_tokens = 10
         page = open_page(server.url)
         state = page.locator(".answer .state").last
-        server.engine.hold()
-
-        def is_told() -> bool:
-            """A request is taken in between two steps: let one run, and see whether it came in time for that."""
-            server.engine.allow(1)
-            page.wait_for_timeout(100)
-            return bool(state.inner_text())
-
+        server.engine.hold(listens=True)
         for text in ("I am first", "I am second", "word " * 40):
             page.get_by_role("button", name="New chat", exact=True).click()
             ask(page, text)
             expect(page.locator(".answer.waiting")).to_have_count(1)
-            wait_until(is_told)
+            expect(state).not_to_be_empty()
         expect(state).to_have_text("Waiting, 2nd in line")
+        # One step after the other, until the first two are answered and the third is read.
+        wait_until(lambda: server.engine.allow(1) is None and server.engine.num_waiting == 0)
         numbers: set[int] = set()
 
         def read_on() -> bool:
