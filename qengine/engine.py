@@ -262,9 +262,11 @@ class Engine:
         """A grammar for `make_request`. Thread-safe; may take seconds, so neither for the event loop nor for a step.
 
         Raises:
-            RequestError: it is no valid grammar, or too costly.
+            RequestError: it is no valid grammar, or too costly. EngineDeadError: the engine was shut down.
+            TooSlowError: it was given up, as the computer is busy.
         """
         with self._grammars_lock:
+            self._check_alive()
             if self._grammars is None:
                 module = import_late("qengine.grammars.compiler", needed_for="structured output")
                 self._grammars = module.GrammarCompiler(self._vocabulary)
@@ -429,10 +431,11 @@ class Engine:
         for request_id in list(self._groups):
             self.abort(request_id)
         self._in_flight.clear()
-        if self._grammars is not None:
-            self._grammars.close()
+        with self._grammars_lock:
+            self._death = self._death or "the engine has been shut down; start a new one"
+            if self._grammars is not None:
+                self._grammars.close()
         self._executor.shutdown()
-        self._death = self._death or "the engine has been shut down; start a new one"
 
     def _check_alive(self) -> None:
         if self._death is not None:

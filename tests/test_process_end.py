@@ -87,19 +87,22 @@ def test_the_command_skips_the_last_walk_however_it_ends(ends_with: Any, monkeyp
 
 def test_a_rank_ends_at_once_with_its_code(monkeypatch: pytest.MonkeyPatch) -> None:
     codes: list[int] = []
+    order: list[object] = []
     modules = {
         "qengine.runtime.rank_service": SimpleNamespace(main=len),
         "qengine.process_end": SimpleNamespace(exit_now=codes.append),
     }
     monkeypatch.setattr(sys, "argv", ["rank", "3", "4"])
     monkeypatch.setattr(rank.signal, "signal", lambda *_: None)
-    monkeypatch.setattr(rank, "import_late", modules.__getitem__)
-    monkeypatch.setattr(rank, "open_channel", lambda *numbers: numbers)
+    monkeypatch.setattr(rank, "import_late", lambda name: order.append(name) or modules[name])
+    monkeypatch.setattr(rank, "open_channel", lambda *numbers: order.append(numbers) or numbers)
     rank.main()
     assert codes == [2]
+    # It ends with its engine before it has torch.
+    assert order == [(3, 4), *modules]
 
 
-def test_a_rank_ends_with_its_engine_before_it_has_torch() -> None:
+def test_what_a_rank_needs_to_end_with_its_engine_is_small() -> None:
     code = "from qengine.runtime.rank import open_channel; import sys; print('torch' in sys.modules)"
     assert run(code) == (0, "False\n", "")
 

@@ -18,7 +18,7 @@ from functools import cached_property
 
 import llguidance
 
-from qengine.errors import GrammarError, RequestError
+from qengine.errors import EngineDeadError, GrammarError, RequestError
 from qengine.grammars.library import new_matcher
 from qengine.grammars.sources import GrammarSource
 from qengine.grammars.state import GrammarState
@@ -70,6 +70,7 @@ class GrammarCompiler:
         self._seconds = seconds
         self._known = _Cache(cache_bytes)
         self._starting = threading.Lock()
+        self._is_closed = False
 
     @property
     def num_cached(self) -> int:
@@ -95,10 +96,13 @@ class GrammarCompiler:
 
         Raises:
             RequestError: the source is no valid grammar, or costs too much.
+            TooSlowError: it was given up, as the computer is busy. EngineDeadError: the compiler is closed.
         """
         found = self._known.get(source)
         if found is None:
             with self._starting:
+                if self._is_closed:
+                    raise EngineDeadError("the engine has been shut down")
                 trial = self._trial
             found = self._compile(trial, source)
             size = source.num_bytes + _REFUSAL_BYTES
@@ -131,6 +135,7 @@ class GrammarCompiler:
     def close(self) -> None:
         """End the processes behind it. Idempotent."""
         with self._starting:
+            self._is_closed = True
             if "_trial" in self.__dict__:
                 self._trial.close()
 

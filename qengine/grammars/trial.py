@@ -1,8 +1,8 @@
 """Trial: each grammar is first compiled in a process of its own, which may hang, crash or be killed.
 
 Invariant: `run` returns or raises within its time limit, whatever the source, and a process that failed is never used
-again. A source is judged by the processor time that it takes, not by how busy the computer is; by the clock it may take
-`CLOCK_FACTOR` times as long. Processes start when they are needed and end with their owner. Thread-safe.
+again. A source is judged by the processor time that it takes; what takes `CLOCK_FACTOR` times as long by the clock is
+given up, and no fault of the source. Processes start when they are needed and end with their owner. Thread-safe.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ import time
 from contextlib import suppress
 from typing import Any
 
-from qengine.errors import EngineDeadError, GrammarError
+from qengine.errors import EngineDeadError, GrammarError, QEngineError
 from qengine.grammars.sources import GrammarSource
 from qengine.grammars.trial_process import receive, send, vocabulary_message
 from qengine.grammars.vocabulary import Vocabulary
@@ -29,7 +29,11 @@ CLOCK_FACTOR = 5.0
 
 
 class TooCostlyError(GrammarError):
-    """Compiling took longer than it may, or ended its process. Elsewhere, or later, it might not."""
+    """Compiling took more time than it may, or ended its process. Elsewhere, or later, it might not."""
+
+
+class TooSlowError(QEngineError):
+    """The process hangs, or is not let to compute: the computer is too busy, or somebody has stopped it."""
 
 
 class _Process:
@@ -104,8 +108,8 @@ class Trial:
 
         Raises:
             GrammarError: it is no valid grammar.
-            TooCostlyError: compiling it took too long or too much memory.
-            EngineDeadError: it is closed.
+            TooCostlyError: compiling it took too much time or memory.
+            TooSlowError: its process was given up. EngineDeadError: it is closed.
         """
         process = self._places.get()
         try:
@@ -120,9 +124,8 @@ class Trial:
             message = {"kind": source.kind, "text": source.text, "lead": source.lead}
             answer = process.ask(message, CLOCK_FACTOR * self._seconds)
             if answer is None:
-                excess = self._excess(process.end, time.monotonic() - begin)
-                process = None
-                raise TooCostlyError(f"it takes {excess} to compile; make it simpler")
+                failed, process = process, None
+                raise self._failure(failed.end, time.monotonic() - begin)
         finally:
             self._places.put(process)
             if self._is_closed.is_set():
@@ -131,13 +134,15 @@ class Trial:
             raise GrammarError(answer["error"])
         return str(answer["text"])
 
-    def _excess(self, end: int | None, seconds: float) -> str:
-        """What a source took too much of, by how its process ended, and after how long."""
-        if end == -signal.SIGPROF:
-            return f"longer than {self._seconds:g} s"
-        if seconds >= CLOCK_FACTOR * self._seconds:
-            return f"longer than {CLOCK_FACTOR * self._seconds:g} s"
-        return "too much memory"
+    def _failure(self, end: int | None, seconds: float) -> QEngineError:
+        """What went wrong, by how a process ended, and after how long."""
+        limit = CLOCK_FACTOR * self._seconds
+        if end != -signal.SIGPROF and seconds >= limit:
+            return TooSlowError(
+                f"the grammar was not compiled within {limit:g} s: the computer is busy; try again later"
+            )
+        excess = f"longer than {self._seconds:g} s" if end == -signal.SIGPROF else "too much memory"
+        return TooCostlyError(f"it takes {excess} to compile; make it simpler")
 
     def idle_process_ids(self) -> list[int]:
         """The processes that run and wait."""

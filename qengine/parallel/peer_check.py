@@ -100,14 +100,19 @@ class Prober:
                 if probe.fault is not None:
                     return Outcome(probe.fault)
             if ended:
-                # The others end with an error of their own as soon as they miss one that was killed.
-                return min(ended, key=lambda probe: probe.process.returncode >= 0).crash()
+                return min(ended, key=_is_consequence).crash()
             if not is_up and all(probe.stage is not None for probe in ranks):
                 is_up, deadline = True, time.monotonic() + self.limit_s
             if time.monotonic() > deadline:
                 return _stalled(ranks, self.limit_s if is_up else self.start_limit_s)
             time.sleep(_POLL_SECONDS)
         return Outcome(None)
+
+
+def _is_consequence(probe: _Probe) -> bool:
+    """Whether the end of a probe may only be that it misses another: by an exception, or aborted by NCCL."""
+    code = probe.process.returncode
+    return code >= 0 or code == -signal.SIGABRT
 
 
 class _Probe:

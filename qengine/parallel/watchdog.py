@@ -75,10 +75,12 @@ class Watchdog:
             if self._is_over:
                 return
             self._was_late = True
-            if self._on_late is not None:
-                self._on_late(self._what_was_late())
-            for process in self._processes:
-                children.kill(process)
+            try:
+                if self._on_late is not None:
+                    self._on_late(self._what_was_late())
+            finally:
+                for process in self._processes:
+                    children.kill(process)
 
     def _what_was_late(self) -> str:
         return f"{self._what} did not finish within {self._limit_s:g} s"

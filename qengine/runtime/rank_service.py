@@ -1,8 +1,8 @@
 """One rank of a model, as a process that an engine has started: what `python -m qengine.runtime.rank` does.
 
 It takes orders from a socket that it inherits, one after the other, and lives as long as the engine. Invariant: each
-order is answered, or the answer is `Failed` with the reason, after which nothing more is done; the command line holds
-numbers only. Who started it decides everything: it reads no flags.
+order is answered, or the answer is `Failed` with the reason, after which nothing more is done. Who started it decides
+everything: it reads no flags.
 """
 
 from __future__ import annotations

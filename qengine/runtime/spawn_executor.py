@@ -64,8 +64,11 @@ LOADING_SILENCE_SECONDS = 30.0
 #: A rank's seat among those of its stage, and its seat between the stages.
 _TwoSeats = tuple[Seat | None, Seat | None]
 _NO_SEATS: _TwoSeats = (None, None)
-#: A rank that lost its neighbour often says so before the neighbour is known to be dead.
+#: A rank that fails often does so because its neighbour has died, which is known a little later.
 _OBITUARY_SECONDS = 0.3
+#: One that says it has lost its neighbour is not the cause: the neighbour has died, or will say what it failed in.
+_CAUSE_SECONDS = 2.0
+_LISTEN_SECONDS = 0.02
 
 #: What a silence means, by the report that did not come.
 _REASONS: Mapping[type[object], str] = {
@@ -180,7 +183,7 @@ class SpawnExecutor:
 
         Raises:
             ConfigError, LoadError: what a rank refused. EngineDeadError: a rank died, or was not up in time.
-            TransportError: they were up and did not find each other; says what to try.
+            TransportError: they were up and did not find each other; says what to try where cards are connected.
         """
         self._gather(Opened, timeout)
         processes = [rank.process for rank in self._processes.ranks]
@@ -301,7 +304,8 @@ class SpawnExecutor:
         left, deadline = frame(data), time.monotonic() + patience
         while left := self._try_send(rank, left):
             if not self._listen() and not self._wait(deadline, taker=rank):
-                self._fail(f"rank {rank.rank} took nothing for {patience:g} s (--step-timeout)")
+                option = " (--step-timeout)" if patience == self._step_timeout else ""
+                self._fail_silent(f"rank {rank.rank} took nothing for {patience:g} s{option}")
                 raise self._dead()
 
     def _try_send(self, rank: RankProcess, left: memoryview) -> memoryview:
@@ -339,8 +343,7 @@ class SpawnExecutor:
             earliest = min(since.values(), default=began)
             if waiting and not self._poll(None if timeout is None else earliest + timeout):
                 silent = ", ".join(str(rank) for rank in sorted(waiting) if since[rank] == earliest)
-                reason = f"rank {silent} did not answer within {timeout:g} s{_REASONS[kind]}"
-                self._fail("; ".join([*self._processes.stopped(), reason]))
+                self._fail_silent(f"rank {silent} did not answer within {timeout:g} s{_REASONS[kind]}")
                 raise self._dead()
         return [reports[rank] for rank in sorted(reports)]
 
@@ -407,13 +410,20 @@ class SpawnExecutor:
         self._fail_with_obituary(f"rank {rank}: {report.text}", is_cause=report.kind == "internal")
         return self._dead()
 
+    def _fail_silent(self, reason: str) -> None:
+        """Fail because of a silence, but name those first that are stopped: the others wait for them."""
+        self._fail("; ".join([*self._processes.stopped(), reason]))
+
     def _fail_with_obituary(self, reason: str, *, is_cause: bool = False) -> None:
         """Fail, but name those first that have died: whoever is left often only says that it misses them.
 
-        So does one that misses a rank which has failed, and was heard before that one could say why.
+        Unless `is_cause`, what another rank has failed in counts instead, which it may be about to say.
         """
-        died = self._processes.obituaries(_OBITUARY_SECONDS)
-        causes = [] if is_cause else self._causes()
+        died, causes = self._processes.obituaries(_OBITUARY_SECONDS if is_cause else 0.0), list[str]()
+        deadline = time.monotonic() + _CAUSE_SECONDS
+        while not (is_cause or died or causes) and time.monotonic() < deadline:
+            causes = self._causes()
+            died = self._processes.obituaries(_LISTEN_SECONDS)
         self._fail("; ".join([*died, *(causes or [reason])]))
 
     def _causes(self) -> list[str]:

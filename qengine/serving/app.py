@@ -26,7 +26,7 @@ from qengine.serving.errors import ApiError, install_error_handlers, json_respon
 from qengine.serving.exposure import is_loopback
 from qengine.serving.metrics.http_metrics import HttpMetricsLayer
 from qengine.serving.options import ServerOptions
-from qengine.serving.service import Service, service_of
+from qengine.serving.service import CallLayer, Service, service_of
 
 #: Only logs and tests see it: the client has gone.
 CLIENT_GONE_STATUS = 499
@@ -114,7 +114,7 @@ def make_app(service: Service, options: ServerOptions) -> ASGIApp:
     install_error_handlers(app, lambda error: _count_rejection(service, error))
     app.add_exception_handler(ClientGoneError, _client_gone)
     gated = _with_cors(_gated(HeaderCountGate(app), service, options), options)
-    return HttpMetricsLayer(gated, service.monitoring.http)
+    return HttpMetricsLayer(CallLayer(gated, service), service.monitoring.http)
 
 
 def _count_rejection(service: Service, error: ApiError) -> None:

@@ -26,7 +26,7 @@ from qengine.engine import Engine, EngineInfo, PendingRequest
 from qengine.errors import EngineDeadError, QEngineError, RequestError
 from qengine.grammars.compiler import CompiledGrammar
 from qengine.grammars.sources import GrammarSource
-from qengine.grammars.trial import NUM_PROCESSES
+from qengine.grammars.trial import NUM_PROCESSES, TooSlowError
 from qengine.request import Pooling, RequestOutput, RequestProgress, SamplingParams
 from qengine.serving.admission import Admission, Allowance, QueueTimeoutError, RequestTimeoutError, ShutDownError
 from qengine.serving.limits import LIMITS
@@ -129,7 +129,6 @@ class AsyncEngine:
         # Touched in the event loop only.
         self._loop: asyncio.AbstractEventLoop | None = None
         self._mailboxes: dict[str, Mailbox] = {}
-        self._num_offloaded = 0
         # Touched in the engine thread only: what was last told of requests that are watched and have no token yet.
         self._watched: dict[str, RequestProgress | None] = {}
         self._thread = threading.Thread(target=self._run, name="qengine-engine", daemon=True)
@@ -153,12 +152,6 @@ class AsyncEngine:
         """Whether the step that runs now should have ended long ago."""
         began = self._step_began
         return began is not None and time.monotonic() - began > LIMITS.stuck_step_seconds
-
-    @property
-    def is_idle(self) -> bool:
-        """Whether no request is in flight, and no answer is being made of what the engine said."""
-        # In this order: an answer is begun after its request has left.
-        return self.admission.num_in_flight == 0 and self._num_offloaded == 0
 
     # For callers in the event loop
 
@@ -201,12 +194,15 @@ class AsyncEngine:
         """`Engine.compile_grammar`, while the event loop goes on.
 
         Raises:
-            RequestError: it is no grammar, or costs too much. QueueTimeoutError: too many others are before it.
+            RequestError: it is no grammar, or costs too much. QueueTimeoutError: too many others are before it, or the
+                computer is too busy. ShutDownError: the server stops.
         """
         seconds = LIMITS.grammar_wait_seconds
         compiling = self._in_thread(self._grammar_pool, lambda: self._engine.compile_grammar(source))
         try:
             return await asyncio.wait_for(compiling, seconds)
+        except TooSlowError as error:
+            raise QueueTimeoutError(str(error)) from error
         except asyncio.TimeoutError as error:
             raise QueueTimeoutError(
                 f"the grammar was not compiled within {seconds:g} s, as others are before it; try again later"
@@ -232,12 +228,11 @@ class AsyncEngine:
         return RequestTimeoutError(f"the request took longer than {self._timeouts.request:g} s and was stopped")
 
     async def _in_thread(self, pool: ThreadPoolExecutor, work: Callable[[], _T]) -> _T:
-        """Raises ShutDownError for work that was not begun before the end, beside what `work` raises."""
+        """Raises ShutDownError for work that the end came before or in between, beside what `work` raises."""
         try:
             future = pool.submit(work)
         except RuntimeError as error:  # The pool is closed.
             raise ShutDownError(_STOPPING) from error
-        self._num_offloaded += 1
         try:
             return await asyncio.wrap_future(future)
         except asyncio.CancelledError as error:
@@ -248,8 +243,6 @@ class AsyncEngine:
             if self._should_stop:
                 raise ShutDownError(_STOPPING) from error
             raise
-        finally:
-            self._num_offloaded -= 1
 
     def make_request(
         self,

@@ -17,7 +17,7 @@ from starlette.requests import ClientDisconnect, Request
 from qengine.serving.admission import QueueFullError, Share
 from qengine.serving.errors import ApiError, as_api_error, invalid, shorten
 from qengine.serving.limits import LIMITS
-from qengine.serving.service import service_of
+from qengine.serving.service import begin_call, service_of
 
 # As every digit is 0 here, and no sign is left, digits or exponents that are too long are found at the speed of memory.
 _ZEROS = bytes.maketrans(b"123456789E", b"000000000e")
@@ -46,6 +46,7 @@ async def read_json(request: Request, meaning: Callable[[dict[str, Any]], _T]) -
             raise ApiError(408, message, headers={"Connection": "close"}) from error
         except ClientDisconnect as error:
             raise ClientGoneError from error
+        begin_call(request)
         if len(body) <= LIMITS.small_body_bytes:
             return meaning(parse_json_object(body))
         # In a thread: some milliseconds of it must not stall every stream.

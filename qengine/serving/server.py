@@ -174,19 +174,19 @@ def _drain(service: Service, engine: AsyncEngine, signals: StopSignals, timeout:
     service.begin_drain()
     num_signals = len(signals.received)
     deadline = time.monotonic() + timeout
-    if engine.admission.num_in_flight:
+    calls = service.calls
+    if calls.num_in_flight:
         print(
-            f"Finishing {engine.admission.num_in_flight} request(s), for at most {timeout:g} s; "
-            "a second signal stops at once",
+            f"Finishing {calls.num_in_flight} request(s), for at most {timeout:g} s; a second signal stops at once",
             file=sys.stderr,
             flush=True,
         )
-    while not engine.is_idle and not engine.is_dead and len(signals.received) == num_signals:
+    while calls.num_in_flight and not engine.is_dead and len(signals.received) == num_signals:
         if time.monotonic() > deadline:
             break
         signals.wait(_DRAIN_POLL_SECONDS)
-    if engine.admission.num_in_flight:
-        logger.warning("%d request(s) were stopped before they were finished", engine.admission.num_in_flight)
+    if calls.num_in_flight:
+        logger.warning("%d request(s) were stopped before they were finished", calls.num_in_flight)
 
 
 def _exit_code(signals: StopSignals) -> int:

@@ -13,6 +13,7 @@ from dataclasses import dataclass, field
 from enum import Enum
 
 from starlette.requests import Request
+from starlette.types import ASGIApp, Receive, Scope, Send
 
 from qengine.serving.admission import Allowance
 from qengine.serving.async_engine import AsyncEngine
@@ -49,6 +50,7 @@ class Service:
         model_names: what clients may call the model, known once it is ready; answers carry the first.
         rules: what clients may ask.
         bodies: the bytes of all bodies that are being read.
+        calls: those whose body has been read and whose answer has not been sent, to its end.
     """
 
     max_logprobs: int = 20
@@ -59,6 +61,7 @@ class Service:
     monitoring: Monitoring = field(init=False)
     rules: Rules = DEFAULT_RULES
     bodies: Allowance = field(default_factory=lambda: Allowance(LIMITS.bodies_bytes, "bytes of requests"))
+    calls: Allowance = field(default_factory=lambda: Allowance(0, "calls"))
     _phase: Phase = Phase.LOADING
 
     def __post_init__(self) -> None:
@@ -121,6 +124,27 @@ class Service:
                 param="model",
                 code="model_not_found",
             )
+
+
+class CallLayer:
+    """Gives each request a share of `Service.calls`, for `begin_call` to take, until its answer is sent."""
+
+    def __init__(self, app: ASGIApp, service: Service) -> None:
+        self._app = app
+        self._calls = service.calls
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] != "http":
+            await self._app(scope, receive, send)
+            return
+        with self._calls.reserve() as share:
+            scope.setdefault("state", {})["call"] = share
+            await self._app(scope, receive, send)
+
+
+def begin_call(request: Request) -> None:
+    """Have a stop of the server wait for the answer to `request`: nothing more is needed of its client."""
+    request.state.call.grow(1, must_fit=False)
 
 
 def service_of(request: Request) -> Service:

@@ -16,8 +16,8 @@ from qengine.serving.options import ServerOptions
 
 _BACKLOG = 2048
 _CONNECT_SECONDS = 1.0
-#: What tells a file from any other at the same path: device, number, and when it was made or changed.
-_File = tuple[int, int, int]
+#: Device and number of a file, which is another's once it is gone.
+_File = tuple[int, int]
 
 
 def open_listener(options: ServerOptions) -> socket.socket:
@@ -59,10 +59,11 @@ class _UnixListener(socket.socket):
         self.listen(_BACKLOG)
 
     def free_path(self) -> None:
-        """Remove the file, unless another server has put its own there since."""
+        """Remove the file, unless another server has put its own there since. For a socket that is closed."""
         if self._file is not None and _file_at(self._path) == self._file:
-            with suppress(FileNotFoundError):
-                os.unlink(self._path)
+            with suppress(OSError):
+                if _is_refused(self._path):
+                    os.unlink(self._path)
 
 
 def _file_at(path: str) -> _File | None:
@@ -70,8 +71,18 @@ def _file_at(path: str) -> _File | None:
         found = os.stat(path)
     except OSError:
         return None
-    # A number is given again as soon as its file is gone; the time tells them apart.
-    return found.st_dev, found.st_ino, found.st_ctime_ns
+    return found.st_dev, found.st_ino
+
+
+def _is_refused(path: str) -> bool:
+    """Whether nobody listens any more at a socket. Raises OSError if that cannot be told."""
+    with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as probe:
+        probe.settimeout(_CONNECT_SECONDS)
+        try:
+            probe.connect(path)
+        except ConnectionRefusedError:
+            return True
+        return False
 
 
 def _listen_unix(path: str) -> socket.socket:
@@ -93,16 +104,12 @@ def _remove_stale(path: str) -> None:
         return  # Nothing there; if it is something worse, bind says so.
     if not stat.S_ISSOCK(mode):
         raise ConfigError(f"--uds {path} exists and is no socket; choose another path")
-    with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as probe:
-        probe.settimeout(_CONNECT_SECONDS)
-        try:
-            probe.connect(path)
-        except ConnectionRefusedError:
-            os.unlink(path)
-        except OSError as error:
-            raise ConfigError(f"--uds {path} is a socket that cannot be used: {_reason(error)}") from error
-        else:
+    try:
+        if not _is_refused(path):
             raise ConfigError(f"--uds {path} is in use by another server; stop it or choose another path")
+        os.unlink(path)
+    except OSError as error:
+        raise ConfigError(f"--uds {path} is a socket that cannot be used: {_reason(error)}") from error
 
 
 def _reason(error: OSError) -> str:

@@ -25,7 +25,7 @@ from qengine.serving.errors import as_api_error
 Chunks = Sequence[Mapping[str, Any]]
 _T = TypeVar("_T")
 _DONE = b"data: [DONE]\n\n"
-#: Longer than a task needs to let go; one that is still there then was not told.
+#: Longer than most tasks need to let go; one that is still there then may have missed it.
 _CANCEL_SECONDS = 0.2
 #: Made once: json.dumps makes one for each call that is not plain, which costs more than a token's chunk does.
 _JSON = json.JSONEncoder(ensure_ascii=False, allow_nan=False, separators=(",", ":"))

@@ -67,12 +67,18 @@ def test_tokens_and_times_of_streams_at_once(server: Server) -> None:
 
 
 def test_refusals_keep_their_status_and_header_and_fail_a_check(running: Running, server: Server) -> None:
+    def num_refused() -> float:
+        return scrape(running).get('qengine:rejections_total{reason="queue_full"}', 0)
+
+    before = num_refused()
     running.engine.hold()
     with ThreadPoolExecutor(1) as pool:
         sent = pool.submit(send, server, requests_of(NUM_RUNNING + NUM_QUEUED + 3, 16, 12, 1))
-        # None has left before all have come.
-        wait_until(lambda: scrape(running)['qengine:rejections_total{reason="queue_full"}'] == 3)
-        running.engine.allow()
+        try:
+            # None has left before all have come.
+            wait_until(lambda: num_refused() == before + 3)
+        finally:
+            running.engine.allow()
         result = sent.result()
     assert list(result.refusals.values()) == [Refusal(429, "1")] * 3
     assert [n for n, o in enumerate(result.outcomes) if o.error is not None] == sorted(result.refusals)
@@ -83,7 +89,9 @@ def test_refusals_keep_their_status_and_header_and_fail_a_check(running: Running
 def test_inter_token_figures(server: Server) -> None:
     figures = parts.inter_token(server, Shape(16, 12, 2), 4, quiet)
     assert figures["num_streams"] == 4
+    # A reader that is late finds several tokens at once, but not before they are made.
     assert 0 < figures["p50_ms"]["median"] <= figures["p99_ms"]["median"]
+    assert figures["p99_ms"]["median"] >= 1000 * STEP_S
     assert figures["ratio"]["median"] >= 1.0
 
 

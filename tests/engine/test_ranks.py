@@ -29,7 +29,7 @@ from qengine.startup import start_parts
 from tests.engine.fixtures import path
 from tests.engine.test_llm import greedy, mixed_prompts, run, tokens
 from tests.serving.rank_server import own_ranks, spoil
-from tests.waiting import wait_until
+from tests.waiting import WAIT_SECONDS, wait_until
 
 FIXTURE = path("llama-gptq-actorder-g32")
 #: Keys and values of one block of 16 tokens in float32: 3 layers of 2 heads of 64.
@@ -291,7 +291,8 @@ def test_a_rank_of_a_pipeline_that_fails_is_the_end_and_is_named(how: str, reaso
         engine.shutdown()
 
 
-def test_a_rank_that_fails_within_a_sum_says_why_before_those_that_miss_it() -> None:
+def test_a_rank_that_fails_within_a_sum_says_why_before_those_that_miss_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(spawn_executor, "_CAUSE_SECONDS", WAIT_SECONDS)
     engine = start_failing(1, "break a sum", tensor_parallel_size=2)
     try:
         engine.add(engine.make_request("a", [5] * 40, greedy(max_tokens=40)))

@@ -62,5 +62,5 @@ def test_ranks_that_do_not_find_each_other_are_ended(
     with pytest.raises(TransportError, match=r"did not finish within 0\.5 s; all ranks were ended") as caught:
         start_parts(config_of(tensor_parallel_size=2), rank_command=command, route=route)
     assert all(rank.process.returncode is not None for rank in executors[0]._processes.ranks)
-    assert ("--p2p off" in str(caught.value)) == (route is Route.PEER), "advice on NCCL is for those who use it"
+    assert ("--p2p off" in str(caught.value)) == (route is Route.PEER), "advice on NCCL is not for host memory"
     assert "the ranks were stopped: the first sum over all ranks did not finish within 0.5 s" in caplog.messages

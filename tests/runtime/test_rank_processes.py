@@ -13,7 +13,7 @@ import pytest
 from qengine.parallel import children
 from qengine.runtime import rank_processes
 from qengine.runtime.rank_processes import RankProcesses
-from tests.waiting import wait_until
+from tests.waiting import WAIT_SECONDS, wait_until
 
 
 def test_a_process_that_cannot_be_ended_is_not_waited_for(
@@ -53,6 +53,7 @@ def test_the_last_lines_of_a_process_are_out_when_it_is_closed(
         real(prefix, line)
 
     monkeypatch.setattr(rank_processes, "_write", write_slowly)
+    monkeypatch.setattr(rank_processes, "_LAST_LINES_SECONDS", WAIT_SECONDS)
     processes = RankProcesses((sys.executable, "-c", "print('one\\nreason')"), 1, {}, lambda reason: None)
     processes.start()
     processes.ranks[0].process.wait()

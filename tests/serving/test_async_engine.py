@@ -24,7 +24,7 @@ from qengine.serving.admission import (
 )
 from qengine.serving.async_engine import AsyncEngine, Timeouts
 from tests.serving.scripted_engine import DIE_PROMPT, NAN_PROMPT, NEVER_FITS_PROMPT, SCRIPT, ScriptedEngine
-from tests.waiting import WAIT_SECONDS
+from tests.waiting import WAIT_SECONDS, wait_until
 
 NO_TIMEOUTS = Timeouts()
 Scenario = Callable[[AsyncEngine, ScriptedEngine], Coroutine[Any, Any, None]]
@@ -126,8 +126,7 @@ def test_a_blocked_event_loop_is_woken_once() -> None:
             loop.call_soon_threadsafe = counting  # type: ignore[method-assign]
             scripted.allow()
             # The loop does not run: 50 steps leave one output and one wake-up.
-            while not _is_finished(engine._outbox.get("a")):
-                threading.Event().wait(0.002)
+            wait_until(lambda: _is_finished(engine._outbox.get("a")))
             loop.call_soon_threadsafe = call  # type: ignore[method-assign]
             assert num_calls == 1
             assert (await first).finished

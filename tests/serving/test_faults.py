@@ -163,17 +163,28 @@ def test_those_who_do_not_read_are_dropped_and_the_others_do_not_notice(monkeypa
 
 
 def test_a_reader_that_is_slow_but_reads_is_not_dropped(monkeypatch: pytest.MonkeyPatch) -> None:
+    """It is looked at twice while one large answer is on its way, and has read on each time."""
     set_limits(monkeypatch, stalled_stream_seconds=1.0, stalled_stream_bytes=1, send_buffer_bytes=8192)
+    num_looks, look = 0, http_server.GuardedProtocol._check_reader
+
+    def counted(self: http_server.GuardedProtocol) -> None:
+        nonlocal num_looks
+        num_looks += 1
+        look(self)
+
+    monkeypatch.setattr(http_server.GuardedProtocol, "_check_reader", counted)
+    whole = {**LONG, "stream": False, "max_tokens": 700, "logprobs": 1}  # 160 kB
     with serving(ScriptedEngine(max_model_len=2000)) as server, assert_quiet(server):
-        with open_request(server, LONG, receive_buffer=2048) as connection:
-            received, num_reads = b"", 0
-            while not received.endswith(b"[DONE]\n\n\r\n0\r\n\r\n"):
-                more = connection.recv(65536)
+        with open_request(server, whole, receive_buffer=2048) as connection:
+            received = b""
+            while not received.endswith(b"}}"):
+                more = connection.recv(256 if num_looks < 2 else 65536)
                 assert more, "the server closed"
-                received = received[-64:] + more
-                num_reads += 1
-                if num_reads % 100 == 0:
-                    time.sleep(0.05)
+                received += more
+                time.sleep(0.01 if num_looks < 2 else 0.0)
+        answer = json.loads(received.partition(b"\r\n\r\n")[2])
+        assert answer["usage"]["completion_tokens"] == 8 * 700
+        assert num_looks >= 2
         assert scrape(server)["qengine:stream_stalls_total"] == 0
 
 

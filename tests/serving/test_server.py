@@ -190,7 +190,8 @@ def test_what_was_computed_is_answered_after_sigterm(monkeypatch: pytest.MonkeyP
         assert engine is not None
         content = {"model": "scripted", "prompt": "hi", "max_tokens": 3, "logprobs": 2}
         answers = [pool.submit(running.post, TEXT, content) for _ in range(2)]
-        wait_until(lambda: engine._num_offloaded == 2 and engine.admission.num_in_flight == 0)
+        calls = running.service.calls
+        wait_until(lambda: calls.num_in_flight == 2 and engine.admission.num_in_flight == 0)
         draining = pool.submit(server._drain, running.service, engine, signals, WAIT_SECONDS)
         time.sleep(0.1)
         assert not draining.done()
@@ -346,6 +347,7 @@ def test_a_unix_socket_is_its_owners_and_is_freed(tmp_path: Path) -> None:
     path = str(tmp_path / "socket")
     with serving(ScriptedEngine(), uds=path) as running:
         assert stat.S_IMODE(os.stat(path).st_mode) == 0o600
+        os.chmod(path, 0o660)  # As for a proxy; it is the same file.
         with pytest.raises(ConfigError, match="in use"):
             open_listener(ServerOptions(uds=path))
         transport = httpx.HTTPTransport(uds=path)

@@ -77,8 +77,14 @@ def test_the_place_in_the_queue_and_the_reading_of_the_prompt_are_shown(open_pag
             expect(page.locator(".answer.waiting")).to_have_count(1)
             expect(state).not_to_be_empty()
         expect(state).to_have_text("Waiting, 2nd in line")
-        # One step after the other, until the first two are answered and the third is read.
-        wait_until(lambda: server.engine.allow(1) is None and server.engine.num_waiting == 0)
+
+        def is_read() -> bool:
+            """One step after the other, until the first two are answered and the third is read."""
+            if server.engine.num_permits == 0:
+                server.engine.allow(1)
+            return bool(server.engine.num_waiting == 0)
+
+        wait_until(is_read)
         numbers: set[int] = set()
 
         def read_on() -> bool:
