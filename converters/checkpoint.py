@@ -141,11 +141,14 @@ def _open_index(folder: Path, name: str) -> Checkpoint:
 def _open_files(folder: Path, names: list[str], named_by: str | None = None) -> Checkpoint:
     tensors: dict[str, TensorInfo] = {}
     metadata: dict[str, str] = {}
+    num_chars = 0
     for name in names:
         _check_inside(folder, name, named_by)
         infos, strings = read_header(DataFile.at(folder / name))
+        # The texts of this file alone, for there may be thousands of files.
+        num_chars += _num_chars(strings) - _num_chars({key: metadata[key] for key in strings if key in metadata})
         metadata.update(strings)
-        if sum(len(key) + len(value) for key, value in metadata.items()) > MAX_METADATA_CHARS:
+        if num_chars > MAX_METADATA_CHARS:
             raise CheckpointError(f"{folder}: __metadata__ up to {name} has more than {MAX_METADATA_CHARS} characters")
         if len(tensors) + len(infos) > MAX_TENSORS:
             raise CheckpointError(f"{folder}: the files up to {name} hold more than {MAX_TENSORS} tensors")
@@ -155,6 +158,10 @@ def _open_files(folder: Path, names: list[str], named_by: str | None = None) -> 
                 raise CheckpointError(f"{folder}: {shown(info.name)} is in two files, {first} and {name}")
             tensors[info.name] = info
     return Checkpoint(folder, tensors, metadata)
+
+
+def _num_chars(strings: Mapping[str, str]) -> int:
+    return sum(len(key) + len(value) for key, value in strings.items())
 
 
 def _check_inside(folder: Path, name: str, named_by: str | None) -> None:

@@ -333,7 +333,10 @@ def _in_the_way(folder: OutputFolder, *, can_go_on: bool) -> str:
 
 
 def _json(value: Any) -> bytes:
-    return (json.dumps(value, indent=2, ensure_ascii=False) + "\n").encode()
+    try:
+        return (json.dumps(value, indent=2, ensure_ascii=False) + "\n").encode()
+    except UnicodeEncodeError:  # Half of a pair, which JSON can hold and UTF-8 cannot.
+        return (json.dumps(value, indent=2) + "\n").encode()
 
 
 def _lock(partial: Path) -> int:

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import json
 import os
+import reprlib
 import stat
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -27,13 +28,15 @@ MAX_JSON_MARKS = 2**18
 #: Bytes of one read: enough for a disk's full speed, and short enough to be stopped in between.
 _PART_BYTES = 16 * 2**20
 _MAX_SHOWN_CHARS = 120
+#: Of a list or mapping it looks at the first few items alone.
+_BRIEF = reprlib.Repr()
 
 Bytes = npt.NDArray[np.uint8]
 
 
 def shown(text: object) -> str:
-    """Text of a file as an error message can carry it: one short printable line."""
-    line = str(text)
+    """Something out of a file as an error message can carry it: one short printable line, made at little cost."""
+    line = str(text) if isinstance(text, str | Path | BaseException) else _BRIEF.repr(text)
     if len(line) > _MAX_SHOWN_CHARS:
         line = line[:_MAX_SHOWN_CHARS] + "..."
     return line if line.isprintable() else repr(line)

@@ -213,7 +213,7 @@ class _Parser:
             metadata[key] = self._value(self._scalar(4), f"metadata '{shown(key)}'")
         alignment = metadata.get("general.alignment", 32)
         if not isinstance(alignment, int) or not 1 <= alignment <= 2**20 or alignment & (alignment - 1):
-            raise self._refuse(f"general.alignment is {alignment!r}, expected a power of two")
+            raise self._refuse(f"general.alignment is {shown(alignment)}, expected a power of two")
         infos = [self._tensor_info() for _ in range(num_tensors)]
         data_start = -(-self.position // alignment) * alignment
         return GGUFFile(self.file.path, metadata, self._place(infos, data_start, alignment), self.position)

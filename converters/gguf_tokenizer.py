@@ -28,6 +28,8 @@ _PREFIX = "tokenizer.ggml."
 _SPACE = "\N{LOWER ONE EIGHTH BLOCK}"
 #: The longest tokens that are published are runs of some hundred spaces.
 MAX_TOKEN_CHARS = 1024
+#: Vocabularies of 260,000 are published; each token takes some 100 bytes, whatever its text.
+MAX_TOKENS = 2**20
 #: Of all tokens together; vocabularies of 260,000 have some 2 million. It bounds what finding their merges takes.
 MAX_VOCABULARY_CHARS = 2**22
 #: Merges, and the characters of their results, which the library copies; the same vocabularies have 500,000, of 8 each.
@@ -35,6 +37,8 @@ MAX_MERGES = 3 * 2**18
 MAX_MERGED_CHARS = 2**24
 #: Control tokens and user-defined ones, each of which is looked for in every text; published models have some 7,000.
 MAX_WHOLE_TOKENS = 2**16
+#: Models have one for tools, and one or two more.
+MAX_NAMED_TEMPLATES = 64
 
 
 class TokenType(IntEnum):
@@ -231,7 +235,8 @@ def _library_errors() -> Iterator[None]:
 
 
 def _bad(key: str, found: Any, expected: str) -> CheckpointError:
-    return CheckpointError(f"GGUF metadata {_PREFIX}{key} is {shown(repr(found))}, expected {expected}")
+    what = shown(repr(found) if isinstance(found, str) else found)
+    return CheckpointError(f"GGUF metadata {_PREFIX}{key} is {what}, expected {expected}")
 
 
 def _value(metadata: Mapping[str, Any], key: str, kind: type, default: Any = None) -> Any:
@@ -258,8 +263,8 @@ def _list(metadata: Mapping[str, Any], key: str, kinds: set[type], length: int |
 
 def _vocabulary(metadata: Mapping[str, Any]) -> _Vocabulary:
     tokens: list[str] = _list(metadata, "tokens", {str})
-    if not tokens:
-        raise _bad("tokens", tokens, "at least one token")
+    if not 0 < len(tokens) <= MAX_TOKENS:
+        raise _bad("tokens", f"a list of {len(tokens)}", f"1 to {MAX_TOKENS} tokens")
     longest = max(map(len, tokens))
     if longest > MAX_TOKEN_CHARS:
         raise _bad("tokens", f"a list with a token of {longest} characters", f"at most {MAX_TOKEN_CHARS}")
@@ -302,10 +307,10 @@ def _eos_token_ids(vocabulary: _Vocabulary, ends: Mapping[str, int | None]) -> f
 
 
 def _named_templates(metadata: Mapping[str, Any]) -> dict[str, str]:
-    """`tokenizer.chat_template.NAME` for each of `tokenizer.chat_templates`."""
+    """`tokenizer.chat_template.NAME` for each text of `tokenizer.chat_templates`."""
     named = metadata.get("tokenizer.chat_templates", [])
-    names = named if isinstance(named, list) else []
-    texts = {str(name): metadata.get(f"tokenizer.chat_template.{name}") for name in names}
+    names = named[:MAX_NAMED_TEMPLATES] if isinstance(named, list) else []
+    texts = {name: metadata.get(f"tokenizer.chat_template.{name}") for name in names if isinstance(name, str)}
     return {name: text for name, text in texts.items() if isinstance(text, str)}
 
 

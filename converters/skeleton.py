@@ -36,6 +36,12 @@ _QUANTIZATION_KEYS = ("quantization_config", "compression_config")
 _LLAMA3 = {"low_freq_factor": 1.0, "high_freq_factor": 4.0, "original_max_position_embeddings": 8192}
 
 
+#: As many as any model has, for transformers builds what it is told to, layer by layer.
+_MOST = {"num_hidden_layers": 2**12, "vocab_size": 2**24} | dict.fromkeys(
+    ("hidden_size", "intermediate_size", "num_attention_heads", "num_key_value_heads", "head_dim"), 2**20
+)
+
+
 class Skeleton:
     """An architecture by its config.json.
 
@@ -53,6 +59,7 @@ class Skeleton:
         if name is None:
             known = ", ".join(MODEL_TYPES)
             raise CheckpointError(f"{path}: architecture {shown(names)} is not supported; supported: {known}")
+        _check_sizes(raw, path)
         transformers = import_transformers()
         self._factors = raw.get(_FACTORS)
         try:
@@ -165,6 +172,14 @@ def plain_config(raw: Mapping[str, Any]) -> dict[str, Any]:
 def layer_name(index: int) -> str:
     """A decoder layer's module name."""
     return f"{_LAYERS}.{index}"
+
+
+def _check_sizes(raw: Mapping[str, Any], path: str) -> None:
+    for key, most in _MOST.items():
+        value = raw.get(key)
+        if value is not None and (not isinstance(value, int) or isinstance(value, bool) or not 1 <= value <= most):
+            what = shown(repr(value) if isinstance(value, str) else value)
+            raise CheckpointError(f"{path}: {key} is {what}, expected a whole number from 1 to {most}")
 
 
 def _slots(module: nn.Module, prefix: str) -> list[Slot]:

@@ -34,7 +34,7 @@ from qengine.config import nearest
 from qengine.errors import ConfigError, DoesNotFitError, LoadError, QEngineError, RequestError
 from qengine.imports import import_late
 from qengine.interrupts import EXIT_INTERRUPTED, raise_as_usual
-from qengine.logs import set_up_logging
+from qengine.logs import harmless, set_up_logging
 
 EXIT_FAILED = 1
 EXIT_USAGE = 2
@@ -142,11 +142,15 @@ def _print_help(command: Sequence[str]) -> int:
 
 # Errors
 
+#: Of a message; more of it would hide the rest, as where a file has a name of a megabyte.
+_MOST_CHARS = 4000
+
 
 def _fail(message: str, code: int, debug: bool) -> int:
     if debug:
         traceback.print_exc()
-    text = "error: " + " ".join(message.splitlines())
+    message = message if len(message) <= _MOST_CHARS else message[:_MOST_CHARS] + "..."
+    text = "error: " + harmless(" ".join(message.splitlines()))
     if sys.stderr.isatty() and not environment.no_color():
         text = f"\033[31m{text}\033[0m"
     print(text, file=sys.stderr)

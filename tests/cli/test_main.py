@@ -221,6 +221,22 @@ def test_messages_are_plain_lines_on_standard_error(runs: Any, capsys: pytest.Ca
     assert [line.split(maxsplit=1)[1] for line in captured.err.splitlines()] == ["INFO    ready"] * 2
 
 
+def test_what_a_file_says_gives_no_orders_to_a_terminal(runs: Any, capsys: pytest.CaptureFixture[str]) -> None:
+    title, colour = "\x1b]0;x\x07", "\x1b[2J\r"
+
+    def run(settings: Any) -> int:
+        logging.getLogger("qengine.engine").warning("it is called %s\nsecond line", title)
+        raise LoadError(f"architecture {colour}is not supported" + "x" * 100_000)
+
+    runs(run)
+    assert cli.main(["serve"]) == 2
+    said = capsys.readouterr().err
+    assert "it is called \\x1b]0;x\\x07\nsecond line\n" in said
+    assert "error: architecture \\x1b[2J" in said
+    assert not set(said) & {"\x1b", "\x07", "\r"}
+    assert len(said) < 5000
+
+
 # As a process
 
 

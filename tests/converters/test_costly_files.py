@@ -21,7 +21,7 @@ import pytest
 from converters.checkpoint import MAX_HEADER_BYTES
 from converters.files import MAX_JSON_BYTES, MAX_JSON_MARKS
 from converters.gguf_file import MAX_PAIRS, MAX_TENSORS
-from converters.gguf_tokenizer import MAX_MERGES
+from converters.gguf_tokenizer import MAX_MERGES, MAX_TOKENS
 from tests.converters.folders import write_folder
 from tests.converters.gguf_files import (
     F32,
@@ -97,6 +97,17 @@ def long_metadata(folder: Path) -> None:
     (folder / f"{FILE}.index.json").write_text(json.dumps({"weight_map": places}))
 
 
+def one_long_metadata(folder: Path) -> None:
+    """Many shards, of which one has as many metadata as all may have."""
+    (folder / FILE).unlink()
+    names = [f"{number:04d}.safetensors" for number in range(3000)]
+    for number, name in enumerate(names):
+        strings = {f"{key:x}": "" for key in range(0 if number else 150_000)}
+        (folder / name).write_bytes(raw_file({"__metadata__": strings, f"t{number}": json.loads(NOTHING)}))
+    places = {f"t{number}": name for number, name in enumerate(names)}
+    (folder / f"{FILE}.index.json").write_text(json.dumps({"weight_map": places}))
+
+
 def index(content: bytes) -> Maker:
     def make(folder: Path) -> None:
         (folder / FILE).unlink()
@@ -124,6 +135,7 @@ FOLDERS: Mapping[str, tuple[LateMaker, str]] = {
     "a header of 30,000 tensors": (lambda: header(keys(30_000, NOTHING)), "read"),
     "four files of 35,000 tensors": (lambda: four_shards, "tensors"),
     "40 files with long metadata": (lambda: long_metadata, "__metadata__"),
+    "3,000 files after one with long metadata": (lambda: one_long_metadata, "read"),
     "an index of empty objects": (lambda: index(many(b'{"weight_map":[', b"{},", b"]}", MAX_HEADER_BYTES)), "brackets"),
     "an index of as many names as are read": (
         lambda: index(b'{"weight_map":' + keys(MAX_JSON_MARKS - 10, '"x.s"') + b"}"),
@@ -198,13 +210,20 @@ def rope_of_a_head_of(head_dim: int) -> Maker:
     return make
 
 
-def vocabulary(tokens: list[str], types: list[int] | None = None, model: str = "llama", **merges: list[str]) -> Maker:
-    """A file whose tokenizer has these tokens."""
+def vocabulary(
+    tokens: list[str],
+    types: list[int] | None = None,
+    model: str = "llama",
+    names: array[int] | None = None,
+    **merges: list[str],
+) -> Maker:
+    """A file whose tokenizer has these tokens, and such names of chat templates."""
     pairs = [
         string_pair("tokenizer.ggml.model", model),
         array_pair("tokenizer.ggml.tokens", STRING, len(tokens), b"".join(map(text, tokens))),
         array_pair("tokenizer.ggml.token_type", 5, len(tokens), array("i", types or [1] * len(tokens)).tobytes()),
         array_pair("tokenizer.ggml.scores", F32, len(tokens), bytes(4 * len(tokens))),
+        *([array_pair("tokenizer.chat_templates", U32, len(names), names.tobytes())] if names else []),
         *(array_pair(f"tokenizer.ggml.{k}", STRING, len(v), b"".join(map(text, v))) for k, v in merges.items()),
     ]
     return gguf(*pairs)
@@ -239,9 +258,24 @@ GGUFS: Mapping[str, tuple[LateMaker, str]] = {
         lambda: gguf(*(array_pair(f"k{n}", F32, 100_000, bytes(400_000)) for n in range(23))),
         "too much",
     ),
+    "an alignment of a million numbers": (
+        lambda: gguf(array_pair("general.alignment", F32, 1_000_000, array("f", range(1_000_000)).tobytes())),
+        "general.alignment is [0.0, 1.0, 2.0",
+    ),
+    "a million names of templates, which are numbers": (
+        lambda: vocabulary(["a"], names=array("I", range(1_000_000))),
+        "read",
+    ),
     "three parts with heads of 12 MiB": (lambda: three_parts, "at most"),
     "two parts of 40,000 tensors": (lambda: parts_of_many_tensors, "at most"),
     "a head of 200 million": (lambda: rope_of_a_head_of(200_000_000), "head size"),
+    "more empty tokens than any vocabulary has": (
+        lambda: gguf(
+            string_pair("tokenizer.ggml.model", "llama"),
+            array_pair("tokenizer.ggml.tokens", STRING, MAX_TOKENS + 1, bytes(8 * (MAX_TOKENS + 1))),
+        ),
+        "1 to 1048576 tokens",
+    ),
     "a token of a megabyte": (lambda: vocabulary(["<unk>", "a" * (MB - 1)]), "at most"),
     "tokens of 1,024 characters": (lambda: vocabulary(own("a" * 1019, 4096)), "read"),
     "tokens of 8 million characters": (lambda: vocabulary(own("a" * 1000, 8000)), "at most"),

@@ -21,7 +21,7 @@ from safetensors.torch import load_file
 import converters.safetensors_writer
 from converters.convert import convert
 from converters.errors import CheckpointError, WriteError
-from converters.export_folder import OutputFolder, _is_mount_point, discarding, replace_text, require_space
+from converters.export_folder import OutputFolder, _is_mount_point, _json, discarding, replace_text, require_space
 from converters.export_shards import ShardWriter
 from converters.hidden_states import HiddenStates
 from converters.safetensors_writer import write_safetensors
@@ -44,6 +44,14 @@ def test_files_are_those_of_the_library(tmp_path: Path) -> None:
     data = (tmp_path / "x.safetensors").read_bytes()
     assert written.num_bytes == len(data)
     assert written.sha256 == hashlib.sha256(data).hexdigest()
+
+
+def test_half_of_a_pair_is_written_as_it_was_read() -> None:
+    """JSON can spell it, and UTF-8 cannot hold it."""
+    for text in ("plain \u00e9", "half \ud800 \u00e9"):
+        written = _json({"x": text})
+        assert written.decode().endswith("\n")
+        assert json.loads(written) == {"x": text}
 
 
 def test_shards_and_their_index(tmp_path: Path) -> None:

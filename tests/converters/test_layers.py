@@ -98,3 +98,13 @@ def test_a_skipped_reader_keeps_the_factor_where_it_is(tmp_path: Path) -> None:
 def test_an_unknown_architecture_is_refused() -> None:
     with pytest.raises(CheckpointError, match=r"GPT2LMHeadModel.*supported: .*LlamaForCausalLM"):
         Skeleton({"architectures": ["GPT2LMHeadModel"], "model_type": "gpt2"}, "here")
+
+
+@pytest.mark.parametrize("key", ["num_hidden_layers", "vocab_size", "hidden_size", "head_dim"])
+@pytest.mark.parametrize("value", [10**9, 0, -1, "2", True, 1.5])
+def test_sizes_that_no_model_has_are_refused_before_it_is_built(
+    key: str, value: object, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("converters.skeleton.import_transformers", lambda: pytest.fail("it is built"))
+    with pytest.raises(CheckpointError, match=f"here: {key} is {value!r}, expected a whole number from 1 to "):
+        Skeleton({"architectures": ["LlamaForCausalLM"], key: value}, "here")

@@ -109,6 +109,12 @@ def test_bad_sampling_defaults_are_dropped_with_a_warning(folder: Path, caplog: 
     assert "top_p is 1.5" in caplog.text
 
 
+@pytest.mark.parametrize("name", ["temperature", "top_p", "min_p", "repetition_penalty"])
+def test_a_sampling_default_that_no_float_holds_is_dropped(folder: Path, name: str) -> None:
+    (folder / "generation_config.json").write_text(json.dumps({name: 10**400}))
+    assert open_folder(folder).default_sampling == {}
+
+
 def test_greedy_models_have_no_sampling_defaults(folder: Path) -> None:
     (folder / "generation_config.json").write_text(json.dumps({"do_sample": False, "temperature": 0.7}))
     assert open_folder(folder).default_sampling == {}
