@@ -69,6 +69,8 @@ _OBITUARY_SECONDS = 0.3
 #: One that says it has lost its neighbour is not the cause: the neighbour has died, or will say what it failed in.
 _CAUSE_SECONDS = 2.0
 _LISTEN_SECONDS = 0.02
+#: What ranks get to say something after this process has not run for a while.
+_AWAKENING_SECONDS = 1.0
 
 #: What a silence means, by the report that did not come.
 _REASONS: Mapping[type[object], str] = {
@@ -386,8 +388,13 @@ class SpawnExecutor:
         poll = select.poll()
         for rank in self._processes.ranks:
             poll.register(rank.channel, select.POLLIN | (select.POLLOUT if rank is taker else 0))
-        left = None if deadline is None else max(0.0, deadline - time.monotonic()) * 1000
-        return bool(poll.poll(left))
+        if deadline is None:
+            return bool(poll.poll())
+        if poll.poll(max(0.0, deadline - time.monotonic()) * 1000):
+            return True
+        # A computer that stood still has kept the ranks from speaking, too.
+        has_slept = time.monotonic() > deadline + _LISTEN_SECONDS
+        return has_slept and bool(poll.poll(_AWAKENING_SECONDS * 1000))
 
     def _try_receive(self, rank: RankProcess) -> Report | None:
         try:

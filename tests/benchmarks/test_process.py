@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import gc
 import os
 import sys
 import time
@@ -22,7 +23,7 @@ def is_running(pid: int) -> bool:
     """Whether the process exists and is no zombie that waits for init."""
     try:
         state = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0]
-    except FileNotFoundError:
+    except (FileNotFoundError, ProcessLookupError):
         return False
     return state != "Z"
 
@@ -84,6 +85,7 @@ def test_a_missing_program() -> None:
 
 
 def test_too_slow_a_child_is_ended() -> None:
+    gc.collect()  # What earlier tests left may end now.
     before = children()
     with pytest.raises(BenchmarkError, match="did not finish in 0 s; see --timeout"):
         run_child(["sleep", "600"], dict(os.environ), timeout_s=0.2)
@@ -102,6 +104,7 @@ def test_what_a_child_leaves_behind_is_ended(tmp_path: Path) -> None:
 
 
 def test_ctrl_c_leaves_no_child(monkeypatch: pytest.MonkeyPatch) -> None:
+    gc.collect()  # What earlier tests left may end now.
     before = children()
     seen: list[int] = []
 
