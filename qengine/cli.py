@@ -81,7 +81,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         return EXIT_BROKEN_PIPE
     except DoesNotFitError as error:
         code = _fail(_with_flag_names(error.summary), EXIT_USAGE, debug)
-        print(f"\n{error.table}", file=sys.stderr)
+        print(f"\n{harmless(error.table)}", file=sys.stderr)
         return code
     except (ConfigError, LoadError, RequestError) as error:
         return _fail(_with_flag_names(str(error)), EXIT_USAGE, debug)

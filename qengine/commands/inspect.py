@@ -18,6 +18,7 @@ import torch
 
 from qengine.commands.settings import InspectSettings
 from qengine.errors import ConfigError, LoadError
+from qengine.logs import harmless
 from qengine.runtime.inspection import CacheCost, Inspection, LinearSummary, inspect_model
 from qengine.runtime.loader import open_model
 from qengine.runtime.platform import choose_dtype
@@ -45,7 +46,7 @@ def run(settings: InspectSettings) -> int:
         bytes_per_s=bandwidth or None,
     )
     width = max(80, shutil.get_terminal_size((_WIDTH, 40)).columns)
-    print(json.dumps(as_json(found), indent=1) if settings.as_json else as_text(found, min(width, 120)))
+    print(json.dumps(as_json(found), indent=1) if settings.as_json else harmless(as_text(found, min(width, 120))))
     return 0
 
 

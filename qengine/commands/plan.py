@@ -14,6 +14,7 @@ from typing import Any
 from qengine.commands.settings import PlanSettings
 from qengine.config import AUTO
 from qengine.errors import ConfigError
+from qengine.logs import harmless
 from qengine.runtime.advice import advise
 from qengine.runtime.machine_memory import CPU, available_memory, driver_cards
 from qengine.runtime.model_bytes import ModelFacts
@@ -57,7 +58,7 @@ def run(settings: PlanSettings) -> int:
         print(json.dumps(as_json(found), indent=1))
     else:
         width = min(max(_LEAST_WIDTH, shutil.get_terminal_size((WIDTH, 40)).columns), _MOST_WIDTH)
-        print(plan_text(found.model, settings.engine, found.machine, found.plan, found.advice, width))
+        print(harmless(plan_text(found.model, settings.engine, found.machine, found.plan, found.advice, width)))
     return 0 if found.plan.fits else _DOES_NOT_FIT
 
 

@@ -252,3 +252,13 @@ def test_a_damaged_table_of_a_card(monkeypatch: pytest.MonkeyPatch, capsys: pyte
     monkeypatch.setattr(inspect, "load_table", damaged)
     assert cli.main(["inspect", path("llama-awq-g64"), "--gpu", "4090"]) == 2
     assert "no kernel can be chosen for NVIDIA GeForce RTX 4090: card.json is no tuning" in capsys.readouterr().err
+
+
+def test_the_name_of_a_folder_gives_no_orders_to_a_terminal(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    folder = tmp_path / "a\x1b[2Jmodel"
+    folder.symlink_to(Path(path("llama-awq-g64")).resolve())
+    for words in (["inspect", *HERE], ["plan"]):
+        assert cli.main([*words, str(folder)]) == 0
+        printed = capsys.readouterr()
+        assert "a\\x1b[2Jmodel" in printed.out
+        assert "\x1b" not in printed.out + printed.err
