@@ -14,14 +14,14 @@ import math
 from collections.abc import Callable, Mapping, Sequence
 from datetime import datetime
 from functools import cached_property
-from typing import Any
+from typing import Any, TypeVar
 
 from jinja2 import Template, TemplateSyntaxError, nodes
 from jinja2.exceptions import SecurityError
 
 from qengine.errors import RequestError
 from qengine.tokenizer.rust_errors import shorten
-from qengine.tokenizer.template_reading import count_nodes, loops_over_content, options_of, reads
+from qengine.tokenizer.template_reading import count_nodes, depth_of, loops_over_content, options_of, reads
 from qengine.tokenizer.template_sandbox import RaisedByTemplate, TemplateEnvironment
 
 DEFAULT_MAX_CHARS = 2**24
@@ -30,6 +30,8 @@ MAX_OPTION_CHARS = 4096
 MAX_TEMPLATE_CHARS = 2**17
 #: Nodes of its syntax tree, of which such a template has some 5,000; compiling this many takes a second.
 MAX_TEMPLATE_NODES = 20_000
+#: Of these in each other. Templates of known families have some 10; of more than 200 Python's compiler makes nothing.
+MAX_TEMPLATE_DEPTH = 200
 #: Names that a template is given by us, or that mean something to other engines: never a client's to set.
 RESERVED_OPTIONS = frozenset(
     (
@@ -41,6 +43,7 @@ RESERVED_OPTIONS = frozenset(
 _END_MARK = "\ue000end of the final message\ue000 "
 #: Names under which clients and templates pass a message's reasoning; the first is what most templates read.
 _REASONING_NAMES = ("reasoning_content", "thinking", "reasoning")
+_T = TypeVar("_T")
 
 
 class ChatTemplate:
@@ -61,21 +64,17 @@ class ChatTemplate:
     @cached_property
     def option_names(self) -> frozenset[str]:
         """The template's own variables: what it reads and nobody but a client gives."""
-        tree = self._syntax_tree
-        try:
-            return options_of(tree) - RESERVED_OPTIONS
-        except Exception as error:  # it compiles the template, see `_compiled`
-            raise _invalid(error) from error
+        return self._ask(options_of) - RESERVED_OPTIONS
 
     @cached_property
     def accepts_content_parts(self) -> bool:
         """Whether the template loops over a message's content, so that it wants parts and not only a string."""
-        return loops_over_content(self._syntax_tree)
+        return self._ask(loops_over_content)
 
     @cached_property
     def reads_tools(self) -> bool:
         """Whether the template can show tools to the model."""
-        return reads(self._syntax_tree, "tools")
+        return self._ask(lambda tree: reads(tree, "tools"))
 
     def render(
         self,
@@ -115,6 +114,13 @@ class ChatTemplate:
     def _environment(self) -> TemplateEnvironment:
         return TemplateEnvironment(self._now)
 
+    def _ask(self, question: Callable[[nodes.Template], _T]) -> _T:
+        tree = self._syntax_tree
+        try:
+            return question(tree)
+        except Exception as error:  # it may compile the template, see `_compiled`; and Jinja walks in recursion
+            raise _invalid(error) from error
+
     @cached_property
     def _syntax_tree(self) -> nodes.Template:
         if len(self.text) > MAX_TEMPLATE_CHARS:
@@ -126,6 +132,9 @@ class ChatTemplate:
         num_nodes = count_nodes(tree)
         if num_nodes > MAX_TEMPLATE_NODES:
             raise _invalid(ValueError(f"it has {num_nodes} parts, at most {MAX_TEMPLATE_NODES} are compiled"))
+        depth = depth_of(tree)
+        if depth > MAX_TEMPLATE_DEPTH:
+            raise _invalid(ValueError(f"it has {depth} parts in each other, at most {MAX_TEMPLATE_DEPTH} are compiled"))
         return tree
 
     @cached_property

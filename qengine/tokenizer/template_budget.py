@@ -90,6 +90,17 @@ class Budget:
                 raise SecurityError(f"it takes more than {MAX_STEPS} steps")
             self.look_at_the_clock()
 
+    def steps(self, count: int) -> None:
+        """Count so many steps at once, of an operation that walks over so much.
+
+        Raises:
+            SecurityError: as `step`.
+        """
+        self._steps -= count
+        if self._steps < 0:
+            raise SecurityError(f"it takes more than {MAX_STEPS} steps")
+        self.look_at_the_clock()
+
     def look_at_the_clock(self) -> None:
         """Raises SecurityError if the rendering took too long."""
         if time.thread_time() > self._end:
@@ -119,8 +130,10 @@ class Budget:
         """Count what was made.
 
         Raises:
-            SecurityError: if all together is too much.
+            SecurityError: if all together is too much, or if it would give bytes back.
         """
+        if num_bytes < 0:
+            raise SecurityError(f"it says that it makes {num_bytes} bytes, expected 0 or more")
         self._made -= num_bytes
         if self._made < 0:
             raise SecurityError(f"it makes more than {MAX_MADE} bytes on its way")

@@ -20,6 +20,15 @@ def count_nodes(tree: nodes.Node) -> int:
     return count
 
 
+def depth_of(tree: nodes.Node) -> int:
+    """Nodes on the longest way down from the root, itself included."""
+    depth, level = 0, [tree]
+    while level:
+        depth += 1
+        level = [child for node in level for child in node.iter_child_nodes()]
+    return depth
+
+
 def options_of(tree: nodes.Template) -> frozenset[str]:
     """Names that the template asks for: those it sets itself only if it sets them in case nobody gave them.
 

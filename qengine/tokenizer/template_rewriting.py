@@ -1,7 +1,8 @@
 """Writes the counting into a template's syntax tree.
 
 What the sandbox's hooks do not see passes through filters of the environment whose names no template can write: loops
-and macros, `~`, slices, literals of lists and dicts, the text of blocks, and arguments given with `*` and `**`.
+and macros, `~`, slices, comparisons, keys that are looked up, literals of lists and dicts, the text of blocks, and
+arguments given with `*` and `**`. A name that is a value, as in `map(name)`, is for the environment to refuse.
 """
 
 from __future__ import annotations
@@ -14,6 +15,10 @@ from jinja2.visitor import NodeTransformer
 
 #: Names of the environment's own filters: with a space, so that they are none in a template.
 ARGUMENTS, CONCATENATED, MADE, STEP, TESTED = ("the arguments", "a concatenation", "what is made", "a step", "a test")
+SEARCHED, TIMED = "what is searched", "what takes time"
+_SEARCHES = ("in", "notin")
+#: A piece of text that stands in the template: what one character may take, and the piece's place in a list.
+_CHAR_BYTES, _PLACE_BYTES = 4, 8
 
 
 class Counting(NodeTransformer):
@@ -39,8 +44,19 @@ class Counting(NodeTransformer):
         return _filtered(nodes.List(node.nodes, lineno=node.lineno), CONCATENATED)
 
     def visit_Getitem(self, node: nodes.Getitem) -> nodes.Node:  # noqa: N802
+        """A key of the template's own takes no time to hash; a tuple that was made may."""
         self.generic_visit(node)
-        return _filtered(node, MADE) if isinstance(node.arg, nodes.Slice) else node
+        if isinstance(node.arg, nodes.Slice):
+            return _filtered(node, MADE)
+        return node if isinstance(node.arg, nodes.Const) else _filtered(node, TIMED)
+
+    def visit_Compare(self, node: nodes.Compare) -> nodes.Node:  # noqa: N802
+        """One with a constant takes no longer than the constant is; any other as long as its operands are."""
+        self.generic_visit(node)
+        for operand in node.ops:
+            if operand.op in _SEARCHES and not _is_constant(operand.expr):
+                operand.expr = _filtered(operand.expr, SEARCHED)
+        return node if _is_short(node) else _filtered(node, TIMED)
 
     def visit_List(self, node: nodes.List) -> nodes.Node:  # noqa: N802
         return self._container(node)
@@ -74,11 +90,7 @@ class Counting(NodeTransformer):
         raise SecurityError("autoescape is not for chat templates")
 
     def _container(self, node: nodes.Expr) -> nodes.Node:
-        is_constant = all(
-            isinstance(inner, nodes.Const | nodes.Tuple | nodes.List | nodes.Dict | nodes.Pair)
-            for inner in node.find_all(nodes.Node)
-        )
-        if is_constant:
+        if _is_constant(node):
             return node
         self.generic_visit(node)
         return _filtered(node, MADE)
@@ -86,8 +98,9 @@ class Counting(NodeTransformer):
     def _with_step(self, node: nodes.For | nodes.Macro | nodes.CallBlock | nodes.Block) -> nodes.Node:
         """Each time it runs, count one step and the text that is written as it stands."""
         self.generic_visit(node)
-        num_chars = sum(len(text.data) for text in node.find_all(nodes.TemplateData))
-        step = _filtered(nodes.Const(num_chars, lineno=node.lineno), STEP)
+        texts = node.find_all(nodes.TemplateData)
+        num_bytes = sum(_CHAR_BYTES * len(text.data) + _PLACE_BYTES for text in texts)
+        step = _filtered(nodes.Const(num_bytes, lineno=node.lineno), STEP)
         node.body.insert(0, nodes.ExprStmt(step, lineno=node.lineno))
         return node
 
@@ -104,6 +117,21 @@ class Counting(NodeTransformer):
 
 def _filtered(node: nodes.Expr | None, name: str, lineno: int | None = None) -> nodes.Filter:
     return nodes.Filter(node, name, [], [], None, None, lineno=lineno if node is None else node.lineno)
+
+
+def _is_constant(node: nodes.Node) -> bool:
+    constant = (nodes.Const, nodes.Tuple, nodes.List, nodes.Dict, nodes.Pair)
+    return isinstance(node, constant) and all(isinstance(inner, constant) for inner in node.find_all(nodes.Node))
+
+
+def _is_short(node: nodes.Compare) -> bool:
+    """Whether it compares with a constant, or searches what counts by itself."""
+    if len(node.ops) > 1:
+        return False
+    [operand] = node.ops
+    if operand.op in _SEARCHES:
+        return not isinstance(operand.expr, nodes.Dict)  # A dict takes the hash of what it is asked for.
+    return _is_constant(node.expr) or _is_constant(operand.expr)
 
 
 def _from_block(found: nodes.Filter | None, lineno: int) -> nodes.Filter:

@@ -1,8 +1,9 @@
 """The sandbox that chat templates run in: Jinja's own, with transformers' names, and an end to time and memory.
 
 Jinja's sandbox keeps a template from Python's internals, but not from running for hours or asking for a terabyte. Here
-a template has the methods and filters of `template_bounds` alone; every iteration, call, filter and operator is counted
-against the `Budget` of its rendering; and what could make something huge in one go is bounded before it is made.
+a template has the methods, filters and tests of `template_bounds` alone; every iteration, call, filter, test, operator
+and comparison is counted against the `Budget` of its rendering, except comparisons with a constant; and what could make
+something huge in one go is bounded before it is made.
 Invariant: a rendering ends within its budget, or with a SecurityError. Processes would bound more, and cost more.
 """
 
@@ -26,7 +27,17 @@ from jinja2.sandbox import ImmutableSandboxedEnvironment, safe_range
 from jinja2.utils import Cycler, Joiner, Namespace
 
 from qengine.tokenizer import template_rewriting as rewriting
-from qengine.tokenizer.template_bounds import FILTERS, TEXT_FILTERS, attribute_bound, check_filter, check_operator
+from qengine.tokenizer.template_bounds import (
+    FILTERS,
+    TESTS,
+    TEXT_FILTERS,
+    TEXT_TESTS,
+    attribute_bound,
+    check_filter,
+    check_operator,
+    check_searched,
+    check_test,
+)
 from qengine.tokenizer.template_budget import PIECE_BYTES, Budget
 
 #: Arguments of one call that come from a list.
@@ -65,9 +76,13 @@ class TemplateEnvironment(ImmutableSandboxedEnvironment):
             rewriting.ARGUMENTS: _arguments,
             rewriting.CONCATENATED: _concatenated,
             rewriting.MADE: _made,
+            rewriting.SEARCHED: _searched,
             rewriting.STEP: _step,
             rewriting.TESTED: _tested,
+            rewriting.TIMED: _timed,
         }
+        known_tests: dict[str, Any] = {**self.tests, "filter": FILTERS.__contains__, "test": TESTS.__contains__}
+        self.tests = {name: _counted_test(name, known_tests[name]) for name in TESTS}
 
     @staticmethod
     def budgeted(variables: Mapping[str, Any]) -> dict[str, Any]:
@@ -84,6 +99,16 @@ class TemplateEnvironment(ImmutableSandboxedEnvironment):
         if attr.startswith("_"):
             return False
         return isinstance(obj, Namespace | TemplateReference) or attribute_bound(obj, attr) is not None
+
+    def call_filter(self, name: str, *args: Any, **kwargs: Any) -> Any:
+        """Run the filter that a value names, as in `map(name)`; those of the rewriting are for the compiler alone."""
+        _check_name("filter", name, FILTERS)
+        return super().call_filter(name, *args, **kwargs)
+
+    def call_test(self, name: str, *args: Any, **kwargs: Any) -> Any:
+        """Run the test that a value names, as in `select(name)`."""
+        _check_name("test", name, TESTS)
+        return super().call_test(name, *args, **kwargs)
 
     def call_binop(self, context: Context, operator: str, left: Any, right: Any) -> Any:
         """Compute `left operator right`."""
@@ -121,6 +146,15 @@ class TemplateEnvironment(ImmutableSandboxedEnvironment):
         return owner
 
 
+def _check_name(kind: str, name: object, known: Mapping[str, object]) -> None:
+    if isinstance(name, Undefined):
+        return  # Jinja says what is missing.
+    if not isinstance(name, str):
+        raise SecurityError(f"the name of a {kind} is a {type(name).__name__}, expected a text")
+    if name not in known:
+        raise SecurityError(f"a template has no {kind} {str(name)[:100]!r}")
+
+
 def _budget(context: Context) -> Budget:
     budget = context.parent.get(_BUDGET)
     if not isinstance(budget, Budget):  # What Jinja computes while it compiles.
@@ -148,21 +182,53 @@ def _counted(environment: TemplateEnvironment, name: str, function: Callable[...
     return pass_context(counted)
 
 
+def _counted_test(name: str, function: Callable[..., Any]) -> Callable[..., Any]:
+    """The same for a test."""
+    is_of_text = name in TEXT_TESTS
+
+    @functools.wraps(function)
+    def counted(context: Context, value: Any, *args: Any, **kwargs: Any) -> Any:
+        budget = _budget(context)
+        budget.step()
+        if is_of_text:
+            value = budget.text(value)
+        check_test(budget, name, value, args, kwargs)
+        return function(value, *args, **kwargs)
+
+    return pass_context(counted)
+
+
 @pass_context
 def _shown(context: Context, value: Any) -> str:
-    """What `{{ value }}` writes."""
+    """What `{{ value }}` writes. A block joins it with others: each character takes four bytes if one of them does."""
     budget = _budget(context)
     text = budget.text(value)
-    budget.charge(len(text))
+    budget.charge(4 * len(text) + 8)
     return text
 
 
 @pass_context
-def _step(context: Context, num_chars: int) -> None:
-    """An iteration of a loop or the start of a macro, which writes so many characters of its own."""
+def _step(context: Context, num_bytes: int) -> None:
+    """An iteration of a loop or the start of a macro, which writes so many bytes of its own."""
     budget = _budget(context)
     budget.step()
-    budget.charge(4 * num_chars)
+    budget.charge(num_bytes)
+
+
+@pass_context
+def _searched(context: Context, container: Any) -> Any:
+    """What stands behind `in`."""
+    budget = _budget(context)
+    budget.step()
+    check_searched(budget, container)
+    return container
+
+
+@pass_context
+def _timed(context: Context, value: Any) -> Any:
+    """The result of a comparison, or what was found under a key: their operands may be large."""
+    _budget(context).steps(1)
+    return value
 
 
 @pass_context
@@ -263,7 +329,7 @@ def _join(context: Context, value: Any, d: Any = "", attribute: str | int | None
     items = budget.made(iter(value) if isinstance(value, str | dict | range) else value, PIECE_BYTES)
     if attribute is not None:
         items = budget.made(map(make_attrgetter(context.environment, attribute), items))
-    separator = budget.text(d)
+    separator = str(budget.text(d))  # One that was marked safe would escape the items.
     texts = [budget.text(item) for item in items]
     budget.allow_text(sum(map(len, texts)) + len(separator) * len(texts))
     return separator.join(texts)

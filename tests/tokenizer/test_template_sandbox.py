@@ -2,25 +2,37 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import re
 import subprocess
 import sys
+from datetime import datetime
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 from jinja2 import nodes
+from jinja2.exceptions import SecurityError
 from jinja2.sandbox import ImmutableSandboxedEnvironment
+from markupsafe import Markup
 
 from qengine.errors import RequestError
-from qengine.tokenizer import template_bounds, template_budget
+from qengine.tokenizer import chat_template, template_bounds, template_budget
+from qengine.tokenizer import template_rewriting as rewriting
 from qengine.tokenizer.chat_template import MAX_TEMPLATE_CHARS, ChatTemplate
+from qengine.tokenizer.template_bounds import check_operator
 from qengine.tokenizer.template_reading import count_nodes
+from qengine.tokenizer.template_sandbox import TemplateEnvironment
 
 MESSAGES = [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": "Yo\tx"}]
 BIG = "{% set big = 'a' * 1000000 %}"
+WIDE = "{% set big = '\U0001f600' * 1000000 %}{% set big = big ~ big ~ big ~ big ~ big ~ big ~ big ~ big %}"
+LONG = "{% set big = 'a' * 1000000 %}{% set big = big ~ big ~ big ~ big ~ big ~ big ~ big ~ big %}"
 SIXTY = "{% for i in range(60) %}"
+#: What each does with a text of eight million characters made each of them a text of 80 bytes, in one go.
+CHARACTER_FILTERS = ("sort", "groupby('0')", "slice(2) | list", "batch(60000) | list", "list")
 HOSTILE = {
     "nested loops": "{% for i in range(99999) %}{% for j in range(99999) %}{% endfor %}{% endfor %}",
     "a body of 116 bytes": "{% for a in range(9999) %}{% for b in range(9999) %}{% for c in range(9999) %}{% endfor %}"
@@ -137,6 +149,24 @@ HOSTILE = {
     + "{% endfor %}{% endmacro %}{{ f() | length }}",
     "a block that is called": "{% block b %}" + "z" * 50_000 + "{% endblock %}{% set ns = namespace(x=[]) %}"
     "{% for i in range(99999) %}{% set ns.x = ns.x + [self.b()] %}{% endfor %}",
+    **{f"characters in {call}": WIDE + "{{ big | " + call + " | length }}" for call in CHARACTER_FILTERS},
+    "a loop in a list": WIDE + "{% for c in big %}{{ loop | list | length }}{% endfor %}",
+    "a loop in a join": WIDE + "{% for c in big %}{{ ''.join(loop) }}{% endfor %}",
+    "a block of wide texts": WIDE + "{% set x %}" + "{{ big }}" * 27 + "{% endset %}{{ x | length }}",
+    "a macro of wide texts": WIDE + "{% macro f() %}" + "{{ big }}" * 27 + "{% endmacro %}{{ f() | length }}",
+    "a block of texts that one character makes wide": LONG
+    + "{% set x %}\U0001f600"
+    + "{{ big }}" * 30
+    + "{% endset %}{{ x | length }}",
+    "a budget that is given back": WIDE
+    + "{% set _ = [-1000000000000] | map('a step') | list %}{{ big | list | length }}",
+    # What is a number in Jinja's mind
+    "a format that is odd": "{{ '%1000000000d' is odd }}",
+    "a format that is even, by name": "{{ ['%1000000000d'] | select('even') | list }}",
+    "a format that is divisible": "{{ '%1000000000d' is divisibleby(3) }}",
+    "a text that is rounded up": "{{ 'ab' | round(9, 'ceil') }}",
+    "a list that is rounded down": "{{ [1] | round(9, 'floor') }}",
+    "a text of a list that is lower": "{% set big = '\U000e0001' * 1000000 %}{{ ([big] * 12) is lower }}",
     "a loop that counts what it filtered": BIG + "{% set big = big ~ big ~ big ~ big %}"
     "{% for c in big if true %}{{ loop.length }}{% break %}{% endfor %}",
 }
@@ -243,6 +273,152 @@ def test_each_rendering_has_a_budget_of_its_own(monkeypatch: pytest.MonkeyPatch)
         render(160)
 
 
+PRIVATE = (
+    *(rewriting.ARGUMENTS, rewriting.CONCATENATED, rewriting.MADE, rewriting.SEARCHED, rewriting.STEP),
+    *(rewriting.TESTED, rewriting.TIMED),
+)
+
+
+@pytest.mark.parametrize("name", PRIVATE)
+@pytest.mark.parametrize(
+    ("kind", "call"),
+    [
+        ("filter", "map(name)"),
+        ("filter", "map(name | safe)"),
+        ("test", "select(name)"),
+        ("test", "reject(name)"),
+        ("test", "selectattr('a', name)"),
+        ("test", "rejectattr('a', name)"),
+    ],
+)
+def test_a_template_cannot_name_what_counts(name: str, kind: str, call: str) -> None:
+    text = "{% set name = '" + name + "' %}{{ [{'a': -1000}] | " + call + " | list }}"
+    with pytest.raises(RequestError, match=f"a template has no {kind} '{name}'"):
+        _render(text)
+    assert _render("{{ '" + name + "' is filter }}{{ '" + name + "' is test }}") == "FalseFalse"
+
+
+def test_the_name_of_a_filter_is_a_text() -> None:
+    with pytest.raises(RequestError, match="the name of a filter is a tuple, expected a text"):
+        _render("{{ [1] | map((1, 2)) | list }}")
+    with pytest.raises(RequestError, match="did you forget to quote"):
+        _render("{{ [1] | map(upper) | list }}")
+
+
+def test_no_filter_or_test_has_a_private_name() -> None:
+    environment = TemplateEnvironment(datetime.now)
+    assert set(environment.filters) - set(PRIVATE) == set(template_bounds.FILTERS)
+    assert set(environment.tests) == set(template_bounds.TESTS)
+
+
+def test_a_budget_is_not_given_back() -> None:
+    budget = template_budget.Budget()
+    with pytest.raises(SecurityError, match="makes -1 bytes, expected 0 or more"):
+        budget.charge(-1)
+
+
+TUPLES = "{% set t, u, d = (1, 2) * 3, (1, 2) * 3, {} %}"
+LONG_TEXT = "{% set x, y = 'a' * 5000, 'b' * 5000 %}"
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        TUPLES + "{% if t == u %}{% endif %}" * 100,
+        TUPLES + "{% if t != u and not t < u or t >= u %}{% endif %}" * 100,
+        TUPLES + "{% if 1 in t %}{% endif %}" * 100,
+        TUPLES + "{% if t not in d %}{% endif %}" * 100,
+        TUPLES + "{% if t in {'a': 1} %}{% endif %}" * 100,
+        TUPLES + "{% if (0,) < (1,) < t %}{% endif %}" * 100,
+        TUPLES + "{{ 1 if t == u else 2 }}" * 100,
+        TUPLES + "{{ d[t] }}" * 100,
+        TUPLES + "{% if t is defined %}{% endif %}" * 100,
+        TUPLES + "{% if t is eq(u) %}{% endif %}" * 100,
+        "{{ range(1000) | reject | list }}",
+        "{{ ('a' * 1000) | select('none') | list }}",
+        "{{ ('a' * 1000) | max }}",
+        "{{ range(1000) | min }}",
+    ],
+)
+def test_what_walks_over_values_counts(monkeypatch: pytest.MonkeyPatch, text: str) -> None:
+    monkeypatch.setattr(template_budget, "MAX_STEPS", 50)
+    with pytest.raises(RequestError, match="more than 50 steps"):
+        _render(text)
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        TUPLES + "{% if t == u %}{% endif %}" * 8,
+        TUPLES + "{% if 1 in t %}{% endif %}" * 8,
+        TUPLES + "{% set _ = d[t] %}" * 8,
+        TUPLES + "{% if t is eq(u) %}{% endif %}" * 8,
+        TUPLES + "{% if d is ne({}) %}{% endif %}" * 8,
+        TUPLES + "{% if t is in([u]) %}{% endif %}" * 8,
+        TUPLES + "{% if t.count(3) %}{% endif %}" * 8,
+        TUPLES + "{% set _ = d.get(t) %}" * 8,
+        TUPLES + "{% for i in [1] %}" + "{% if loop.changed(t) %}{% endif %}" * 8 + "{% endfor %}",
+        LONG_TEXT + "{% if x is lower %}{% endif %}" * 8,
+        LONG_TEXT + "{% if x.islower() %}{% endif %}" * 8,
+        LONG_TEXT + "{% if x is eq(y) %}{% endif %}" * 8,
+        LONG_TEXT + "{% set _ = x.find('b') %}" * 8,
+        LONG_TEXT + "{% if ''.startswith(x) %}{% endif %}" * 8,
+    ],
+)
+def test_what_may_take_time_looks_at_the_clock_each_time(monkeypatch: pytest.MonkeyPatch, text: str) -> None:
+    clock = SimpleNamespace(thread_time=itertools.count().__next__)  # Each look takes a second.
+    monkeypatch.setattr(template_budget, "time", clock)
+    with pytest.raises(RequestError, match="more than 5 seconds"):
+        _render(text)
+
+
+def test_what_takes_no_time_does_not_ask_for_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    clock = SimpleNamespace(thread_time=itertools.count().__next__)
+    monkeypatch.setattr(template_budget, "time", clock)
+    used = "{% if m.role == 'user' and m.content is string and 'x' in m and m.get('y') is none %}{% endif %}"
+    assert _render("{% set m = messages[0] %}" + used * 10) == ""
+
+
+@pytest.mark.parametrize(
+    ("text", "error"),
+    [
+        (BIG + "{{ big | selectattr('x') | list }}", "'selectattr' takes apart 1000000 characters, at most 524288"),
+        (BIG + "{{ big | max }}", "'max' takes apart 1000000 characters"),
+        ("{{ (['a'] * 100000) | max(attribute='0.0.0.0.0.0') }}", "'max' reads 600000 attributes, at most 524288"),
+        ("{{ ([{}] * 100) | sort(attribute=(1, 2)) }}", "an attribute's name is a tuple, expected a text or number"),
+        ("{% for c in 'abc' %}{{ loop | sort }}{% endfor %}", "'sort' is given a loop, expected a list"),
+        ("{% for c in 'abc' %}{{ 1 in loop }}{% endfor %}", "'in' is given a loop, expected a list"),
+        ("{% for c in 'abc' %}{{ 1 is in(loop) }}{% endfor %}", "'in' is given a loop, expected a list"),
+        ("{% for c in 'abc' %}{{ ''.join(loop) }}{% endfor %}", "'join' is given a loop, expected a list"),
+        ("{{ 'a' is odd }}", "a str is used as a number"),
+        ("{{ ([['a' * 1000000]] * 2) is lower }}", "it makes a text of"),
+    ],
+)
+def test_what_would_take_long_is_refused_before(text: str, error: str) -> None:
+    with pytest.raises(RequestError, match=error):
+        _render(text)
+
+
+def test_pieces_of_a_block_cost_their_place(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(template_budget, "MAX_MADE", 20_000)
+    for piece in ("{{ '' }}", "{% if 1 %}a{% endif %}"):
+        with pytest.raises(RequestError, match="more than 20000 bytes"):
+            _render("{% set x %}{% for i in range(100) %}" + piece * 30 + "{% endfor %}{% endset %}")
+
+
+def test_what_is_marked_safe_escapes_what_is_added_to_it() -> None:
+    assert _render("{{ ('<' | safe) + '<' + ('<' | safe) }}") == "<&lt;<"
+    text = "<" * 2**21
+    check_operator(template_budget.Budget(), "+", text, text)
+    for left, right in ((Markup(""), text), (text, Markup(""))):
+        with pytest.raises(SecurityError, match="it makes a text of"):
+            check_operator(template_budget.Budget(), "+", left, right)
+
+
+def test_what_is_marked_safe_joins_as_it_is() -> None:
+    assert _render("{{ ['<', '>'] | join('&' | safe) }}") == "<&>"
+
+
 def test_a_template_cannot_reach_its_budget() -> None:
     for name in ("counted_step", "concatenated", "budget", "environment"):
         assert _render("{% set " + name + " = 1 %}{% for i in range(3) %}{{ i ~ 'x' }}{% endfor %}") == "0x1x2x"
@@ -259,6 +435,7 @@ def test_a_template_cannot_reach_its_budget() -> None:
         "{{a}}" * 25_000,
         "{{ " + "9" * 5000 + " }}",
         "{{ 'x' | urlize }}",
+        "{{ a" + ".b" * 3000 + " }}",
     ],
 )
 def test_templates_that_cannot_be_compiled_are_refused(text: str) -> None:
@@ -266,6 +443,25 @@ def test_templates_that_cannot_be_compiled_are_refused(text: str) -> None:
         _render(text)
     with pytest.raises(RequestError, match="not valid Jinja"):
         _ = ChatTemplate(text).option_names
+
+
+@pytest.mark.parametrize("property_name", ["option_names", "accepts_content_parts", "reads_tools"])
+def test_questions_about_a_deep_template_are_refused(property_name: str) -> None:
+    with pytest.raises(RequestError, match="it has 3003 parts in each other, at most 200 are compiled"):
+        getattr(ChatTemplate("{{ a" + ".b" * 3000 + " }}"), property_name)
+    assert ChatTemplate("{% for a in tools" + ".content" * 150 + " %}{% endfor %}").reads_tools
+
+
+@pytest.mark.parametrize("property_name", ["option_names", "accepts_content_parts", "reads_tools"])
+def test_questions_that_fail_are_errors_of_the_template(monkeypatch: pytest.MonkeyPatch, property_name: str) -> None:
+    def too_deep(*args: Any) -> Any:
+        raise RecursionError("maximum recursion depth exceeded")
+
+    template = ChatTemplate("{{ tools }}")
+    for question in ("options_of", "loops_over_content", "reads"):
+        monkeypatch.setattr(chat_template, question, too_deep)
+    with pytest.raises(RequestError, match="not valid Jinja: maximum recursion depth exceeded"):
+        getattr(template, property_name)
 
 
 def test_autoescape_is_refused() -> None:
@@ -345,6 +541,20 @@ USED = [
     "{{ [[1, [2]], {'a': (3,)}] }}",
     "{{ {'a': unset} is mapping }}{{ (1, 'a')[::-1] }}{{ [1, 2, 3][-2:] }}{{ messages[0]['content'][:1] }}"
     "{{ 1.0 }}{{ true }}",
+    "{{ 1 is odd }}{{ 2 is even }}{{ 2.0 is even }}{{ 9 is divisibleby(3) }}{{ 9 is divisibleby 2 }}{{ x is defined }}"
+    "{{ x is undefined }}{{ 'upper' is filter }}{{ 'x' is filter }}{{ 'odd' is test }}{{ 'x' is test }}",
+    "{{ none is none }}{{ true is boolean }}{{ false is false }}{{ 1 is true }}{{ 1 is integer }}{{ 1.5 is float }}"
+    "{{ 1 is string }}{{ {} is mapping }}{{ 1 is number }}{{ [] is sequence }}{{ 1 is sameas 1 }}{{ 'a' is iterable }}",
+    "{{ 'aB' is lower }}{{ 'ab' is lower }}{{ 'AB' is upper }}{{ ['a'] is lower }}{{ {'A': 1} is upper }}"
+    "{{ x is lower }}{{ none is lower }}{{ 5 is upper }}{{ range is callable }}{{ ('a' | safe) is escaped }}"
+    "{{ 'a' is escaped }}",
+    "{{ 'a' is in('ab') }}{{ 1 is in [1] }}{{ 3 is eq(3) }}{{ 3 is equalto 4 }}{{ 3 is ne(3) }}{{ 3 is gt(2) }}"
+    "{{ 3 is greaterthan(2) }}{{ 3 is ge(3) }}{{ 3 is lt(2) }}{{ 3 is lessthan(2) }}{{ 3 is le(3) }}",
+    "{{ [1, 2, 3] | select('>', 1) | list }}{{ [1, 2] | select('==', 1) | list }}{{ [1, 2] | reject('!=', 1) | list }}"
+    "{{ [1, 2] | select('>=', 2) | list }}{{ [1, 2] | select('<', 2) | list }}{{ [1, 2] | select('<=', 2) | list }}",
+    "{% set a, b = [1], {'a': 1} %}{{ 0 < 1 < 2 }}{{ a == [1] }}{{ a != b }}{{ 'a' in b }}{{ 'a' not in b }}"
+    "{{ a in [a] }}{{ [2] > a >= [1] }}{{ 1 in a == true }}{{ b['a'] }}{{ b[a[0]] is defined }}"
+    "{{ a[-1] }}{{ a[a[0] - 1] }}",
     "{{ messages | map(attribute='role') | unique | join }}{{ messages[0].items() | list }}{{ {'items': 1}['items'] }}",
 ]
 
@@ -362,3 +572,4 @@ def test_every_method_and_filter_that_is_allowed_is_used() -> None:
     assert {name for name in template_bounds.FILTERS if not re.search(rf"\| ?{name}\b", text)} <= left_out
     methods = {name for name in template_bounds._TEXT_METHODS if f".{name}(" not in text}
     assert methods <= left_out
+    assert {name for name in template_bounds.TESTS if not re.search(rf"is {name}\b|'{name}'", text)} == set()
