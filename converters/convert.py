@@ -21,6 +21,7 @@ from converters.export_files import (
     CARD,
     PROJECT_VERSION,
     Producer,
+    check_companions,
     model_card,
     quantization_config,
     write_companions,
@@ -99,6 +100,7 @@ def convert(
     """
     path, target = Path(model), Path(out)
     source = open_checkpoint(path)
+    check_companions(source, path)
     opened = OpenedModel.check(source)
     chosen = _DTYPES[dtype] if dtype else None
     plan = _plan(source, opened, format, chosen, show_progress)

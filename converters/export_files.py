@@ -1,12 +1,14 @@
 """The files of an exported checkpoint beside its weights: configs, tokenizer, generation config and model card.
 
 A folder's own files are copied as they are; a GGUF file's metadata becomes the files that transformers reads.
-Invariant: nothing is made up: what the source does not say is not written.
+Invariant: nothing is made up: what the source does not say is not written. Nor is what lies outside the folder: a link
+out of it is refused.
 """
 
 from __future__ import annotations
 
 import json
+import os
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -14,8 +16,10 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
+from converters.errors import CheckpointError
 from converters.export_folder import PROJECT, OutputFolder, replace_text
 from converters.export_tensors import ExportScheme
+from converters.files import is_inside
 from converters.gguf_source import GGUFSource
 from converters.gguf_tokenizer import read_tokenizer
 from converters.skeleton import HEAD
@@ -164,17 +168,41 @@ def write_companions(folder: OutputFolder, source: object, path: Path) -> None:
 
     Raises:
         WriteError: if the disk is full.
-        CheckpointError: if the tokenizer of a GGUF file is broken.
+        CheckpointError: if the tokenizer of a GGUF file is broken, or a file is a link out of the folder.
     """
     if isinstance(source, GGUFSource):
         _write_gguf_companions(folder, source.metadata)
         return
-    for file in sorted(path.iterdir()):
-        if file.is_file() and (file.name in _COPIED or _LICENSES.fullmatch(file.name)):
-            folder.copy(file)
-    for file in sorted((path / _TEMPLATES).glob("*.jinja")):
-        if file.is_file():
-            folder.copy(file, f"{_TEMPLATES}/{file.name}")
+    for name, file in find_companions(path).items():
+        folder.copy(file, name)
+
+
+def check_companions(source: object, path: Path) -> None:
+    """Refuse at once what `write_companions` would, hours later. Raises CheckpointError."""
+    if not isinstance(source, GGUFSource):
+        find_companions(path)
+
+
+def find_companions(path: Path) -> dict[str, Path]:
+    """The files of a folder that are copied, by their names there.
+
+    Raises:
+        CheckpointError: if one is a link out of the folder: what is exported is published, and a stranger's folder
+            could name any file of the user's.
+    """
+    found = {
+        file.name: file
+        for file in sorted(path.iterdir())
+        if (file.name in _COPIED or _LICENSES.fullmatch(file.name)) and os.path.isfile(file)
+    }
+    templates = {f"{_TEMPLATES}/{file.name}": file for file in sorted((path / _TEMPLATES).glob("*.jinja"))}
+    found |= {name: file for name, file in templates.items() if os.path.isfile(file)}
+    for name, file in found.items():
+        if not is_inside(file) or (file.parent != path and not is_inside(file.parent)):
+            raise CheckpointError(
+                f"{path / name} is a link to a file outside the folder; put the file itself there, or remove the link"
+            )
+    return found
 
 
 def _write_gguf_companions(folder: OutputFolder, metadata: Mapping[str, Any]) -> None:

@@ -193,11 +193,12 @@ def list_folder(folder: Path) -> list[str]:
 def is_inside(path: Path) -> bool:
     """Whether a file lies in the folder of its path after links are followed too.
 
-    The hub's cache is the one exception: a snapshot's files are links into the ``blobs`` folder beside ``snapshots``.
+    The hub's cache is the one exception: a snapshot's files, and those of its folders, are links into the ``blobs``
+    folder beside ``snapshots``.
     """
     root = Path(os.path.realpath(path.parent))
-    allowed = [root, *([root.parent.parent / "blobs"] if root.parent.name == "snapshots" else [])]
-    return Path(os.path.realpath(path)).parent in allowed
+    blobs = [above.parent / "blobs" for above in list(root.parents)[:2] if above.name == "snapshots"]
+    return Path(os.path.realpath(path)).parent in (root, *blobs)
 
 
 def _refuse_repeated_keys(pairs: Sequence[tuple[str, Any]]) -> dict[str, Any]:

@@ -30,6 +30,7 @@ from converters.export_files import (
     CARD,
     PROJECT_VERSION,
     Producer,
+    check_companions,
     model_card,
     quantization_config,
     write_companions,
@@ -121,6 +122,7 @@ def quantize(
     )
     path = Path(model)
     source = open_checkpoint(path)
+    check_companions(source, path)
     opened = OpenedModel.check(source)
     linears = check_model(request, opened.skeleton)
     chosen = _device(device)

@@ -34,6 +34,7 @@ CONVERTER_USERS = (
     "qengine.runtime.loader",
     "qengine.runtime.locate",
     "qengine.runtime.opening",
+    "qengine.tokenizer.files",
     "qengine.tokenizer.gguf",
     "qengine.evaluation.texts",
     "qengine.commands",

@@ -1,7 +1,8 @@
 """Bounded reading of a tokenizer's files, which come from strangers.
 
-Invariant: a file is opened without waiting, must be a regular one, and is read only as far as it said it goes; every
-failure of the operating system is a LoadError that names the file.
+Invariant: a file is opened without waiting, must be a regular one of the folder it is looked for in, after links are
+followed too, and is read only as far as it said it goes; every failure of the operating system is a LoadError that
+names the file. A link to a file of the user's would show it to clients, or put it into what is published.
 """
 
 from __future__ import annotations
@@ -12,6 +13,7 @@ import stat
 from pathlib import Path
 from typing import Any
 
+from converters.files import is_inside
 from qengine.errors import LoadError
 from qengine.tokenizer.rust_errors import shorten
 
@@ -38,11 +40,13 @@ def is_there(path: Path) -> bool:
 
 
 def names_in(folder: Path) -> list[str]:
-    """Names in a folder, sorted; none if it is not there.
+    """Names in a folder of a model's folder, sorted; none if it is not there.
 
     Raises:
-        LoadError: if it cannot be read.
+        LoadError: if it cannot be read, or is a link out of the model's folder.
     """
+    if is_there(folder):
+        _require_inside(folder)
     try:
         return sorted(os.listdir(folder))
     except (FileNotFoundError, NotADirectoryError):
@@ -55,12 +59,13 @@ def read_bytes(path: Path, max_bytes: int) -> bytes:
     """A file's bytes.
 
     Raises:
-        LoadError: if it is no regular file, larger than files of its kind are, or gives other than it said.
+        LoadError: if it is no regular file, a link out of the model's folder, larger than files of its kind are, or
+            gives other than it said.
     """
+    _require_inside(path)
     try:
-        descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK)
-        with open(descriptor, "rb") as file:
-            status = os.fstat(descriptor)
+        with open(path, "rb", opener=_open_at_once) as file:
+            status = os.fstat(file.fileno())
             if not stat.S_ISREG(status.st_mode):
                 raise LoadError(f"{_shown(path)} is not a regular file")
             if status.st_size > max_bytes:
@@ -106,6 +111,21 @@ def read_json(path: Path) -> dict[str, Any]:
     if not isinstance(value, dict):
         raise LoadError(f"{path} holds a JSON {type(value).__name__}, expected an object")
     return value
+
+
+def _open_at_once(path: str, flags: int) -> int:
+    """A pipe without a writer is no reason to wait. Whatever fails then, `open` closes it again."""
+    return os.open(path, flags | os.O_NONBLOCK)
+
+
+def _require_inside(path: Path) -> None:
+    """Follow no link out of the folder of `path`, but for those of the hub's cache."""
+    try:
+        is_own = is_inside(path)
+    except (OSError, ValueError) as error:
+        raise _unreadable(path, error) from error
+    if not is_own:
+        raise LoadError(f"{_shown(path)} is a link to a file outside the model's folder; put the file itself there")
 
 
 def _unreadable(path: Path, error: Exception) -> LoadError:
