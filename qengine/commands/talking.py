@@ -20,6 +20,7 @@ from qengine.client.events import finish_reason_of, num_tokens_of, text_of
 from qengine.commands.running import run_requests
 from qengine.engine import Engine
 from qengine.request import SamplingParams
+from qengine.tokenizer.tokenizer import CHARS_PER_TOKEN
 
 INTERRUPTED = "interrupted"
 Messages = Sequence[Mapping[str, Any]]
@@ -112,7 +113,11 @@ class LocalTalker:
 
     def answer(self, messages: Messages, write: Write) -> Answer:
         """See Talker. Raises RequestError if the conversation does not fit, or the template refuses it."""
-        rendered = self._engine.tokenizer.render_chat([dict(m) for m in messages], add_generation_prompt=True)
+        rendered = self._engine.tokenizer.render_chat(
+            [dict(m) for m in messages],
+            add_generation_prompt=True,
+            max_chars=self._engine.info.max_model_len * CHARS_PER_TOKEN,
+        )
         request = self._engine.make_request(str(next(self._ids)), rendered, self._params, add_special_tokens=False)
         recorder = _Recorder(write)
         num_shown, num_tokens, finish_reason = 0, 0, None

@@ -1,7 +1,8 @@
 """The tokenizer that a GGUF file's metadata describes, ready to run.
 
-Invariant: metadata that does not fit together is a LoadError. What it describes is read by `converters.gguf_tokenizer`,
-which also writes it to folders; here it becomes a Tokenizer.
+Invariant: metadata that does not fit together is a LoadError, and so are tokens to be matched whole that take much
+memory. What it describes is read by `converters.gguf_tokenizer`, which also writes it to folders; here it becomes a
+Tokenizer.
 """
 
 from __future__ import annotations
@@ -10,10 +11,14 @@ from collections.abc import Mapping
 from typing import Any
 
 from converters.errors import CheckpointError
-from converters.gguf_tokenizer import read_tokenizer
+from converters.gguf_tokenizer import TokenType, read_tokenizer
 from qengine.errors import LoadError
+from qengine.tokenizer.limits import require_small_additions
 from qengine.tokenizer.loading import templates_from
 from qengine.tokenizer.tokenizer import Tokenizer
+
+#: Tokens of these types are matched whole; six more may be, by their ids.
+_WHOLE = frozenset((TokenType.UNKNOWN, TokenType.CONTROL, TokenType.USER_DEFINED))
 
 
 def tokenizer_from_gguf(metadata: Mapping[str, Any]) -> Tokenizer:
@@ -25,6 +30,7 @@ def tokenizer_from_gguf(metadata: Mapping[str, Any]) -> Tokenizer:
     Raises:
         LoadError: naming the key, what it holds and what was expected.
     """
+    _require_few_whole(metadata)
     try:
         found = read_tokenizer(metadata)
     except CheckpointError as error:
@@ -37,3 +43,12 @@ def tokenizer_from_gguf(metadata: Mapping[str, Any]) -> Tokenizer:
         chat_templates={**templates, **found.named_chat_templates},
         other_tokens=found.other_tokens,
     )
+
+
+def _require_few_whole(metadata: Mapping[str, Any]) -> None:
+    """Lists of other kinds are for `read_tokenizer` to refuse."""
+    tokens, types = (metadata.get(f"tokenizer.ggml.{name}") for name in ("tokens", "token_type"))
+    if isinstance(tokens, list) and isinstance(types, list):
+        pairs = zip(tokens, types, strict=False)
+        whole = (text for text, kind in pairs if isinstance(text, str) and isinstance(kind, int) and kind in _WHOLE)
+        require_small_additions(((text, False) for text in whole), 1.0, (), "the GGUF file's token_type")

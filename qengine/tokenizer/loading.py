@@ -15,7 +15,7 @@ import tokenizers
 from qengine.errors import LoadError
 from qengine.tokenizer.conversion import SLOW_FILES, convert_slow
 from qengine.tokenizer.files import is_there, names_in, read_bytes, read_json, read_text
-from qengine.tokenizer.limits import require_short_tokens
+from qengine.tokenizer.limits import check_backend, require_short_tokens, require_small_additions
 from qengine.tokenizer.rust_errors import library_errors, shorten
 from qengine.tokenizer.tokenizer import DEFAULT_TEMPLATE, Tokenizer
 from qengine.tokenizer.tokenizer_json import MAX_TOKENIZER_BYTES, check_tokenizer_json
@@ -136,6 +136,11 @@ def _add_special_tokens(backend: tokenizers.Tokenizer, config: Mapping[str, Any]
 
 
 def _add(backend: tokenizers.Tokenizer, added: list[tokenizers.AddedToken]) -> None:
+    """Add tokens to those that are there: with each call the library prepares the search for all of them anew."""
+    growth = check_backend(backend)
+    every = [*backend.get_added_tokens_decoder().values(), *added]
+    normalized = {token.content: token.normalized for token in every}
+    require_small_additions(normalized.items(), growth.normalized, growth.patterns, "tokenizer_config.json")
     with library_errors(lambda reason: LoadError(f"the tokens of tokenizer_config.json cannot be added: {reason}")):
         backend.add_tokens(added)
 

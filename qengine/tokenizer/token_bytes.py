@@ -25,6 +25,9 @@ from qengine.errors import LoadError
 from qengine.tokenizer.limits import MAX_DECODED_STRETCH, replaced_stretch
 from qengine.tokenizer.rust_errors import library_errors
 
+#: Characters to strip from the start of a text, which published tokenizers do to one. The tokens of a prompt are looked
+#: at for as long as they are stripped.
+_MAX_STRIPPED = 64
 _FIRST_UNPRINTABLE = 256
 _BYTE_TOKEN_LEN = len("<0x00>")
 _HEX_DIGITS = frozenset("0123456789abcdefABCDEF")
@@ -120,13 +123,12 @@ class TextStream:
         self._decoder.reset()
 
     def _stripped(self, text: str) -> str:
-        while text and self._num_to_strip:
-            if not text.startswith(self._strip_char):
-                self._num_to_strip = 0
-                break
-            text = text[1:]
-            self._num_to_strip -= 1
-        return text
+        if not text or not self._num_to_strip:
+            return text
+        head = text[: self._num_to_strip]
+        num_stripped = len(head) - len(head.lstrip(self._strip_char))
+        self._num_to_strip = self._num_to_strip - num_stripped if num_stripped == len(text) else 0
+        return text[num_stripped:]
 
 
 def decode_bytes(rule: DecodingRule, pieces: Iterable[bytes]) -> str:
@@ -208,6 +210,8 @@ def _add_byte_fallback(rule: DecodingRule, step: dict[str, Any]) -> DecodingRule
 def _add_strip(rule: DecodingRule, step: dict[str, Any]) -> DecodingRule:
     if step["stop"]:
         raise _unsupported("Strip at the end of the text")
+    if step["start"] > _MAX_STRIPPED:
+        raise _unsupported(f"Strip of {step['start']} characters")
     return replace(rule, strip=(step["content"], step["start"]))
 
 

@@ -14,14 +14,20 @@ import tokenizers
 
 from qengine.errors import ConfigError, RequestError
 from qengine.tokenizer.chat_template import DEFAULT_MAX_CHARS, ChatTemplate
-from qengine.tokenizer.limits import MAX_NORMALIZED_BYTES, check_backend, require_short_tokens
+from qengine.tokenizer.limits import (
+    MAX_IDS,
+    MAX_NORMALIZED_BYTES,
+    check_backend,
+    count_normalized,
+    require_short_tokens,
+)
 from qengine.tokenizer.rust_errors import library_errors
 from qengine.tokenizer.token_bytes import decode_bytes, decoding_rule
 
 DEFAULT_TEMPLATE = "default"
 TOOL_TEMPLATE = "tool_use"
-#: Longer texts are encoded as a batch: then the library lets other threads run, which it does not for a single text.
-_LONG_CHARS = 8192
+#: Characters of a prompt for each token of a context; a longer one does not fit, whatever the tokenizer.
+CHARS_PER_TOKEN = 16
 _MOST_BYTES_OF_A_CHARACTER = 4
 
 
@@ -61,7 +67,7 @@ class Tokenizer:
         self._other_tokens = dict(other_tokens or {})
         self._templates = {name: ChatTemplate(text) for name, text in (chat_templates or {}).items()}
         self._bytes_cache: dict[int, bytes] = {}
-        self._stretch = check_backend(backend)
+        self._growth = check_backend(backend)
         self.decoding_rule = decoding_rule(backend.decoder)
         vocabulary = backend.get_vocab()
         require_short_tokens((*vocabulary, *self._other_tokens.values()))
@@ -91,7 +97,7 @@ class Tokenizer:
         them already: encode it with False.
 
         Raises:
-            RequestError: if `text` is not text that UTF-8 can carry, or longer than can be normalized.
+            RequestError: if `text` is not text that UTF-8 can carry, or would take too much memory.
         """
         if not isinstance(text, str):
             raise RequestError(f"the prompt is {type(text).__name__}, expected a string", param="prompt")
@@ -99,24 +105,27 @@ class Tokenizer:
         def refuse(reason: str) -> RequestError:
             return RequestError(f"the prompt cannot be tokenized, expected Unicode text: {reason}", param="prompt")
 
-        self._require_normalizable(text)
         with library_errors(refuse):
-            if len(text) > _LONG_CHARS:
-                (encoding,) = self._backend.encode_batch_fast([text], add_special_tokens=add_special_tokens)
-            else:
-                encoding = self._backend.encode(text, add_special_tokens=add_special_tokens)
+            self._require_few_ids(text)
+            # A batch, for which the library lets other threads run. For a single text of less than 8,192 characters it
+            # does not, however long its expressions take.
+            (encoding,) = self._backend.encode_batch_fast([text], add_special_tokens=add_special_tokens)
             ids: list[int] = encoding.ids
         return ids
 
-    def _require_normalizable(self, text: str) -> None:
-        most = MAX_NORMALIZED_BYTES / self._stretch
-        if len(text) * _MOST_BYTES_OF_A_CHARACTER > most and len(text.encode("utf-8", "surrogatepass")) > most:
-            raise RequestError(
-                f"the prompt has {len(text)} characters, at most {most:.0f} bytes can be tokenized: this model's "
-                f"normalizer may make each {self._stretch:.0f} times longer",
-                param="prompt",
-                code="context_length_exceeded",
-            )
+    def _require_few_ids(self, text: str) -> None:
+        """Refuse a text that could take much memory: by the worst case, and if that is too much, by its own."""
+        growth = self._growth
+        if len(text) * _MOST_BYTES_OF_A_CHARACTER * growth.normalized * growth.ids <= MAX_IDS:
+            return
+        num_normalized: float = len(text.encode("utf-8", "surrogatepass")) * growth.normalized
+        if num_normalized > MAX_NORMALIZED_BYTES:
+            raise _too_long(text, MAX_NORMALIZED_BYTES / growth.normalized, growth.normalized)
+        if num_normalized * growth.ids > MAX_IDS:
+            num_normalized = min(num_normalized, count_normalized(self._backend, text))
+        if num_normalized * growth.ids > MAX_IDS:
+            most = len(text) * MAX_IDS / (num_normalized * growth.ids)
+            raise _too_long(text, most, growth.normalized * growth.ids)
 
     # Ids to text
 
@@ -236,3 +245,12 @@ class Tokenizer:
         if self._templates:
             return f"this model has chat templates {sorted(self._templates)} but no 'default' one: {advice}"
         return f"this model has no chat template: {advice}"
+
+
+def _too_long(text: str, most: float, growth: float) -> RequestError:
+    return RequestError(
+        f"the prompt has {len(text)} characters, at most about {most:.0f} can be tokenized: this model's tokenizer may "
+        f"make up to {growth:.0f} times as many of them; shorten it",
+        param="prompt",
+        code="context_length_exceeded",
+    )

@@ -12,7 +12,14 @@ from collections.abc import Iterator, Sequence
 from typing import Any
 
 from qengine.errors import LoadError
-from qengine.tokenizer.limits import MAX_NORMALIZED_BYTES, MAX_TOKEN_CHARS, require_few_steps, require_small_stretch
+from qengine.tokenizer.limits import (
+    MAX_TOKEN_CHARS,
+    Ways,
+    require_few_steps,
+    require_simple_patterns,
+    require_small_additions,
+    require_small_stretch,
+)
 from qengine.tokenizer.rust_errors import shorten
 
 #: The largest published file has 33 MB.
@@ -48,21 +55,22 @@ def check_tokenizer_json(data: bytes, where: object) -> None:
     num_brackets, num_commas = data.count(b"{") + data.count(b"["), data.count(b",")
     if num_brackets > _MAX_BRACKETS or num_commas > _MAX_COMMAS:
         raise LoadError(f"{where} has {num_brackets + num_commas} values, more than any published tokenizer")
-    stretch, added_bytes = 1.0, 0
+    stretch, patterns, added = 1.0, list[Ways](), list[tuple[str, bool]]()
     for key, value in _values(data, where):
         if key in _PARTS:
             require_few_steps(value, f"{where}: its {key}")
+            ways = require_simple_patterns(value, f"{where}: its {key}")
+            patterns.extend(ways if key == "normalizer" else ())
         if key == "normalizer":
             # One of several is used, and which is the library's to say.
             stretch = max(stretch, require_small_stretch(value, where))
         elif key == "added_tokens":
-            added_bytes += _added_bytes(value, where)
+            added.extend(_added_tokens(value, where))
         elif key in _AFFIXES and isinstance(value, str) and len(value) > _MAX_AFFIX_CHARS:
             raise LoadError(f"{where}: its {key} has {len(value)} characters, at most {_MAX_AFFIX_CHARS} are allowed")
         elif key == "max_input_chars_per_word" and isinstance(value, int | float) and value > _MAX_WORD_CHARS:
             raise LoadError(f"{where}: its {key} is {value}, at most {_MAX_WORD_CHARS} is allowed")
-    if added_bytes * stretch > MAX_NORMALIZED_BYTES:
-        raise LoadError(f"{where}: its normalizer makes {added_bytes * stretch:.0f} bytes of its added tokens")
+    require_small_additions(added, stretch, patterns, where)
 
 
 def _values(data: bytes, where: object) -> Iterator[tuple[str, Any]]:
@@ -118,9 +126,12 @@ def _unique(pairs: Sequence[tuple[str, Any]]) -> dict[str, Any]:
     return found
 
 
-def _added_bytes(tokens: object, where: object) -> int:
-    texts = [token.get("content") for token in tokens if isinstance(token, dict)] if isinstance(tokens, list) else []
-    longest = max((len(text) for text in texts if isinstance(text, str)), default=0)
-    if longest > MAX_TOKEN_CHARS:
-        raise LoadError(f"{where} adds a token of {longest} characters, at most {MAX_TOKEN_CHARS} are allowed")
-    return sum(len(text.encode("utf-8", "surrogatepass")) for text in texts if isinstance(text, str))
+def _added_tokens(tokens: object, where: object) -> Iterator[tuple[str, bool]]:
+    """The text of each added token, and whether it is normalized."""
+    for token in tokens if isinstance(tokens, list) else []:
+        text = token.get("content") if isinstance(token, dict) else None
+        if not isinstance(text, str):
+            continue
+        if len(text) > MAX_TOKEN_CHARS:
+            raise LoadError(f"{where} adds a token of {len(text)} characters, at most {MAX_TOKEN_CHARS} are allowed")
+        yield text, token.get("normalized") is not False

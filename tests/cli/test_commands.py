@@ -44,7 +44,7 @@ class ScriptedEngine:
         self.error: str | None = None
         self.is_shut_down = False
 
-    def _render(self, messages: Sequence[dict[str, str]], *, add_generation_prompt: bool) -> str:
+    def _render(self, messages: Sequence[dict[str, str]], *, add_generation_prompt: bool, max_chars: int = 0) -> str:
         assert add_generation_prompt
         return "".join(f"<{m['role']}>{m['content']}" for m in messages)
 

@@ -16,7 +16,7 @@ from tokenizers import decoders, models
 from qengine.errors import LoadError
 from qengine.tokenizer import IncrementalDetokenizer, Tokenizer
 from qengine.tokenizer.detokenizer import StopMatcher
-from qengine.tokenizer.token_bytes import byte_alphabet, decoding_rule
+from qengine.tokenizer.token_bytes import DecodingRule, byte_alphabet, decode_bytes, decoding_rule
 
 REPLACEMENT = "\N{REPLACEMENT CHARACTER}"
 SAMPLES = (
@@ -327,6 +327,23 @@ def test_rules_follow_the_librarys_decoders(decoder: decoders.Decoder) -> None:
 def test_decoders_that_cannot_be_followed_are_refused(decoder: decoders.Decoder | None) -> None:
     with pytest.raises(LoadError, match="expected ByteLevel, Metaspace, or a sequence"):
         decoding_rule(decoder)
+
+
+def test_what_is_stripped_is_cut_off_at_once() -> None:
+    """A copy for each of sixteen million characters would take an hour."""
+    rule = DecodingRule(strip=(" ", 2**32))
+    assert decode_bytes(rule, [b" " * 2**24, b"a b"]) == "a b"
+    assert decode_bytes(DecodingRule(strip=(" ", 3)), [b"  ", b"  a"]) == " a"
+    assert decode_bytes(DecodingRule(strip=(" ", 3)), [b" ", b"", b"a "]) == "a "
+    assert decode_bytes(DecodingRule(strip=("\u00e9", 2)), ["\u00e9\u00e9\u00e9".encode()]) == "\u00e9"
+
+
+def test_a_decoder_strips_few_characters() -> None:
+    """As long as they are stripped, the prompt is looked at."""
+    steps = [decoders.Replace("\u2581", " "), decoders.ByteFallback(), decoders.Fuse()]
+    assert decoding_rule(decoders.Sequence([*steps, decoders.Strip(" ", 64, 0)])).strip == (" ", 64)
+    with pytest.raises(LoadError, match="Strip of 4294967295 characters"):
+        decoding_rule(decoders.Sequence([*steps, decoders.Strip(" ", 2**32 - 1, 0)]))
 
 
 def test_the_byte_alphabet_is_the_librarys() -> None:

@@ -15,7 +15,7 @@ from transformers import AutoTokenizer
 
 from converters.gguf_tokenizer import PRE_TOKENIZERS
 from qengine.errors import LoadError
-from qengine.tokenizer import Tokenizer, tokenizer_from_gguf
+from qengine.tokenizer import Tokenizer, gguf, tokenizer_from_gguf
 from qengine.tokenizer.token_bytes import byte_alphabet
 from tests.tokenizer.sentencepiece_model import CORPUS, reference_ids, sentencepiece_metadata
 
@@ -186,6 +186,22 @@ def test_a_word_that_is_a_token_stays_whole_where_merges_are_ignored() -> None:
     assert lengths == {"gpt-2": 3, "llama-bpe": 1}
 
 
+@pytest.mark.parametrize("kind", [2, 3, 4])
+def test_tokens_that_are_matched_whole_are_few(monkeypatch: pytest.MonkeyPatch, kind: int) -> None:
+    """They are counted before the library prepares the search for them."""
+    metadata = byte_level_metadata()
+
+    def extended(num_tokens: int, kind: int) -> dict[str, Any]:
+        more = {"tokens": [f"{i:04}" * 256 for i in range(num_tokens)], "token_type": [kind] * num_tokens}
+        return metadata | {f"tokenizer.ggml.{n}": [*metadata[f"tokenizer.ggml.{n}"], *v] for n, v in more.items()}
+
+    assert tokenizer_from_gguf(extended(100, kind)).encode("0099" * 256, add_special_tokens=False)
+    assert tokenizer_from_gguf(extended(1025, 1)).encode("x")
+    monkeypatch.setattr(gguf, "read_tokenizer", None)
+    with pytest.raises(LoadError, match=r"token_type: the added tokens take up to 10\d{5} bytes"):
+        tokenizer_from_gguf(extended(1025, kind))
+
+
 def test_equal_and_empty_tokens_keep_their_ids() -> None:
     metadata = byte_level_metadata()
     first = metadata["tokenizer.ggml.tokens"].index("hello")
@@ -284,7 +300,7 @@ REFUSED: list[tuple[dict[str, Any], str]] = [
     ({"pre": "martian"}, "ggml.pre is 'martian', expected one of .*llama-bpe.*qwen2"),
     ({"pre": 7}, "ggml.pre is 7, expected a value of type str"),
     ({"tokens": None}, "ggml.tokens is None, expected a list of str"),
-    ({"tokens": []}, r"ggml.tokens is \[\], expected at least one token"),
+    ({"tokens": []}, "ggml.tokens is 'a list of 0', expected 1 to 1048576 tokens"),
     ({"tokens": ["a", 1]}, "ggml.tokens is 'a list with int', expected a list of str"),
     ({"tokens": "abc"}, "ggml.tokens is 'abc'"),
     ({"tokens": [f"t\ud800{i}" for i in range(COUNT)], "merges": []}, "tokenizer is unusable"),

@@ -6,22 +6,38 @@ import base64
 import json
 import os
 import shutil
+from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import tokenizers
-from tokenizers import decoders, models, normalizers
+from tokenizers import Regex, decoders, models, normalizers, pre_tokenizers, processors
 
 from converters.encoder import HubEncoder
 from converters.errors import CheckpointError
+from converters.gguf_tokenizer import PRE_TOKENIZERS
 from converters.open import open_checkpoint
+from qengine.commands import generate
 from qengine.commands.quantize import _open_tokenizer
+from qengine.commands.talking import LocalTalker
 from qengine.errors import LoadError, RequestError
+from qengine.llm import LLM
+from qengine.serving.limits import LIMITS
 from qengine.tokenizer import Tokenizer, load_tokenizer
 from qengine.tokenizer.files import is_there, read_bytes, read_json
-from qengine.tokenizer.limits import MAX_NORMALIZED_BYTES, require_small_stretch
+from qengine.tokenizer.limits import (
+    MAX_ADDED_BYTES,
+    MAX_IDS,
+    MAX_NORMALIZED_BYTES,
+    check_backend,
+    count_normalized,
+    require_simple_patterns,
+    require_small_stretch,
+)
 from qengine.tokenizer.rust_errors import MAX_REASON_LEN, shorten
+from qengine.tokenizer.tokenizer import CHARS_PER_TOKEN
 from qengine.tokenizer.tokenizer_json import check_tokenizer_json
 from tests.engine.fixtures import path as fixture
 
@@ -48,7 +64,8 @@ MAP = {"type": "Precompiled", "precompiled_charsmap": _charsmap("a", "x" * 33, "
     ("normalizer", "stretch"),
     [
         (None, 1),
-        ({"type": "NFC"}, 11),
+        ({"type": "NFC"}, 3),
+        ({"type": "NFKC"}, 11),
         (_replace({"String": " "}, SPACE), 3),
         ({"type": "Sequence", "normalizers": LLAMA}, 12),
         ({"type": "Sequence", "normalizers": [MAP, _replace({"Regex": " {2,}"}, " ")]}, 33),
@@ -112,9 +129,237 @@ def test_a_prompt_is_no_longer_than_can_be_normalized() -> None:
     backend.normalizer = normalizers.Replace("a", "a" * 60)
     tokenizer = Tokenizer(backend)
     assert len(tokenizer.encode("a" * 100)) == 6000
-    with pytest.raises(RequestError, match="60 times longer") as caught:
+    with pytest.raises(RequestError, match="60 times as many") as caught:
         tokenizer.encode("a" * (MAX_NORMALIZED_BYTES // 60 + 1))
     assert caught.value.param == "prompt"
+    assert caught.value.code == "context_length_exceeded"
+
+
+def test_a_prompt_has_no_more_ids_than_the_bound() -> None:
+    """The bound is by what the normalizer makes of this text, not by what it could make of another."""
+    backend = tokenizers.Tokenizer(models.BPE({"a": 0}, [], unk_token="a", fuse_unk=True))
+    backend.decoder = decoders.ByteLevel()
+    backend.normalizer = normalizers.Replace("a", "b" * 60)
+    tokenizer = Tokenizer(backend)
+    num_chars = MAX_IDS // 60 + 1
+    assert tokenizer.encode("c" * num_chars) == [0]
+    with pytest.raises(RequestError, match=f"at most about {MAX_IDS // 60}"):
+        tokenizer.encode("a" * num_chars)
+    plain = Tokenizer(_backend(None))
+    with pytest.raises(RequestError, match=f"at most about {MAX_IDS}"):
+        plain.encode("a" * (MAX_IDS + 1))
+
+
+def test_a_text_is_counted_as_it_is_cut() -> None:
+    backend = _backend(None)
+    backend.normalizer = normalizers.Prepend("b" * 50)
+    backend.add_special_tokens(["x"])
+    num_bytes = 51 * 100 + 100
+    assert num_bytes <= count_normalized(backend, "ax" * 100) <= 2 * num_bytes
+    assert count_normalized(backend, "a" * 1000) <= 1050 + 16
+    assert count_normalized(_backend(None), "\u00e9" * 1000) == 2000
+
+
+def _backend(pre_tokenizer: pre_tokenizers.PreTokenizer | None, **options: Any) -> tokenizers.Tokenizer:
+    backend = tokenizers.Tokenizer(models.BPE({"a": 0}, [], unk_token="a", **options))
+    backend.decoder = decoders.ByteLevel()
+    if pre_tokenizer is not None:
+        backend.pre_tokenizer = pre_tokenizer
+    return backend
+
+
+BYTE_LEVEL = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
+
+
+@pytest.mark.parametrize(
+    ("pre_tokenizer", "options", "ids"),
+    [
+        (None, {}, 1),
+        (None, {"byte_fallback": True}, 1),
+        (None, {"byte_fallback": True, "continuing_subword_prefix": "##"}, 3),
+        (BYTE_LEVEL, {}, 1),
+        (BYTE_LEVEL, {"byte_fallback": True}, 2),
+        (pre_tokenizers.ByteLevel(), {}, 2),
+        (pre_tokenizers.Sequence([pre_tokenizers.Digits(), BYTE_LEVEL]), {}, 1),
+        (pre_tokenizers.Sequence([BYTE_LEVEL, BYTE_LEVEL]), {}, 2),
+        (pre_tokenizers.Sequence([pre_tokenizers.WhitespaceSplit(), pre_tokenizers.Metaspace()]), {}, 2),
+        (pre_tokenizers.Metaspace(), {"byte_fallback": True}, 4),
+    ],
+)
+def test_the_ids_of_a_byte_are_bounded(
+    pre_tokenizer: pre_tokenizers.PreTokenizer | None, options: dict[str, Any], ids: float
+) -> None:
+    backend = _backend(pre_tokenizer, **options)
+    assert check_backend(backend).ids == ids
+    for text in ("b c " * 10, "\u00e9" * 10, "\U0001f642"):
+        assert len(backend.encode(text)) <= ids * len(text.encode())
+
+
+def test_a_pre_tokenizer_that_makes_much_is_refused() -> None:
+    """Each of these doubles the text that the one before made."""
+    with pytest.raises(LoadError, match="pre-tokenizer grows a text up to 1048576 times"):
+        Tokenizer(_backend(pre_tokenizers.Sequence([BYTE_LEVEL] * 20)))
+    marks = [pre_tokenizers.Metaspace(mark) for mark in "abcde"]
+    with pytest.raises(LoadError, match="pre-tokenizer grows a text up to 32 times"):
+        Tokenizer(_backend(pre_tokenizers.Sequence(marks)))
+
+
+def test_a_template_has_the_text_once() -> None:
+    bos = ("<s>", 0)
+    backend = _backend(None)
+    published = processors.TemplateProcessing(single="<s> $A", pair="<s> $A <s> $B", special_tokens=[bos])
+    backend.post_processor = processors.Sequence([processors.ByteLevel(), published])
+    assert Tokenizer(backend).encode("b") == [0, 0]
+    ends = processors.TemplateProcessing(single="<s> $A", special_tokens=[bos])
+    many = processors.TemplateProcessing(single="$A", pair=["$A"] * 40 + ["$B"], special_tokens=[])
+    burst = {"id": "<s>", "ids": [0] * 129, "tokens": ["a"] * 129}
+    pairs = processors.TemplateProcessing(single="$A", pair="$A $B <s>", special_tokens=[burst])
+    for steps, message in (
+        ([processors.TemplateProcessing(single=["$A"] * 55, special_tokens=[])], r"the text 55 times .* 'single'"),
+        ([ends, many], r"the text 41 times .* 'pair'"),
+        ([ends, pairs], "129 tokens|130 tokens"),
+    ):
+        backend.post_processor = processors.Sequence(steps)
+        with pytest.raises(LoadError, match=message):
+            Tokenizer(backend)
+
+
+class _RenderedError(Exception):
+    """With the longest prompt that was allowed."""
+
+
+def _chat_engine() -> Any:
+    def render_chat(messages: Any, *, max_chars: int, **options: Any) -> str:
+        raise _RenderedError(max_chars)
+
+    return SimpleNamespace(info=SimpleNamespace(max_model_len=64), tokenizer=SimpleNamespace(render_chat=render_chat))
+
+
+def _generate() -> None:
+    settings: Any = SimpleNamespace(prompts=["x"], use_chat_template=True, sampling=None)
+    generate._make_requests(_chat_engine(), settings)
+
+
+def _talk() -> None:
+    params: Any = None
+    LocalTalker(_chat_engine(), params).answer([{"role": "user", "content": "x"}], print)
+
+
+def _chat() -> None:
+    llm = object.__new__(LLM)
+    llm.engine = _chat_engine()
+    llm.chat([{"role": "user", "content": "x"}])
+
+
+@pytest.mark.parametrize("call", [_generate, _talk, _chat])
+def test_chats_in_this_process_are_as_long_as_a_servers(
+    call: Callable[[], None], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The template is the model's: it may write as much as the context could take."""
+    assert LIMITS.prompt_chars_per_token == CHARS_PER_TOKEN
+    monkeypatch.setattr(generate, "sampling_params", lambda engine, settings: None)
+    with pytest.raises(_RenderedError) as caught:
+        call()
+    assert caught.value.args == (64 * CHARS_PER_TOKEN,)
+
+
+# Regular expressions
+
+_CONTRACTIONS = "(?i:'s|'t|'re|'ve|'m|'ll|'d)"
+_UPPER, _LOWER = r"[\p{Lu}\p{Lt}\p{Lm}\p{Lo}\p{M}&&[^\p{Han}]]", r"[\p{Ll}\p{Lm}\p{Lo}\p{M}&&[^\p{Han}]]"
+_REST = r"\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
+PUBLISHED = {
+    **{f"{name} {place}": text for name, each in PRE_TOKENIZERS.items() for place, text in enumerate(each.splits)},
+    "cl100k": (
+        r"'(?i:[sdmt]|ll|ve|re)|[^\r\n\p{L}\p{N}]?+\p{L}++|\p{N}{1,3}+| ?[^\s\p{L}\p{N}]++[\r\n]*+|\s++$|\s*[\r\n]"
+        r"|\s+(?!\S)|\s"
+    ),
+    "clip": r"<\|startoftext\|>|<\|endoftext\|>|'s|'t|'re|'ve|'m|'ll|'d|[\p{L}]+|[\p{N}]|[^\s\p{L}\p{N}]+",
+    "bloom": " ?[^(\\s|[.,!?\u2026\u3002\uff0c\u3001\u0964\u06d4\u060c])]+",
+    "kimi-k2": (
+        rf"[\p{{Han}}]+|[^\r\n\p{{L}}\p{{N}}]?{_UPPER}*{_LOWER}+{_CONTRACTIONS}?"
+        rf"|[^\r\n\p{{L}}\p{{N}}]?{_UPPER}+{_LOWER}*{_CONTRACTIONS}?|{_REST}"
+    ),
+    "superbpe": r"(?=(\d{3})+(?!\d))",
+    "tiny-aya": r"\d{1,3}(?=(?:\d{3})*\b)",
+    "k-exaone": rf"{_CONTRACTIONS}|[^\r\n\p{{L}}\p{{N}}]?(?:\p{{L}}\p{{M}}*(?: \p{{L}}\p{{M}}*)*)+|{_REST}",
+    "spaces": r" {2,}",
+    "quotes": "``|''",
+    "flags": "(?i)'(?:ll|ve)",
+    "flags off": r"(?i-m:a)(?-i:b)|\R+|\X",
+    "names and numbers": r"[A-Z]?[a-z]+[0-9]*\s*[._-]*\s*",
+    "classes": r"(?<=\S)[^[:alpha:]\]\[]+|\x0A|\x{4E00}|\u3000",
+}
+
+
+@pytest.mark.parametrize("name", PUBLISHED)
+def test_patterns_of_published_tokenizers_pass(name: str) -> None:
+    Regex(PUBLISHED[name])
+    require_simple_patterns({"pretokenizers": [{"type": "Split", "pattern": {"Regex": PUBLISHED[name]}}]}, "it")
+
+
+@pytest.mark.parametrize(
+    ("pattern", "message"),
+    [
+        (r"(?:(?:a|a){21}b)|a", "repeats a group"),
+        (r"(a+)+b", "repeats a group"),
+        (r"(?:a?){30}b", "repeats a group"),
+        (r"(?:a|a){21,}", "repeats a group"),
+        (r"(?:a|a){2,}+", "repeats a group"),
+        (r"a{1,3}+b", "repeats a group"),
+        (r"(?:\p{N}{1,3}+|x)b", "repeats a group"),
+        (r"(?:(?:\p{L}\p{M}*(?: \p{L}\p{M}*)*)+)+b", "repeats a group"),
+        ("(?:a|a)" * 21 + "b|a", "2097152 ways to match"),
+        ("a?" * 21 + "b", "2097152 ways to match"),
+        ("a*" * 9 + "b", "9 repetitions in a row"),
+        (r"(?:(?:a{1000}){1000}){1000}", "1000000000 characters"),
+        ("(" * 40 + ")" * 40, "brackets in brackets"),
+        ("a" * 8193, "8193 characters"),
+        (r"(?<x>(?:a|a))\g<x>", "not read from character 14"),
+        (r"(a)\1", "not read from character 4"),
+        ("(?x)a # (", "not read from character 1 "),
+        ("(?#()(?:a|a){9}", "not read from character 1 "),
+        (r"\c((?:a|a)", "not read from character 1 "),
+        ("[]a](?:a|a){9}]", "not read from character 2 "),
+        ("(?~a)", "not read from character 1 "),
+        ("a)", "not read from character 2 "),
+        ("(a", "not read from character 3 "),
+        ("[a", "not read from character 3 "),
+    ],
+)
+def test_patterns_that_match_in_very_many_ways_are_refused(pattern: str, message: str) -> None:
+    part = {"type": "Split", "pattern": {"Regex": pattern}, "behavior": "Isolated", "invert": False}
+    with pytest.raises(LoadError, match=message):
+        require_simple_patterns(part, "it")
+    with pytest.raises(LoadError, match=message):
+        check_tokenizer_json(_json(pre_tokenizer=part), "it")
+
+
+def test_a_pattern_is_looked_at_whatever_made_the_tokenizer() -> None:
+    with pytest.raises(LoadError, match=r"pre-tokenizer: the pattern .* repeats a group"):
+        Tokenizer(_backend(pre_tokenizers.Split(Regex("(a+)+b"), "isolated")))
+
+
+def test_an_expression_that_takes_too_long_ends_the_request() -> None:
+    """The library's own bound, for what matches in few ways and yet in a power of the text's length."""
+    tokenizer = Tokenizer(_backend(pre_tokenizers.Split(Regex("a*a*a*$"), "isolated")))
+    with pytest.raises(RequestError, match="retry-limit"):
+        tokenizer.encode("a" * 1000 + "!")
+
+
+def test_other_threads_run_while_a_text_is_encoded() -> None:
+    """The library's call for one text keeps them waiting when the text is short."""
+    tokenizer = Tokenizer(_backend(None))
+    calls: list[list[str]] = []
+
+    class Recording:
+        def encode_batch_fast(self, texts: list[str], **options: Any) -> Any:
+            calls.append(texts)
+            return backend.encode_batch_fast(texts, **options)
+
+    backend, tokenizer._backend = tokenizer._backend, Recording()
+    assert tokenizer.encode("aa") == [0, 0]
+    assert calls == [["aa"]]
 
 
 def _json(**parts: Any) -> bytes:
@@ -143,9 +388,28 @@ def test_words_of_a_vocabulary_are_no_parts() -> None:
 def test_added_tokens_and_the_normalizer_are_bounded_together() -> None:
     token = {"id": 0, "single_word": False, "lstrip": False, "rstrip": False, "normalized": True, "special": False}
     added = [{**token, "id": number, "content": f"{number:08}" * 1000} for number in range(300)]
-    check_tokenizer_json(_json(added_tokens=added), "it")
-    with pytest.raises(LoadError, match="of its added tokens"):
-        check_tokenizer_json(_json(added_tokens=added, normalizer=_replace({"String": "a"}, "b" * 60)), "it")
+    normalizer = _replace({"String": "a"}, "b" * 60)
+    fitting, longer = added[: MAX_ADDED_BYTES // 8000], added[: MAX_ADDED_BYTES // 8000 + 1]
+    check_tokenizer_json(_json(added_tokens=fitting), "it")
+    check_tokenizer_json(_json(added_tokens=added[:2], normalizer=normalizer), "it")
+    unchanged = [{**token, "normalized": False} for token in fitting]
+    check_tokenizer_json(_json(added_tokens=unchanged, normalizer=normalizer), "it")
+    for tokens, parts in ((longer, {}), (added[:3], {"normalizer": normalizer})):
+        with pytest.raises(LoadError, match="added tokens take up to"):
+            check_tokenizer_json(_json(added_tokens=tokens, **parts), "it")
+
+
+@pytest.mark.parametrize("pattern", [r"a*b", r"a*a*b", r"a*a*a*b", r"(?:a|a)(?:a|a)a*b"])
+def test_added_tokens_and_the_patterns_of_a_normalizer_are_bounded_together(pattern: str) -> None:
+    """The library normalizes them while it reads the file: a token of 16,000 would take these hours, or minutes."""
+    token = {"id": 0, "single_word": False, "lstrip": False, "rstrip": False, "normalized": True, "special": False}
+    normalizer = _replace({"Regex": pattern}, "")
+    short = [{**token, "id": number, "content": f"<{number:04}>"} for number in range(6400)]
+    check_tokenizer_json(_json(added_tokens=short, normalizer=normalizer), "it")
+    long = [{**token, "content": "a" * 16_000}]
+    with pytest.raises(LoadError, match=r"added tokens take up to \d+ steps"):
+        check_tokenizer_json(_json(added_tokens=long, normalizer=normalizer), "it")
+    check_tokenizer_json(_json(added_tokens=[{**long[0], "normalized": False}], normalizer=normalizer), "it")
 
 
 # Files

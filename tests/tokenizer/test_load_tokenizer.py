@@ -187,6 +187,42 @@ def test_code_in_a_folder_is_never_run(folder: Folder, tmp_path: Path) -> None:
 # Refusals
 
 
+STRETCHING = {"type": "Replace", "pattern": {"String": "a"}, "content": "b" * 64}
+LONG_TOKENS = [{"content": f"{i:05}" + "a" * 9000, "normalized": True} for i in range(4)]
+
+
+@pytest.mark.parametrize(
+    "config",
+    [
+        {"added_tokens_decoder": {str(5000 + i): token for i, token in enumerate(LONG_TOKENS)}},
+        {"extra_special_tokens": LONG_TOKENS},
+        {f"t{i}_token": token for i, token in enumerate(LONG_TOKENS)},
+        {"added_tokens_decoder": {"5000": LONG_TOKENS[0]}, "extra_special_tokens": LONG_TOKENS[1:2]},
+    ],
+    ids=range(4),
+)
+def test_tokens_that_a_configuration_adds_count_with_the_normalizer(folder: Folder, config: dict[str, Any]) -> None:
+    """Nothing is added before it is counted."""
+
+    def edit(tokenizer: dict[str, Any]) -> None:
+        tokenizer["normalizer"] = STRETCHING
+
+    files = {"tokenizer_config.json": config}
+    assert load_tokenizer(str(folder(files))).encode("a")
+    with pytest.raises(LoadError, match=r"tokenizer_config\.json: the added tokens take up to"):
+        load_tokenizer(str(folder(files, edit=edit)))
+
+
+def test_many_short_tokens_of_a_configuration_pass(folder: Folder) -> None:
+    def edit(tokenizer: dict[str, Any]) -> None:
+        tokenizer["normalizer"] = {"type": "NFC"}
+
+    words = [f"<|unused_{i:05}|>" for i in range(6400)]
+    declared = {str(2048 + i): {"content": word, "normalized": True, "special": True} for i, word in enumerate(words)}
+    tokenizer = load_tokenizer(str(folder({"tokenizer_config.json": {"added_tokens_decoder": declared}}, edit=edit)))
+    assert tokenizer.encode(words[-1], add_special_tokens=False) == [2048 + 6399]
+
+
 def test_a_folder_without_tokenizer_is_refused(tmp_path: Path) -> None:
     with pytest.raises(LoadError, match=r"has no tokenizer: expected tokenizer\.json"):
         load_tokenizer(str(tmp_path))
