@@ -19,7 +19,7 @@ from typing import Any
 from converters.errors import CheckpointError
 from converters.export_folder import PROJECT, OutputFolder, replace_text
 from converters.export_tensors import ExportScheme
-from converters.files import is_inside
+from converters.files import is_inside, shown
 from converters.gguf_source import GGUFSource
 from converters.gguf_tokenizer import read_tokenizer
 from converters.skeleton import HEAD
@@ -200,7 +200,8 @@ def find_companions(path: Path) -> dict[str, Path]:
     for name, file in found.items():
         if not is_inside(file) or (file.parent != path and not is_inside(file.parent)):
             raise CheckpointError(
-                f"{path / name} is a link to a file outside the folder; put the file itself there, or remove the link"
+                f"{path / name} is a link to a file outside the folder, {shown(os.path.realpath(file))}; put the file "
+                "itself there, or remove the link"
             )
     return found
 

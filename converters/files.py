@@ -30,6 +30,7 @@ _PART_BYTES = 16 * 2**20
 _MAX_SHOWN_CHARS = 120
 #: Of a list or mapping it looks at the first few items alone.
 _BRIEF = reprlib.Repr()
+_BRIEF.maxstring = _BRIEF.maxother = _MAX_SHOWN_CHARS
 
 Bytes = npt.NDArray[np.uint8]
 
@@ -191,14 +192,14 @@ def list_folder(folder: Path) -> list[str]:
 
 
 def is_inside(path: Path) -> bool:
-    """Whether a file lies in the folder of its path after links are followed too.
+    """Whether a file lies in the folder of its path, or below, after links are followed too.
 
     The hub's cache is the one exception: a snapshot's files, and those of its folders, are links into the ``blobs``
     folder beside ``snapshots``.
     """
-    root = Path(os.path.realpath(path.parent))
+    root, file = Path(os.path.realpath(path.parent)), Path(os.path.realpath(path))
     blobs = [above.parent / "blobs" for above in list(root.parents)[:2] if above.name == "snapshots"]
-    return Path(os.path.realpath(path)).parent in (root, *blobs)
+    return root in file.parents or file.parent in blobs
 
 
 def _refuse_repeated_keys(pairs: Sequence[tuple[str, Any]]) -> dict[str, Any]:

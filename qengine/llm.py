@@ -20,7 +20,7 @@ from qengine.config import EngineConfig
 from qengine.engine import Engine, PendingRequest
 from qengine.errors import EngineDeadError, RequestError
 from qengine.request import EmbeddingOutput, EmbeddingRequestOutput, Pooling, RequestOutput, SamplingParams
-from qengine.tokenizer.tokenizer import CHARS_PER_TOKEN
+from qengine.tokenizer.tokenizer import most_chars
 
 Prompt = str | Sequence[int] | Mapping[str, Any]
 Message = Mapping[str, Any]
@@ -208,7 +208,7 @@ class LLM:
                 add_generation_prompt=add_generation_prompt,
                 continue_final_message=continue_final_message,
                 tools=tools,
-                max_chars=self.engine.info.max_model_len * CHARS_PER_TOKEN,
+                max_chars=most_chars(self.engine.info.max_model_len),
                 template_options=chat_template_kwargs,
             )
             for conversation in conversations

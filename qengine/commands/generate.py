@@ -16,7 +16,7 @@ from qengine.commands.settings import GenerateSettings
 from qengine.engine import Engine, PendingRequest
 from qengine.request import RequestOutput
 from qengine.runtime.start_times import process_age
-from qengine.tokenizer.tokenizer import CHARS_PER_TOKEN
+from qengine.tokenizer.tokenizer import most_chars
 
 
 def run(settings: GenerateSettings) -> int:
@@ -41,7 +41,7 @@ def _make_requests(engine: Engine, settings: GenerateSettings) -> list[PendingRe
         text = prompt
         if settings.use_chat_template:
             message = {"role": "user", "content": prompt}
-            max_chars = engine.info.max_model_len * CHARS_PER_TOKEN
+            max_chars = most_chars(engine.info.max_model_len)
             text = engine.tokenizer.render_chat([message], add_generation_prompt=True, max_chars=max_chars)
         requests.append(
             engine.make_request(str(index), text, params, add_special_tokens=not settings.use_chat_template)

@@ -20,7 +20,7 @@ from qengine.client.events import finish_reason_of, num_tokens_of, text_of
 from qengine.commands.running import run_requests
 from qengine.engine import Engine
 from qengine.request import SamplingParams
-from qengine.tokenizer.tokenizer import CHARS_PER_TOKEN
+from qengine.tokenizer.tokenizer import most_chars
 
 INTERRUPTED = "interrupted"
 Messages = Sequence[Mapping[str, Any]]
@@ -116,7 +116,7 @@ class LocalTalker:
         rendered = self._engine.tokenizer.render_chat(
             [dict(m) for m in messages],
             add_generation_prompt=True,
-            max_chars=self._engine.info.max_model_len * CHARS_PER_TOKEN,
+            max_chars=most_chars(self._engine.info.max_model_len),
         )
         request = self._engine.make_request(str(next(self._ids)), rendered, self._params, add_special_tokens=False)
         recorder = _Recorder(write)

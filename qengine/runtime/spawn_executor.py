@@ -129,6 +129,8 @@ class SpawnExecutor:
         self._connect_limit_s = connect_limit_s
         self._advice = None if route is Route.HOST_STAGED else nccl_advice
         self._is_warm = False
+        #: Until when no silence counts.
+        self._excused_until = 0.0
         #: When each rank last said anything.
         self._heard = [0.0] * parallel.world_size
         self._unread: list[deque[Report]] = [deque() for _ in range(parallel.world_size)]
@@ -390,11 +392,16 @@ class SpawnExecutor:
             poll.register(rank.channel, select.POLLIN | (select.POLLOUT if rank is taker else 0))
         if deadline is None:
             return bool(poll.poll())
-        if poll.poll(max(0.0, deadline - time.monotonic()) * 1000):
+        entered = time.monotonic()
+        left = max(0.0, deadline - entered, self._excused_until - entered)
+        if poll.poll(left * 1000):
             return True
+        now = time.monotonic()
+        if now <= entered + left + _LISTEN_SECONDS:
+            return False
         # A computer that stood still has kept the ranks from speaking, too.
-        has_slept = time.monotonic() > deadline + _LISTEN_SECONDS
-        return has_slept and bool(poll.poll(_AWAKENING_SECONDS * 1000))
+        self._excused_until = now + _AWAKENING_SECONDS
+        return bool(poll.poll(_AWAKENING_SECONDS * 1000))
 
     def _try_receive(self, rank: RankProcess) -> Report | None:
         try:

@@ -47,7 +47,11 @@ _OPTION_KEYS = frozenset(
     }
 )
 #: With LD_LIBRARY_PATH and its kind the process finds the libraries that this one runs; it needs no key and no token.
-_VARIABLES = frozenset({"PATH", "HOME", "LANG", "LD_LIBRARY_PATH", "LD_PRELOAD", "OMP_NUM_THREADS"})
+_VARIABLES = frozenset({"PATH", "HOME", "LANG", "LD_LIBRARY_PATH", "LD_PRELOAD", "OMP_NUM_THREADS"}) | {
+    # Without which some installations of torch cannot be imported.
+    "KMP_DUPLICATE_LIB_OK",
+    "MKL_THREADING_LAYER",
+}
 _VARIABLE_KINDS = ("LC_", "PYTHON")
 #: How the process ends if it is not with a failure of the library, which is 1.
 NO_PACKAGE = 3
@@ -143,7 +147,8 @@ def _environment(home: Path) -> dict[str, str]:
     """What the process needs of ours. Threads of the libraries would each reserve memory; the hub is not asked."""
     own = {name: value for name, value in for_rank(1).items() if name in _VARIABLES or name.startswith(_VARIABLE_KINDS)}
     # Parts of it may be named from where this process was started.
-    packages = [os.path.abspath(part) for part in own["PYTHONPATH"].split(os.pathsep) if part]
+    parts = [*own["PYTHONPATH"].split(os.pathsep), *filter(os.path.exists, sys.path)]
+    packages = dict.fromkeys(os.path.abspath(part) for part in parts if part)
     return {
         **own,
         "PYTHONPATH": os.pathsep.join(packages),

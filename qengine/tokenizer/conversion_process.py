@@ -1,8 +1,8 @@
 """The other side of `conversion`: a process in which transformers makes a tokenizer.json of a folder, and ends.
 
-Invariant: from its start an alarm ends it after a while, even if nobody waits any more, and from the conversion on its
-memory, processor time and files are bounded. It says on its stderr, last, why it failed. It reads the folder and writes
-one file; it does not know what model that is for, nor judge what comes of it.
+Invariant: before transformers is imported an alarm is set that ends it after a while, even if nobody waits any more,
+and from the conversion on its memory (on Linux), processor time and files are bounded. It says on its stderr, last, why
+it failed. It reads the folder and writes one file; it does not know what model that is for, nor judge what comes of it.
 """
 
 from __future__ import annotations
@@ -35,6 +35,9 @@ def main(root: str, folder: str, target: str, memory_bytes: int, processor_secon
         auto = import_late("transformers", needed_for=f"converting the tokenizer of {root}").AutoTokenizer
     except ConfigError as error:
         _fail(str(error), NO_PACKAGE)
+    with suppress(ConfigError):
+        # Before the bounds are set: it may reserve more than they allow.
+        import_late("torch", needed_for="some of transformers")
     _bound(memory_bytes, processor_seconds)
     try:
         with library_errors(LoadError):

@@ -125,7 +125,10 @@ def _require_inside(path: Path) -> None:
     except (OSError, ValueError) as error:
         raise _unreadable(path, error) from error
     if not is_own:
-        raise LoadError(f"{_shown(path)} is a link to a file outside the model's folder; put the file itself there")
+        raise LoadError(
+            f"{_shown(path)} is a link to a file outside the model's folder, {_shown(Path(os.path.realpath(path)))}; "
+            "put the file itself there"
+        )
 
 
 def _unreadable(path: Path, error: Exception) -> LoadError:

@@ -51,4 +51,4 @@ def _require_few_whole(metadata: Mapping[str, Any]) -> None:
     if isinstance(tokens, list) and isinstance(types, list):
         pairs = zip(tokens, types, strict=False)
         whole = (text for text, kind in pairs if isinstance(text, str) and isinstance(kind, int) and kind in _WHOLE)
-        require_small_additions(((text, False) for text in whole), 1.0, (), "the GGUF file's token_type")
+        require_small_additions(((text, False) for text in whole), (), (), "the GGUF file's token_type")

@@ -29,7 +29,7 @@ MAX_STRETCH = 64
 #: Bytes of a normalized text, for each of which the library takes 34 bytes, and 62 while they are counted.
 MAX_NORMALIZED_BYTES = 2**24
 #: Of a text, for each of which the library takes 160 bytes, and 330 where each is a piece of its own.
-MAX_IDS = 2**22
+MAX_IDS = 2**23
 #: Of all added tokens, as the library looks for them: it takes 80 for each while it prepares the search, and 35 to keep
 #: it. 28,672 tokens for sounds have 0.6 MB.
 MAX_ADDED_BYTES = 2**20
@@ -56,6 +56,8 @@ _STRETCHES = {
     **dict.fromkeys(("ByteLevel", "Lowercase", "Nmt"), 2.0),
     **dict.fromkeys(("Strip", "StripAccents"), 1.0),
 }
+#: Normalizers that make no text of plain letters, digits and signs longer.
+_PLAIN_IN_ASCII = frozenset(("NFC", "NFD", "NFKC", "NFKD", "Lowercase", "StripAccents"))
 #: An expression that is one plain character, at least so many times.
 _REPEATED_CHARACTER = re.compile(r"[^\\.^$*+?{}\[\]()|]\{(\d{1,4}),\}")
 _TRIE_SIZE_BYTES = 4
@@ -130,11 +132,13 @@ class Growth:
         normalized: bytes of the normalized text, for each byte.
         ids: ids, for each byte of the normalized text.
         patterns: how the alternatives of the normalizer's regular expressions match.
+        normalizer: as JSON.
     """
 
     normalized: float
     ids: float
     patterns: tuple[Ways, ...] = ()
+    normalizer: object = None
 
 
 def check_backend(backend: tokenizers.Tokenizer) -> Growth:
@@ -163,7 +167,7 @@ def check_backend(backend: tokenizers.Tokenizer) -> Growth:
         )
     stretch = require_small_stretch(states["normalizer"], "the tokenizer")
     ids_per_byte = _ids_per_byte(states["pre-tokenizer"], backend.model)
-    return Growth(stretch, ids_per_byte, tuple(patterns["normalizer"]))
+    return Growth(stretch, ids_per_byte, tuple(patterns["normalizer"]), states["normalizer"])
 
 
 def _require_text_once(post_processor: object) -> None:
@@ -241,14 +245,14 @@ def count_normalized(backend: tokenizers.Tokenizer, text: str) -> int:
 
 
 def require_small_additions(
-    tokens: Iterable[tuple[str, bool]], stretch: float, patterns: Sequence[Ways], where: object
+    tokens: Iterable[tuple[str, bool]], normalizers: Sequence[object], patterns: Sequence[Ways], where: object
 ) -> None:
     """Refuse added tokens that take much memory or time where the library prepares to look for them.
 
     Args:
         tokens: the text of each, and whether it is normalized.
-        stretch: of the normalizer, as of `require_small_stretch`.
-        patterns: of the normalizer, as of `require_simple_patterns`.
+        normalizers: as JSON, of small stretch; one of them is used.
+        patterns: of the normalizers, as of `require_simple_patterns`.
         where: for the message.
 
     Raises:
@@ -256,14 +260,17 @@ def require_small_additions(
     """
     num_bytes, num_steps = 0.0, 0.0
     for text, is_normalized in tokens:
-        length = _num_bytes(text) * (stretch if is_normalized else 1.0)
+        used = normalizers if is_normalized else ()
+        length = max([normalized_bytes(normalizer, text, where) for normalizer in used], default=_num_bytes(text))
         num_bytes += length
         num_steps += sum(ways.steps(length) for ways in patterns) if is_normalized else 0.0
+        if num_bytes > MAX_ADDED_BYTES:
+            break
     for what, found, most in (("bytes", num_bytes, MAX_ADDED_BYTES), ("steps", num_steps, MAX_ADDED_STEPS)):
         if found > most:
             raise LoadError(
-                f"{where}: the added tokens take up to {found:.0f} {what} when they are normalized, at most {most} are "
-                "allowed; a published tokenizer takes less, so get the model from a source that you trust"
+                f"{where}: the added tokens take {found:.0f} {what} and more when they are normalized, at most {most} "
+                "are allowed; a published tokenizer takes less, so get the model from a source that you trust"
             )
 
 
@@ -317,6 +324,65 @@ def require_small_stretch(normalizer: object, where: object) -> float:
             "published tokenizer does nothing of the kind, so get the model from a source that you trust"
         )
     return stretch
+
+
+def normalized_bytes(normalizer: object, text: str, where: object, num_pieces: float = 1.0) -> float:
+    """Bytes of a normalized text at most: counted where each step is simple, and by the stretch of those that are not.
+
+    Args:
+        normalizer: as JSON.
+        num_pieces: into how many pieces added tokens cut the text, each of which something may be put in front of.
+    """
+    known: str | None = text
+    num_bytes, num_added = float(_num_bytes(text)), 0.0
+    heads, are_unknown = list[str](), False
+    for step in _in_order(normalizer):
+        stretch = _stretch(step, where)
+        if step.get("type") == "Prepend":
+            heads.append(str(step.get("prepend")))
+            num_added += num_pieces * _num_bytes(step.get("prepend"))
+            continue
+        replaced = None if known is None else _replaced(step, known)
+        if are_unknown or replaced is None or any(_may_change(head, *replaced) for head in heads):
+            old, new = replaced or ("", "")
+            # What is replaced may lie across the two.
+            num_added = min(num_added * stretch + num_pieces * _num_bytes(new), 1e100) if heads else 0.0
+            # What stands in front is another text now, which only a replacement tells.
+            are_unknown = are_unknown or (bool(heads) and not old)
+            heads += [new] if heads else []
+        if known is None or replaced is None:
+            known, num_bytes = None, min(num_bytes * stretch, 1e100)
+            continue
+        old, new = replaced
+        num_bytes += known.count(old) * (_num_bytes(new) - _num_bytes(old)) if old else 0
+        if num_bytes > MAX_NORMALIZED_BYTES:
+            return num_bytes
+        known = known.replace(old, new) if old else known
+    return num_bytes + num_added
+
+
+def _may_change(head: str, old: str, new: str) -> bool:
+    """Whether what was put in front of a text takes part in a step as of `_replaced`."""
+    return bool({*old} & {*head}) if old else not head.isascii()
+
+
+def _in_order(normalizer: object) -> Iterator[Mapping[str, Any]]:
+    """Its steps, as they are taken."""
+    fields = normalizer if isinstance(normalizer, dict) else {}
+    if fields.get("type") == "Sequence":
+        for part in _list_of(fields.get("normalizers")):
+            yield from _in_order(part)
+    elif fields:
+        yield fields
+
+
+def _replaced(step: Mapping[str, Any], text: str) -> tuple[str, str] | None:
+    """What a step replaces in a text by what, "" where it makes nothing longer; None where that is not known."""
+    kind, pattern = step.get("type"), step.get("pattern")
+    if kind == "Strip" or (text.isascii() and kind in _PLAIN_IN_ASCII):
+        return "", ""
+    old = pattern.get("String") if kind == "Replace" and isinstance(pattern, dict) else None
+    return (old, str(step.get("content"))) if isinstance(old, str) and old else None
 
 
 def replaced_stretch(old: str, new: str) -> float:

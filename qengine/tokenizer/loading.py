@@ -140,7 +140,7 @@ def _add(backend: tokenizers.Tokenizer, added: list[tokenizers.AddedToken]) -> N
     growth = check_backend(backend)
     every = [*backend.get_added_tokens_decoder().values(), *added]
     normalized = {token.content: token.normalized for token in every}
-    require_small_additions(normalized.items(), growth.normalized, growth.patterns, "tokenizer_config.json")
+    require_small_additions(normalized.items(), [growth.normalizer], growth.patterns, "tokenizer_config.json")
     with library_errors(lambda reason: LoadError(f"the tokens of tokenizer_config.json cannot be added: {reason}")):
         backend.add_tokens(added)
 

@@ -19,6 +19,7 @@ from qengine.tokenizer.limits import (
     MAX_NORMALIZED_BYTES,
     check_backend,
     count_normalized,
+    normalized_bytes,
     require_short_tokens,
 )
 from qengine.tokenizer.rust_errors import library_errors
@@ -26,9 +27,15 @@ from qengine.tokenizer.token_bytes import decode_bytes, decoding_rule
 
 DEFAULT_TEMPLATE = "default"
 TOOL_TEMPLATE = "tool_use"
-#: Characters of a prompt for each token of a context; a longer one does not fit, whatever the tokenizer.
+#: Characters of a prompt for each token of a context; few texts are longer and still fit.
 CHARS_PER_TOKEN = 16
+_LEAST_CHARS = 2**16
 _MOST_BYTES_OF_A_CHARACTER = 4
+
+
+def most_chars(max_model_len: int) -> int:
+    """Characters that a chat template may make for a context of `max_model_len` tokens."""
+    return max(_LEAST_CHARS, CHARS_PER_TOKEN * max_model_len)
 
 
 class Tokenizer:
@@ -68,6 +75,9 @@ class Tokenizer:
         self._templates = {name: ChatTemplate(text) for name, text in (chat_templates or {}).items()}
         self._bytes_cache: dict[int, bytes] = {}
         self._growth = check_backend(backend)
+        texts = [token.content for token in backend.get_added_tokens_decoder().values()]
+        #: Characters of the shortest text that may cut a prompt in two.
+        self._shortest_added = min(map(len, filter(None, texts)), default=None)
         self.decoding_rule = decoding_rule(backend.decoder)
         vocabulary = backend.get_vocab()
         require_short_tokens((*vocabulary, *self._other_tokens.values()))
@@ -118,9 +128,10 @@ class Tokenizer:
         growth = self._growth
         if len(text) * _MOST_BYTES_OF_A_CHARACTER * growth.normalized * growth.ids <= MAX_IDS:
             return
-        num_normalized: float = len(text.encode("utf-8", "surrogatepass")) * growth.normalized
+        num_pieces = 1.0 if self._shortest_added is None else 1 + len(text) / self._shortest_added
+        num_normalized = normalized_bytes(growth.normalizer, text, "the tokenizer", num_pieces)
         if num_normalized > MAX_NORMALIZED_BYTES:
-            raise _too_long(text, MAX_NORMALIZED_BYTES / growth.normalized, growth.normalized)
+            raise _too_long(text, len(text) * MAX_NORMALIZED_BYTES / num_normalized, growth.normalized)
         if num_normalized * growth.ids > MAX_IDS:
             num_normalized = min(num_normalized, count_normalized(self._backend, text))
         if num_normalized * growth.ids > MAX_IDS:

@@ -55,22 +55,23 @@ def check_tokenizer_json(data: bytes, where: object) -> None:
     num_brackets, num_commas = data.count(b"{") + data.count(b"["), data.count(b",")
     if num_brackets > _MAX_BRACKETS or num_commas > _MAX_COMMAS:
         raise LoadError(f"{where} has {num_brackets + num_commas} values, more than any published tokenizer")
-    stretch, patterns, added = 1.0, list[Ways](), list[tuple[str, bool]]()
+    # Of several normalizers one is used, and which is the library's to say.
+    normalizers, patterns, added = list[object](), list[Ways](), list[tuple[str, bool]]()
     for key, value in _values(data, where):
         if key in _PARTS:
             require_few_steps(value, f"{where}: its {key}")
             ways = require_simple_patterns(value, f"{where}: its {key}")
             patterns.extend(ways if key == "normalizer" else ())
         if key == "normalizer":
-            # One of several is used, and which is the library's to say.
-            stretch = max(stretch, require_small_stretch(value, where))
+            require_small_stretch(value, where)
+            normalizers.append(value)
         elif key == "added_tokens":
             added.extend(_added_tokens(value, where))
         elif key in _AFFIXES and isinstance(value, str) and len(value) > _MAX_AFFIX_CHARS:
             raise LoadError(f"{where}: its {key} has {len(value)} characters, at most {_MAX_AFFIX_CHARS} are allowed")
         elif key == "max_input_chars_per_word" and isinstance(value, int | float) and value > _MAX_WORD_CHARS:
             raise LoadError(f"{where}: its {key} is {value}, at most {_MAX_WORD_CHARS} is allowed")
-    require_small_additions(added, stretch, patterns, where)
+    require_small_additions(added, normalizers, patterns, where)
 
 
 def _values(data: bytes, where: object) -> Iterator[tuple[str, Any]]:

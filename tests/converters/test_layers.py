@@ -13,7 +13,7 @@ from torch import nn
 from converters.errors import CheckpointError
 from converters.layers import GROUPS, LayerRunner, load_head, load_layer, unload, view_layer
 from converters.open import open_checkpoint
-from converters.skeleton import MODEL_TYPES, OpenedModel, Skeleton
+from converters.skeleton import _MOST, MODEL_TYPES, OpenedModel, Skeleton, _check_sizes
 from converters.source import LinearSlot, TensorSlot
 from qengine.models.registry import SPECS
 from tests.converters.tiny_models import ARCHITECTURES, VOCABULARY, make_model, save_model, tiny_folder
@@ -100,7 +100,12 @@ def test_an_unknown_architecture_is_refused() -> None:
         Skeleton({"architectures": ["GPT2LMHeadModel"], "model_type": "gpt2"}, "here")
 
 
-@pytest.mark.parametrize("key", ["num_hidden_layers", "vocab_size", "hidden_size", "head_dim"])
+def test_sizes_that_are_not_given_are_the_librarys_to_choose() -> None:
+    _check_sizes(dict.fromkeys(_MOST), "here")
+    _check_sizes({}, "here")
+
+
+@pytest.mark.parametrize("key", _MOST)
 @pytest.mark.parametrize("value", [10**9, 0, -1, "2", True, 1.5])
 def test_sizes_that_no_model_has_are_refused_before_it_is_built(
     key: str, value: object, monkeypatch: pytest.MonkeyPatch

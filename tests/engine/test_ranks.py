@@ -286,6 +286,7 @@ def test_a_rank_of_a_pipeline_that_fails_is_the_end_and_is_named(how: str, reaso
             engine.step()
         with pytest.raises(EngineDeadError):
             engine.add(engine.make_request("b", [5] * 40, greedy()))
+        wait_until(lambda: bool(told))  # In the thread that noticed it, which may be another.
         assert len(told) == 1
     finally:
         engine.shutdown()

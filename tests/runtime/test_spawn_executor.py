@@ -3,12 +3,16 @@
 from __future__ import annotations
 
 import contextlib
+import select
 import sys
+import time
 from collections.abc import Iterator
+from typing import Any
 
 import pytest
 
 from qengine.config import EngineConfig, ParallelConfig
+from qengine.runtime import spawn_executor
 from qengine.runtime.planner import MemoryPlan
 from qengine.runtime.spawn_executor import SpawnExecutor, _take_seats
 from qengine.scheduling.batch import Batch, BatchEntry
@@ -68,3 +72,33 @@ def test_seats_are_named_by_the_ranks_of_the_model() -> None:
         places = [tuple(seat.names[seat.rank] if seat else -1 for seat in both) for both in seats]
     assert names == [((first, first + 1), (place, place + 2, place + 4)) for first in (0, 2, 4) for place in (0, 1)]
     assert places == [(rank, rank) for rank in range(6)]
+
+
+def test_a_silence_that_this_process_slept_through_is_excused_once(
+    chatty: SpawnExecutor, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A computer that stood still has kept the ranks from speaking, too. One that only was late is another matter."""
+    monkeypatch.setattr(spawn_executor, "_AWAKENING_SECONDS", 0.05)
+    waits, poll = [], select.poll
+
+    class Late:
+        """It takes longer than it was told to, the first time."""
+
+        def __init__(self) -> None:
+            self._poll = poll()
+
+        def register(self, *about: Any) -> None:
+            self._poll.register(*about)
+
+        def poll(self, timeout: float | None = None) -> list[tuple[int, int]]:
+            waits.append(timeout)
+            found = self._poll.poll(timeout)
+            if len(waits) == 1:
+                time.sleep(0.2)
+            return found
+
+    monkeypatch.setattr(select, "poll", Late)
+    assert not chatty._wait(time.monotonic() + 0.01)
+    assert len(waits) == 2, "once more, for the ranks to speak"
+    assert not chatty._wait(time.monotonic() - 1.0)
+    assert len(waits) == 3

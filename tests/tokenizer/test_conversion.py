@@ -61,7 +61,6 @@ def model(tmp_path: Path) -> Path:
             ConversionLimits(processor_seconds=1, seconds=60),
             "takes more than 1 s of processor time",
         ),
-        ("time.sleep(600)", ConversionLimits(seconds=0.5), r"takes more than 0\.5 s;"),
         ("os.kill(os.getpid(), signal.SIGSTOP)", ConversionLimits(seconds=0.5), r"takes more than 0\.5 s;"),
         ("os.abort()", ConversionLimits(), r"was ended by signal 6; it may take 2 GiB of memory\)"),
         ("raise ValueError('a\\nb' + 'c' * 100_000)", ConversionLimits(), r"\(a bc{100,400}\.\.\.\); try: pip"),
@@ -87,6 +86,15 @@ def test_a_conversion_that_fails_or_takes_too_much_is_an_error(
     assert "tokenizer.json of the original model" in str(caught.value)
     assert len(str(caught.value)) < 1000
     assert capfd.readouterr() == ("", "")
+
+
+def test_a_process_ends_itself_even_if_nobody_waits(
+    model: Path, fake_library: FakeLibrary, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(conversion, "_GRACE_SECONDS", 600.0)
+    fake_library("time.sleep(600)")
+    with pytest.raises(LoadError, match=r"takes more than 2 s;"):
+        convert_slow(model, ConversionLimits(seconds=2.0))
 
 
 def test_a_number_of_special_tokens_takes_no_more_memory_than_is_allowed(tmp_path: Path) -> None:

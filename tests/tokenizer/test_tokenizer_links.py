@@ -45,7 +45,7 @@ def test_a_link_out_of_the_folder_is_refused(tmp_path: Path, name: str) -> None:
     folder = write_folder(tmp_path / "model")
     outside = (folder / name).rename(tmp_path / "outside")
     (folder / name).symlink_to(outside)
-    with pytest.raises(LoadError, match=rf"{name} is a link to a file outside the model's folder; put the file itself"):
+    with pytest.raises(LoadError, match=rf"{name} is a link to a file outside the model.s folder, .*; put the file"):
         load_tokenizer(str(folder))
 
 
