@@ -343,6 +343,8 @@ def normalized_bytes(normalizer: object, text: str, where: object, num_pieces: f
             num_added += num_pieces * _num_bytes(step.get("prepend"))
             continue
         replaced = None if known is None else _replaced(step, known)
+        if replaced is not None and len(replaced[0]) > 1 and num_pieces > 1:
+            replaced = None  # It may stand in the text and in none of its pieces.
         if are_unknown or replaced is None or any(_may_change(head, *replaced) for head in heads):
             old, new = replaced or ("", "")
             # What is replaced may lie across the two.

@@ -7,7 +7,9 @@ import os
 import signal
 import threading
 import time
+from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from typing import IO, Any
 
 import pytest
@@ -161,29 +163,30 @@ def test_a_process_that_dies_between_two_grammars_is_the_fault_of_neither(vocabu
     compiler.close()
 
 
-def compile_two_at_once(compiler: GrammarCompiler) -> None:
-    """While one grammar is tried in a process that is stopped, the next one gets a process of its own."""
+@contextmanager
+def one_in_use(compiler: GrammarCompiler) -> Iterator[int]:
+    """The only process, stopped while it tries a grammar, until the block is left."""
     [stopped] = compiler.process_ids
     os.kill(stopped, signal.SIGSTOP)
     with ThreadPoolExecutor(1) as pool:
         first = pool.submit(compiler.compile, GrammarSource("regex", "a"))
         wait_until(lambda: not compiler.process_ids)
-        compiler.compile(GrammarSource("regex", "b"))
+        yield stopped
         os.kill(stopped, signal.SIGCONT)
         first.result()
+
+
+def compile_two_at_once(compiler: GrammarCompiler) -> None:
+    """While one grammar is tried in a process that is stopped, the next one gets a process of its own."""
+    with one_in_use(compiler):
+        compiler.compile(GrammarSource("regex", "b"))
 
 
 def test_a_process_in_use_ends_when_it_has_answered(vocabulary: Vocabulary) -> None:
     compiler = GrammarCompiler(lambda: vocabulary, seconds=60)
     compiler.compile(WORD)
-    [stopped] = compiler.process_ids
-    os.kill(stopped, signal.SIGSTOP)
-    with ThreadPoolExecutor(1) as pool:
-        first = pool.submit(compiler.compile, GrammarSource("regex", "a"))
-        wait_until(lambda: not compiler.process_ids)
+    with one_in_use(compiler) as stopped:
         compiler.close()
-        os.kill(stopped, signal.SIGCONT)
-        first.result()
     assert compiler.process_ids == []
     with pytest.raises(ProcessLookupError):
         os.kill(stopped, 0)

@@ -197,6 +197,17 @@ def test_what_is_counted_is_no_less_than_what_the_library_makes(steps: list[Any]
     assert made <= normalized_bytes(json.loads(backend.normalizer.__getstate__()), text, "it")
 
 
+def test_what_only_the_whole_text_holds_is_not_replaced() -> None:
+    backend = _backend(None)
+    backend.normalizer = normalizers.Sequence([normalizers.Replace("axa", ""), normalizers.Replace("a", "b" * 60)])
+    backend.add_special_tokens(["x"])
+    text = "axa" * 100
+    made = sum(len(backend.normalizer.normalize_str(piece)) for piece in text.split("x"))
+    growth = check_backend(backend)
+    assert made == 200 * 60
+    assert normalized_bytes(growth.normalizer, text, "it", 101) >= made
+
+
 @pytest.mark.parametrize("kind", ["NFC", "NFD", "NFKC", "NFKD"])
 def test_plain_added_tokens_count_as_they_are(kind: str) -> None:
     token = {"id": 0, "single_word": False, "lstrip": False, "rstrip": False, "normalized": True, "special": False}
